@@ -1,0 +1,166 @@
+"""The matching op of OrdinalCLIP: images (B, D) against rank prototypes (R, D), loss and prediction.
+
+    matching_loss   both contrastive terms, with gradients     formulas: `reference.py`
+    match           probabilities, expected rank, most probable rank
+    similarity      the logits alone
+
+`impl="torch"` is `reference.py`, `impl="triton"` the fused kernels on CUDA, "auto" picks and says so once.
+
+Copy-paste: needs the folder `kernels/`, torch>=2.4.
+"""
+
+import sys
+
+import torch
+
+from . import reference
+from .reference import similarity, unit
+
+try:
+    from . import matching_triton
+
+    HAS_TRITON = True
+except ModuleNotFoundError as error:
+    if error.name != "triton":  # Triton is there but broken: say so, do not fall back
+        raise
+    HAS_TRITON = False
+
+__all__ = ["match", "matching_loss", "similarity", "unit", "which_impl", "HAS_TRITON"]
+
+TARGETS = ("normalized", "softmax10")
+IMPLS = ("auto", "torch", "triton")
+_said = set()  # choices of impl="auto" that were announced in this process
+
+
+def matching_loss(
+    image_features, prototypes, labels, scale, *, target="normalized", impl="auto", group=None
+):
+    """Image-to-text and text-to-image matching loss (paper's L_i2t and L_t2i): two 0-dim tensors.
+
+    Args:
+        image_features: (B, D), any float dtype, not normalised. prototypes: (R, D), likewise.
+        labels: (B,) integers in 0..R-1.
+        scale: the multiplier itself (100, not its log): 0-dim tensor or number.
+        target: "normalized", the paper's column target, or "softmax10", the official code's.
+        impl: "auto", "torch" or "triton".
+        group: torch.distributed process group over whose images t2i and the means run; None = this
+            process alone. Gradients are then this process's share: sum them over the processes
+            (DistributedDataParallel averages, so multiply the loss by the number of processes).
+
+    Gradients flow to image_features, prototypes and scale.
+    Raises ValueError for shapes, dtypes, devices, labels, target or impl that do not fit. Labels on a
+    GPU are checked there, without waiting: an index outside 0..R-1 is a device-side assertion.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target={target!r}: expected one of {', '.join(TARGETS)}")
+    _check_features(image_features, prototypes)
+    _check_labels(labels, image_features, prototypes)
+    scale = _as_scale(scale, image_features)
+    op = _op(impl, image_features, prototypes)
+    return op.matching_loss(image_features, prototypes, labels, scale, target=target, group=group)
+
+
+def match(image_features, prototypes, scale, *, impl="auto"):
+    """Image features (B, D) against prototypes (R, D) -> probs (B, R), expected (B,), argmax (B,).
+
+    `expected` is the mean rank index under `probs`, in 0..R-1. Arguments as in `matching_loss`.
+    The fused kernel has no gradient: where one is wanted, "auto" takes the PyTorch path.
+    """
+    _check_features(image_features, prototypes)
+    scale = _as_scale(scale, image_features)
+    tracked = (image_features, prototypes, scale)
+    if impl == "auto" and torch.is_grad_enabled() and any(t.requires_grad for t in tracked):
+        impl = "torch"
+    return _op(impl, image_features, prototypes).match(image_features, prototypes, scale)
+
+
+def which_impl(device, impl="auto", dtype=torch.float32):
+    """(implementation, why) that `impl` comes to: ("torch", "the fused kernels need CUDA, ...")."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLS)}")
+    if impl != "auto":
+        return impl, "asked for"
+    kind = torch.device(device).type
+    if kind != "cuda":
+        return "torch", f"the fused kernels need CUDA, this is {kind}"
+    if dtype == torch.float64:
+        return "torch", "the fused kernels compute in float32, this is float64"
+    return ("triton", "fused kernels on CUDA") if HAS_TRITON else ("torch", "triton is not installed")
+
+
+def _op(impl, image_features, prototypes):
+    """The module that computes: `reference` or `matching_triton`."""
+    dtype = torch.promote_types(image_features.dtype, prototypes.dtype)
+    device = image_features.device
+    name, why = which_impl(device, impl, dtype)
+    if impl == "auto":
+        _say(f"kernels: the matching op runs on impl={name!r}: {why}")
+    if name == "torch":
+        return reference
+    if not HAS_TRITON:
+        raise ImportError("impl='triton' needs Triton: pip install triton, or use impl='torch'")
+    if dtype == torch.float64:
+        raise ValueError("impl='triton' computes in float32; float64 features need impl='torch'")
+    if device.type != "cuda" and not matching_triton.INTERPRET:
+        raise ValueError(f"impl='triton' needs CUDA, the features are on {device}; use impl='auto'")
+    return matching_triton
+
+
+def _say(line):
+    if not torch.compiler.is_compiling() and line not in _said:
+        _said.add(line)
+        print(line, file=sys.stderr)
+
+
+def _check_features(image_features, prototypes):
+    if image_features.dim() != 2 or prototypes.dim() != 2 or not len(prototypes):
+        raise ValueError(
+            f"got image_features {tuple(image_features.shape)} and prototypes "
+            f"{tuple(prototypes.shape)}; expected (B, D) and (R, D) with R >= 1"
+        )
+    if image_features.shape[1] != prototypes.shape[1]:
+        raise ValueError(
+            f"image_features have D={image_features.shape[1]}, prototypes D={prototypes.shape[1]}; "
+            "use an image encoder and a text tower of the same joint dimension"
+        )
+    if not (image_features.is_floating_point() and prototypes.is_floating_point()):
+        raise ValueError(
+            f"image_features are {image_features.dtype}, prototypes {prototypes.dtype}; "
+            "expected floating point"
+        )
+    if image_features.device != prototypes.device:
+        raise ValueError(
+            f"image_features are on {image_features.device}, prototypes on {prototypes.device}; "
+            "move both to one device"
+        )
+
+
+def _check_labels(labels, image_features, prototypes):
+    if labels.shape != image_features.shape[:1]:
+        raise ValueError(
+            f"got labels {tuple(labels.shape)} for {len(image_features)} images; "
+            "expected one rank index per image, (B,)"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels are {labels.dtype}; expected integer rank indices (labels.long())")
+    if labels.device != image_features.device:
+        raise ValueError(
+            f"labels are on {labels.device}, image_features on {image_features.device}; "
+            "move both to one device"
+        )
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
+        return  # reading a device tensor would wait for it: the ops check it where it lies
+    low, high, num_ranks = int(labels.min()), int(labels.max()), len(prototypes)
+    if low < 0 or high >= num_ranks:
+        raise ValueError(f"labels run from {low} to {high}; expected rank indices 0..{num_ranks - 1}")
+
+
+def _as_scale(scale, image_features):
+    """A 0-dim tensor beside the features. A number is filled in on the device: no copy, no wait."""
+    if not isinstance(scale, torch.Tensor):
+        double = image_features.dtype == torch.float64
+        dtype = torch.float64 if double else torch.float32
+        return torch.full((), float(scale), dtype=dtype, device=image_features.device)
+    if scale.numel() != 1:
+        raise ValueError(f"scale has shape {tuple(scale.shape)}; expected a number or a 0-dim tensor")
+    return scale.reshape(()).to(image_features.device, non_blocking=True)

@@ -1,0 +1,752 @@
+"""The matching op as fused Triton kernels: one launch forward, one backward (two for the largest inputs).
+
+Formulas, and the symbols B, R, D, x_i, p_c, y_i, s, A_ic, lse, n_c, hi_c, lo_c, V: `reference.py`.
+
+Forward. One program per tile of BM images; it walks over all ranks in tiles of BR. Along D it accumulates
+<x_i, p_c>, |x_i|^2 and |p_c|^2 together, so normalising costs no pass of its own. It leaves behind the row
+lse, the logits divided by s, and a few numbers per column (PARTS). Whoever arrives last of GROUP programs
+merges their columns in index order; whoever arrives last of these merges the groups and writes both losses.
+
+Backward, from the stored C_ic = A_ic / s (a gradient for s then needs no division by s):
+
+    G_ic = B dL/dA_ic = g_i2t (exp(A_ic - lse_i) - [y_i=c])
+                      + g_t2i B/|V| [c in V] (exp(A_ic - lse_c) - lo_c - [y_i=c] (hi_c - lo_c))
+    r_i = sum_c G_ic C_ic                         q_c = sum_i G_ic C_ic
+    dx_i = s / (B |x_i|) (sum_c G_ic p^_c - r_i x^_i)       x^, p^: divided by their length
+    dp_c = s / (B |p_c|) (sum_i G_ic x^_i - q_c p^_c)       ds = 1/B sum_i r_i
+
+Since r and q do not sum over D, a program finishes its own slice of BD dimensions alone. Its dP stays in
+registers over a chunk of images; the chunks are added up in index order.
+
+Only counters are atomic, so results repeat bit for bit. Saved for backward: 4 B R + 8 B bytes.
+
+Copy-paste: needs torch>=2.4, triton>=3.4; formulas in kernels/reference.py.
+"""
+
+import contextlib
+import functools
+
+import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
+
+ZERO = tl.constexpr(1e-24)  # squared length below which a vector counts as zero: reference.EPS ** 2
+E10 = tl.constexpr(22026.465794806718)  # e^10 of target="softmax10"
+GROUP = tl.constexpr(32)  # programs whose columns one of them merges
+CHUNK = tl.constexpr(4)  # parts read at once while merging
+FP16_ROOM = tl.constexpr(3e4)  # G is scaled to stay below this, fp16 ends at 65504
+
+# --- kernels: shared pieces --------------------------------------------------------------------------
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    if UPCAST:  # X and P of different dtypes; bfloat16 in the interpreter, which multiplies its bits
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _operand(a, X, UPCAST: tl.constexpr):
+    """fp32 values as X holds them, for a dot."""
+    return a if UPCAST else a.to(X.dtype.element_ty)
+
+
+@triton.jit
+def _load(X, rows, columns, B, stride, D: tl.constexpr, WHOLE: tl.constexpr):
+    """Tile of a (B, D) matrix, zero outside; WHOLE: no column is outside, so no mask along D."""
+    inside = (rows < B)[:, None]
+    if not WHOLE:
+        inside = inside & (columns < D)[None, :]
+    return tl.load(X + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _cosines(X, P, rows, ranks, B, R, x_stride, p_stride, D: tl.constexpr, BM: tl.constexpr,
+             BR: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """C (BM, BR) between rows of X (B, D) and ranks of P (R, D), 1/|x| (BM,) and 1/|p| (BR,)."""
+    acc = tl.zeros([BM, BR], tl.float32)
+    xx = tl.zeros([BM], tl.float32)
+    pp = tl.zeros([BR], tl.float32)
+    for k in range(0, D, BK):
+        columns = k + tl.arange(0, BK)
+        x = _load(X, rows, columns, B, x_stride, D, D % BK == 0)  # (BM, BK)
+        p = _load(P, ranks, columns, R, p_stride, D, D % BK == 0)  # (BR, BK)
+        x32, p32 = x.to(tl.float32), p.to(tl.float32)
+        xx += tl.sum(x32 * x32, 1)
+        pp += tl.sum(p32 * p32, 1)
+        acc = _dot(x, tl.trans(p), acc, PRECISION, UPCAST)
+    rx = tl.where(xx > ZERO, tl.rsqrt(xx), 0.0)
+    rp = tl.where(pp > ZERO, tl.rsqrt(pp), 0.0)
+    return acc * rx[:, None] * rp[None, :], rx, rp
+
+
+@triton.jit
+def _arrive(COUNTER):
+    """How many programs were here before; what they stored until then can be read with `.cg`.
+
+    The barriers make one thread's atomic speak for, and hold back, all threads of the program.
+    """
+    tl.debug_barrier()
+    before = tl.atomic_add(COUNTER, 1, sem="acq_rel")
+    tl.debug_barrier()
+    return before
+
+
+@triton.jit
+def _merge_column(PARTS, first, count, ranks, RPAD: tl.constexpr, SMOOTH: tl.constexpr):
+    """Column statistics (BR,) of parts first .. first + count - 1, added up in index order."""
+    zero = ranks.to(tl.float32) * 0.0
+    m, l, positive, n, total = zero - float("inf"), zero, zero, zero, zero
+    for i in range(0, count, CHUNK):
+        part = i + tl.arange(0, CHUNK)
+        inside = (part < count)[:, None]
+        at = PARTS + (first + part).to(tl.int64)[:, None] * (6 * RPAD) + ranks[None, :]
+        part_m = tl.load(at, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        part_l = tl.load(at + RPAD, mask=inside, other=0.0, cache_modifier=".cg")
+        new = tl.maximum(m, tl.max(part_m, 0))
+        shift = tl.where(new == float("-inf"), 0.0, new)  # parts of processes without images
+        l = l * tl.exp(m - shift) + tl.sum(part_l * tl.exp(part_m - shift[None, :]), 0)
+        m = new
+        positive += tl.sum(tl.load(at + 2 * RPAD, mask=inside, other=0.0, cache_modifier=".cg"), 0)
+        n += tl.sum(tl.load(at + 3 * RPAD, mask=inside, other=0.0, cache_modifier=".cg"), 0)
+        if SMOOTH:
+            total += tl.sum(tl.load(at + 4 * RPAD, mask=inside, other=0.0, cache_modifier=".cg"), 0)
+    return m, l, positive, n, total
+
+
+@triton.jit
+def _merge_rows(PARTS, first, count, RPAD: tl.constexpr):
+    """(sum of lse_i - A_i,y_i, number of images) of the same parts."""
+    loss = tl.zeros([CHUNK], tl.float32)
+    images = tl.zeros([CHUNK], tl.float32)
+    for i in range(0, count, CHUNK):
+        part = i + tl.arange(0, CHUNK)
+        at = PARTS + (first + part).to(tl.int64) * (6 * RPAD) + 5 * RPAD
+        loss += tl.load(at, mask=part < count, other=0.0, cache_modifier=".cg")
+        images += tl.load(at + 1, mask=part < count, other=0.0, cache_modifier=".cg")
+    return tl.sum(loss), tl.sum(images)
+
+
+@triton.jit
+def _store_part(PARTS, part, ranks, m, l, positive, n, total, RPAD: tl.constexpr, SMOOTH: tl.constexpr):
+    at = PARTS + part.to(tl.int64) * (6 * RPAD) + ranks
+    tl.store(at, m)
+    tl.store(at + RPAD, l)
+    tl.store(at + 2 * RPAD, positive)
+    tl.store(at + 3 * RPAD, n)
+    if SMOOTH:
+        tl.store(at + 4 * RPAD, total)
+
+
+@triton.jit
+def _merge(PARTS, first, count, to, RPAD: tl.constexpr, BR: tl.constexpr, SMOOTH: tl.constexpr):
+    """Parts first .. first + count - 1 become one, part number `to`."""
+    loss, images = _merge_rows(PARTS, first, count, RPAD)
+    tl.store(PARTS + to.to(tl.int64) * (6 * RPAD) + 5 * RPAD, loss)
+    tl.store(PARTS + to.to(tl.int64) * (6 * RPAD) + 5 * RPAD + 1, images)
+    for c in range(0, RPAD, BR):
+        ranks = c + tl.arange(0, BR)
+        m, l, positive, n, total = _merge_column(PARTS, first, count, ranks, RPAD, SMOOTH)
+        _store_part(PARTS, to, ranks, m, l, positive, n, total, RPAD, SMOOTH)
+
+
+@triton.jit
+def _finish(PARTS, COLUMNS, COUNTS, I2T, T2I, first, count, R, RPAD: tl.constexpr, BR: tl.constexpr,
+            SMOOTH: tl.constexpr):  # fmt: skip
+    """Both losses, and what the backward needs of each column, from parts first .. first + count - 1."""
+    loss, images = _merge_rows(PARTS, first, count, RPAD)
+    t2i, present, labelled = 0.0, 0.0, 0.0
+    for c in range(0, RPAD, BR):
+        ranks = c + tl.arange(0, BR)
+        m, l, positive, n, total = _merge_column(PARTS, first, count, ranks, RPAD, SMOOTH)
+        lse = m + tl.log(l)
+        labelled += tl.sum(n)  # a label outside 0..R-1 counts for no rank
+        here = (n > 0) & (ranks < R)
+        n = tl.maximum(n, 1.0)
+        if SMOOTH:
+            z = n * E10 + (images - n)
+            lo = 1.0 / z
+            hi = lo * E10
+            entropy = n * hi * tl.log(hi) + (images - n) * lo * tl.log(lo)
+            divergence = entropy - (hi - lo) * positive - lo * total + lse
+        else:
+            hi, lo = 1.0 / n, n * 0.0
+            divergence = lse - tl.log(n) - hi * positive
+        t2i += tl.sum(tl.where(here, divergence, 0.0))
+        present += tl.sum(here.to(tl.float32))
+        tl.store(COLUMNS + ranks, tl.where(here, lse, float("inf")))
+        tl.store(COLUMNS + RPAD + ranks, tl.where(here, hi - lo, 0.0))
+        tl.store(COLUMNS + 2 * RPAD + ranks, tl.where(here, lo, 0.0))
+    valid = labelled == images  # the assertion reports it, NaN keeps it from passing where it is off
+    tl.device_assert(valid, "kernels.matching_loss: a label is outside 0..R-1")
+    images = tl.where(valid, tl.maximum(images, 1.0), float("nan"))
+    present = tl.where(valid, tl.maximum(present, 1.0), float("nan"))
+    tl.store(I2T, loss / images)
+    tl.store(T2I, t2i / present)
+    tl.store(COUNTS, images)
+    tl.store(COUNTS + 1, present)
+
+
+# --- kernels -----------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["B"])
+def forward_kernel(
+    X,  # (B, D) features, rows x_stride apart
+    P,  # (R, D) prototypes, same dtype or another
+    Y,  # (B,) labels, any integer dtype
+    S,  # () scale, any float dtype
+    COSINES,  # (B, cosine_stride) fp32 out, columns R.. unspecified; written if SAVE
+    ROWS,  # (2, B) fp32 out: lse_i, 1/|x_i|
+    COLUMNS,  # (4, RPAD) fp32 out: lse_c (inf where c not in V), hi_c - lo_c, lo_c, 1/|p_c|
+    COUNTS,  # (2,) fp32 out: B, |V|, over all processes
+    I2T,  # () fp32 out
+    T2I,  # () fp32 out
+    PARTS,  # (programs + groups + 1, 6, RPAD) fp32 scratch, a part: column max, sum of exp(A - max),
+    #         sum of positives, count, sum (SMOOTH), [row loss, images]; programs first, then groups
+    COUNTERS,  # (1 + groups,) int32, zero before and after
+    B, R, x_stride, p_stride, cosine_stride,
+    D: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, RPAD: tl.constexpr, BK: tl.constexpr,
+    SMOOTH: tl.constexpr, SAVE: tl.constexpr, ALONE: tl.constexpr, FINISH: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Program i owns images i BM .. and all ranks. FINISH: the last one writes losses and COLUMNS."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    rows = program * BM + tl.arange(0, BM)
+    inside = rows < B
+    s = tl.load(S).to(tl.float32)
+    y = tl.load(Y + rows, mask=inside, other=-1)
+    y = tl.where((y >= 0) & (y < R), y, -1).to(tl.int32)  # anything else counts for no rank
+
+    m = tl.full([BM], float("-inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    own = tl.zeros([BM], tl.float32)
+    for c in range(0, RPAD, BR):
+        ranks = c + tl.arange(0, BR)
+        cosines, rx, rp = _cosines(
+            X, P, rows, ranks, B, R, x_stride, p_stride, D, BM, BR, BK, PRECISION, UPCAST
+        )
+        if SAVE:
+            at = COSINES + rows.to(tl.int64)[:, None] * cosine_stride + ranks[None, :]
+            tl.store(at, cosines, mask=inside[:, None] & (ranks < cosine_stride)[None, :])
+            tl.store(ROWS + B + rows, rx, mask=inside)
+        if program == 0:
+            tl.store(COLUMNS + 3 * RPAD + ranks, rp)
+        a = cosines * s
+        hit = y[:, None] == ranks[None, :]
+        positive = tl.where(hit, a, 0.0)
+        own += tl.sum(positive, 1)
+        by_row = tl.where((ranks < R)[None, :], a, float("-inf"))
+        new = tl.maximum(m, tl.max(by_row, 1))
+        l = l * tl.exp(m - new) + tl.sum(tl.exp(by_row - new[:, None]), 1)
+        m = new
+        by_column = tl.where(inside[:, None], a, float("-inf"))
+        top = tl.max(by_column, 0)
+        _store_part(
+            PARTS, program, ranks, top, tl.sum(tl.exp(by_column - top[None, :]), 0),
+            tl.sum(positive, 0), tl.sum(hit.to(tl.float32), 0), tl.sum(a, 0), RPAD, SMOOTH,
+        )  # fmt: skip
+    lse = m + tl.log(l)
+    if SAVE:
+        tl.store(ROWS + rows, lse, mask=inside)
+    at = PARTS + program.to(tl.int64) * (6 * RPAD) + 5 * RPAD
+    tl.store(at, tl.sum(tl.where(inside, lse - own, 0.0)))
+    tl.store(at + 1, tl.sum(inside.to(tl.float32)))
+
+    groups = tl.cdiv(programs, GROUP)
+    group = program // GROUP
+    first = group * GROUP
+    count = tl.minimum(GROUP, programs - first)
+    if ALONE:
+        tl.debug_barrier()
+        last = program == 0
+    else:
+        last = _arrive(COUNTERS + 1 + group) == count - 1
+        if last:
+            tl.store(COUNTERS + 1 + group, 0)
+            if groups > 1:
+                _merge(PARTS, first, count, programs + group, RPAD, BR, SMOOTH)
+                last = _arrive(COUNTERS) == groups - 1
+                first, count = programs, groups
+                if last:
+                    tl.store(COUNTERS, 0)
+    if last:
+        if FINISH:
+            _finish(PARTS, COLUMNS, COUNTS, I2T, T2I, first, count, R, RPAD, BR, SMOOTH)
+        else:
+            _merge(PARTS, first, count, programs + groups, RPAD, BR, SMOOTH)
+
+
+@triton.jit(do_not_specialize=["count"])
+def finish_kernel(
+    PARTS,  # (count, 6, RPAD) fp32, one part of each process, see forward_kernel
+    COLUMNS,  # (4, RPAD) fp32 out, row 3 excepted
+    COUNTS,  # (2,) fp32 out
+    I2T,  # () fp32 out
+    T2I,  # () fp32 out
+    count, R, RPAD: tl.constexpr, BR: tl.constexpr, SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """The end of forward_kernel, after the parts of all processes were gathered. One program."""
+    _finish(PARTS, COLUMNS, COUNTS, I2T, T2I, 0, count, R, RPAD, BR, SMOOTH)
+
+
+@triton.jit(do_not_specialize=["B", "tiles"])
+def backward_kernel(
+    X,  # (B, D)
+    P,  # (R, D)
+    Y,  # (B,)
+    S,  # ()
+    COSINES,  # (B, cosine_stride) fp32
+    ROWS,  # (2, B) fp32: lse_i, 1/|x_i|
+    COLUMNS,  # (4, RPAD) fp32, see forward_kernel
+    COUNTS,  # (2,) fp32: B, |V|
+    G_I2T,  # () fp32 gradient of i2t, read if HAS_I2T
+    G_T2I,  # () fp32 gradient of t2i, read if HAS_T2I
+    DX,  # (B, D) out, dtype of X
+    DP,  # (R, D) out, dtype of P
+    DS,  # () out, dtype of S
+    PARTS,  # (chunks, RPAD D + 16) fp32 scratch: dP, then ds, of each chunk of images
+    COUNTERS,  # (programs in axes 0 and 2,) int32, zero before and after
+    B, R, x_stride, p_stride, cosine_stride, tiles,
+    D: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, RPAD: tl.constexpr, BD: tl.constexpr,
+    WIDTH: tl.constexpr, NEED_X: tl.constexpr, NEED_P: tl.constexpr, NEED_S: tl.constexpr,
+    HAS_I2T: tl.constexpr, HAS_T2I: tl.constexpr, SMOOTH: tl.constexpr, ALONE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Program (j, i, k): dimensions j BD .., `tiles` tiles of BM images from i on, ranks k BR .. + WIDTH.
+
+    NEED_P holds dP in registers and so takes one tile of ranks, WIDTH = BR; dX alone sums over all.
+    """
+    chunk, chunks = tl.program_id(1), tl.num_programs(1)
+    first_rank = tl.program_id(2) * BR
+    columns = tl.program_id(0) * BD + tl.arange(0, BD)
+    s = tl.load(S).to(tl.float32)
+    images = tl.load(COUNTS)
+    per_rank = images / tl.load(COUNTS + 1)  # B / |V|
+    i2t, t2i = 0.0, 0.0
+    if HAS_I2T:
+        i2t = tl.load(G_I2T).to(tl.float32)
+    if HAS_T2I:
+        t2i = tl.load(G_T2I).to(tl.float32)
+    # G is scaled to |G| <= FP16_ROOM + 1 whatever the upstream gradients are, `back` undoes it
+    top = tl.maximum(tl.abs(i2t), tl.abs(t2i))
+    top = tl.where(top > 0, top, 1.0)
+    shrink = 1.0 / tl.maximum(per_rank / FP16_ROOM, 1.0)
+    by_row = i2t / top * shrink
+    by_column = t2i / top * shrink * per_rank
+    back = top / shrink / images
+
+    q = tl.zeros([BR], tl.float32)
+    dp = tl.zeros([BR, BD], tl.float32)
+    ds = 0.0
+    for t in range(0, tiles):
+        rows = (chunk * tiles + t) * BM + tl.arange(0, BM)
+        inside = rows < B
+        y = tl.load(Y + rows, mask=inside, other=-1).to(tl.int32)
+        lse_i = tl.load(ROWS + rows, mask=inside, other=0.0)
+        gap = tl.load(COLUMNS + RPAD + y, mask=(y >= 0) & (y < R), other=0.0)  # hi - lo
+        own = by_row + by_column * gap
+        rx = tl.load(ROWS + B + rows, mask=inside, other=0.0)
+        r = tl.zeros([BM], tl.float32)
+        dx = tl.zeros([BM, BD], tl.float32)
+        for c in range(0, WIDTH, BR):
+            ranks = first_rank + c + tl.arange(0, BR)
+            at = COSINES + rows.to(tl.int64)[:, None] * cosine_stride + ranks[None, :]
+            mask = inside[:, None] & (ranks < cosine_stride)[None, :]
+            cosines = tl.load(at, mask=mask, other=0.0)
+            lse_c = tl.load(COLUMNS + ranks)
+            g = by_row * tl.exp(cosines * s - lse_i[:, None])
+            g += by_column * tl.exp(cosines * s - lse_c[None, :])
+            if SMOOTH:
+                g -= (by_column * tl.load(COLUMNS + 2 * RPAD + ranks))[None, :]
+            g -= tl.where(y[:, None] == ranks[None, :], own[:, None], 0.0)
+            g = tl.where(inside[:, None] & (ranks < R)[None, :], g, 0.0)
+            r += tl.sum(g * cosines, 1)
+            narrow = _operand(g, X, UPCAST)
+            if NEED_X:
+                p = _load(P, ranks, columns, R, p_stride, D, D % BD == 0).to(tl.float32)
+                p *= tl.load(COLUMNS + 3 * RPAD + ranks)[:, None]
+                dx = _dot(narrow, _operand(p, X, UPCAST), dx, PRECISION, UPCAST)
+            if NEED_P:
+                q += tl.sum(g * cosines, 0)
+                x = _load(X, rows, columns, B, x_stride, D, D % BD == 0).to(tl.float32) * rx[:, None]
+                dp = _dot(tl.trans(narrow), _operand(x, X, UPCAST), dp, PRECISION, UPCAST)
+        ds += tl.sum(r)
+        if NEED_X:
+            x = _load(X, rows, columns, B, x_stride, D, D % BD == 0).to(tl.float32) * rx[:, None]
+            dx = (dx - r[:, None] * x) * (rx * (s * back))[:, None]
+            at = DX + rows.to(tl.int64)[:, None] * D + columns[None, :]
+            tl.store(at, dx.to(DX.dtype.element_ty), mask=inside[:, None] & (columns < D)[None, :])
+
+    if NEED_P:
+        ranks = first_rank + tl.arange(0, BR)
+        rp = tl.load(COLUMNS + 3 * RPAD + ranks)
+        p = _load(P, ranks, columns, R, p_stride, D, D % BD == 0).to(tl.float32) * rp[:, None]
+        dp = (dp - q[:, None] * p) * (rp * (s * back))[:, None]
+        at_dp = ranks[:, None] * D + columns[None, :]
+        inside_dp = (ranks < R)[:, None] & (columns < D)[None, :]
+    ds *= back
+    last = chunk == 0
+    if not ALONE:
+        at = PARTS + chunk * (RPAD * D + 16)
+        if NEED_P:
+            tl.store(at + at_dp, dp, mask=inside_dp)
+        if NEED_S:  # the same in all programs of a chunk but for rounding: that of program 0 counts
+            tl.store(at + RPAD * D, ds, mask=tl.program_id(0) == 0)
+        counter = COUNTERS + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        last = _arrive(counter) == chunks - 1
+        if last:
+            tl.store(counter, 0)
+            dp = tl.zeros([BR, BD], tl.float32)
+            ds = 0.0
+            for i in tl.range(0, chunks, loop_unroll_factor=4):
+                at = PARTS + i * (RPAD * D + 16)
+                if NEED_P:
+                    dp += tl.load(at + at_dp, mask=inside_dp, other=0.0, cache_modifier=".cg")
+                if NEED_S:
+                    ds += tl.load(at + RPAD * D, tl.program_id(0) == 0, 0.0, cache_modifier=".cg")
+    if last:
+        if NEED_P:
+            tl.store(DP + at_dp, dp.to(DP.dtype.element_ty), mask=inside_dp)
+        if NEED_S:
+            tl.store(DS, ds.to(DS.dtype.element_ty), mask=tl.program_id(0) == 0)
+
+
+@triton.jit(do_not_specialize=["B"])
+def match_kernel(
+    X,  # (B, D)
+    P,  # (R, D)
+    S,  # ()
+    PROBS,  # (B, R) fp32 out
+    EXPECTED,  # (B,) fp32 out
+    ARGMAX,  # (B,) int64 out
+    B, R, x_stride, p_stride,
+    D: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, RPAD: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Program i owns images i BM .. and all ranks; logits wait in PROBS until their sum is known."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    s = tl.load(S).to(tl.float32)
+    m = tl.full([BM], float("-inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    mean = tl.zeros([BM], tl.float32)
+    best = tl.zeros([BM], tl.int32)
+    at = PROBS + rows.to(tl.int64)[:, None] * R
+    for c in range(0, RPAD, BR):
+        ranks = c + tl.arange(0, BR)
+        cosines, _, _ = _cosines(
+            X, P, rows, ranks, B, R, x_stride, p_stride, D, BM, BR, BK, PRECISION, UPCAST
+        )
+        a = tl.where((ranks < R)[None, :], cosines * s, float("-inf"))
+        tl.store(at + ranks[None, :], a, mask=(rows < B)[:, None] & (ranks < R)[None, :])
+        top = tl.max(a, 1)
+        best = tl.where(top > m, c + tl.argmax(a, 1), best)
+        new = tl.maximum(m, top)
+        e = tl.exp(a - new[:, None])
+        l = l * tl.exp(m - new) + tl.sum(e, 1)
+        mean = mean * tl.exp(m - new) + tl.sum(e * ranks.to(tl.float32)[None, :], 1)
+        m = new
+    tl.store(EXPECTED + rows, mean / l, mask=rows < B)
+    tl.store(ARGMAX + rows, best.to(tl.int64), mask=rows < B)
+    tl.debug_barrier()
+    for c in range(0, RPAD, BR):
+        ranks = c + tl.arange(0, BR)
+        mask = (rows < B)[:, None] & (ranks < R)[None, :]
+        a = tl.load(at + ranks[None, :], mask=mask, other=0.0)
+        tl.store(at + ranks[None, :], tl.exp(a - m[:, None]) / l[:, None], mask=mask)
+
+
+# --- launchers ---------------------------------------------------------------------------------------
+
+INTERPRET = not isinstance(forward_kernel, triton.JITFunction)
+PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+PROGRAMS = 128  # backward programs to aim for: one takes most registers of a multiprocessor
+MOST_CHUNKS = 32  # of images, whose dP and ds the last program adds up one by one
+_counters = {}  # (device, stream) -> int32 zeros
+_groups = {}  # name -> process group: an operator takes strings, not groups
+
+
+def forward_config(B, R, D, kind, hopper):
+    """(BM, BR, BK, num_warps, num_stages) of forward_kernel and match_kernel; kind: see _kind."""
+    BR = 64 if R <= 64 else 128
+    warps = BR // 16
+    if kind != "half":
+        return 32, BR, 16, warps, 2
+    if B <= 2048 or D % 64:  # many small programs; rows that cannot be copied 16 bytes at a time
+        return 16, BR, 64, 8, 3
+    if R <= 128:
+        return 64, BR, 64, warps, 3
+    return (64, 128, 32, 8, 3) if hopper else (64, 64, 64, 8, 3)
+
+
+def backward_config(B, R, D, kind, hopper):
+    """(BM, BR, BD, num_warps, num_stages) of backward_kernel."""
+    BR = 64 if R <= 64 else 128
+    if kind == "tf32x3" and R > 64:
+        return 16, 64, 32, 8, 1
+    if kind != "half":
+        return 32 if kind == "tf32" else 16, BR, 16, 8, 1
+    BM = 32 if B <= 2048 else 64
+    return (BM, BR, 64, 8, 1) if hopper else (BM, BR, 32, 8, 2)
+
+
+@functools.cache
+def _hopper(device):
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _launch(kernel, grid, *args, warps, stages, **constants):
+    """`debug` keeps device_assert: labels are checked by the kernel itself, at no launch."""
+    kernel[grid](
+        *args, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True, debug=True,
+        sanitize_overflow=False,
+    )  # fmt: skip
+
+
+def _dots(x, p):
+    """How to multiply: fp32 follows torch.set_float32_matmul_precision, mixed dtypes meet in fp32."""
+    upcast = x.dtype != p.dtype or (INTERPRET and x.dtype == torch.bfloat16)
+    return dict(PRECISION=PRECISIONS[torch.get_float32_matmul_precision()], UPCAST=upcast)
+
+
+def _kind(x, p):
+    """What limits the tiles: "half", or the fp32 precision, whose operands take more registers."""
+    half = x.dtype == p.dtype != torch.float32
+    return "half" if half else PRECISIONS[torch.get_float32_matmul_precision()]
+
+
+def _rows(x):
+    """Rows may be any distance apart, their elements not."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _zeros(device, count, shared):
+    """int32 counters, zero before and after each kernel. Launches on one stream take turns and share
+    a buffer. A graph may be replayed beside others and keeps its own, and so does compiled code, which
+    torch.compile(mode="reduce-overhead") runs once in a memory pool where nothing may stay behind."""
+    cuda = device.type == "cuda"
+    if not shared or (cuda and torch.cuda.is_current_stream_capturing()):
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream if cuda else 0
+    counters = _counters.get((device, stream))
+    if counters is None or len(counters) < count:
+        size = max(1024, triton.next_power_of_2(count))
+        _counters[device, stream] = counters = torch.zeros(size, dtype=torch.int32, device=device)
+    return counters
+
+
+def _on(x):
+    """Triton launches on the current device, PyTorch operators where their tensors are."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _padded(R):
+    """RPAD: R rounded up to whole tiles of any configuration."""
+    return 64 if R <= 64 else triton.cdiv(R, 128) * 128
+
+
+def _sizes(x, p, config):
+    """B, R, D, the configuration and RPAD, R rounded up to whole tiles."""
+    B, D, R = len(x), x.shape[1], int(p.shape[0])
+    BM, BR, depth, warps, stages = config(B, R, D, _kind(x, p), _hopper(x.device))
+    return B, R, D, BM, BR, _padded(R), depth, dict(warps=warps, stages=stages)
+
+
+def _saved(x, R, RPAD, save):
+    """COSINES, ROWS, COLUMNS, COUNTS, I2T, T2I, not filled in."""
+    B, empty = len(x) if save else 0, dict(dtype=torch.float32, device=x.device)
+    shapes = ((B, triton.cdiv(R, 16) * 16), (2, B), (4, RPAD), (2,), (), ())
+    return tuple(torch.empty(shape, **empty) for shape in shapes)
+
+
+def forward(x, p, y, s, smooth, save, shared, group):
+    """(cosines, rows, columns, counts, i2t, t2i), see forward_kernel; group: a key of _groups or ""."""
+    x, p, y = _rows(x), _rows(p), y.contiguous()
+    B, R, D, BM, BR, RPAD, BK, options = _sizes(x, p, forward_config)
+    saved = cosines, rows, columns, counts, i2t, t2i = _saved(x, R, RPAD, save)
+    programs = triton.cdiv(B, BM)
+    groups = triton.cdiv(programs, GROUP.value)
+    parts = torch.empty(programs + groups + 1, 6, RPAD, dtype=torch.float32, device=x.device)
+    tiles = dict(RPAD=RPAD, BR=BR, SMOOTH=smooth)
+    alone = programs == 1
+    with _on(x):
+        if B:
+            _launch(
+                forward_kernel, (programs,), x, p, y, s, *saved, parts,
+                parts if alone else _zeros(x.device, 1 + groups, shared),
+                B, R, x.stride(0), p.stride(0), cosines.stride(0), D=D, BM=BM, BK=BK, SAVE=save,
+                ALONE=alone, FINISH=not group, **tiles, **_dots(x, p), **options,
+            )  # fmt: skip
+        else:  # the part of no images
+            parts.zero_()[:, 0] = float("-inf")
+            columns.zero_()
+        if group:
+            parts = _gather(parts[-1], _groups[group])
+        if group or not B:
+            outputs = columns, counts, i2t, t2i
+            _launch(finish_kernel, (1,), parts, *outputs, len(parts), R, **tiles, **options)
+    return saved
+
+
+def _gather(part, group):
+    """(6, RPAD) of this process -> (processes, 6, RPAD), the only communication there is."""
+    parts = part.new_empty(dist.get_world_size(group), *part.shape)
+    dist.all_gather_into_tensor(parts.view(-1), part.view(-1), group=group)
+    return parts
+
+
+def backward(g_i2t, g_t2i, x, p, y, s, cosines, rows, columns, counts, smooth, shared,
+             need_x, need_p, need_s):  # fmt: skip
+    """(dx, dp, ds), see backward_kernel; empty where not needed."""
+    x, p, y = _rows(x), _rows(p), y.contiguous()
+    B, R, D, BM, BR, RPAD, BD, options = _sizes(x, p, backward_config)
+    needs = (x, need_x), (p, need_p), (s, need_s)
+    dx, dp, ds = (t.new_empty(t.shape if need else 0) for t, need in needs)
+    if not B:
+        return dx, dp.zero_(), ds.zero_()
+
+    def launch(need_x, need_p, need_s):
+        slices = triton.cdiv(D, BD) if need_x or need_p else 1
+        rank_tiles = RPAD // BR if need_p else 1
+        tiles = triton.cdiv(B, BM)
+        chunks = min(triton.cdiv(tiles, 4), PROGRAMS // (slices * rank_tiles), MOST_CHUNKS)
+        if not (need_p or need_s):
+            chunks = tiles  # nothing to add up
+        elif B <= 512:
+            chunks = 1
+        tiles = triton.cdiv(tiles, max(chunks, 1))  # of each chunk
+        chunks = triton.cdiv(triton.cdiv(B, BM), tiles)
+        alone = chunks == 1 or not (need_p or need_s)
+        parts = s.new_empty(0 if alone else chunks * (RPAD * D + 16), dtype=torch.float32)
+        counters = parts if alone else _zeros(x.device, slices * rank_tiles, shared)
+        _launch(
+            backward_kernel, (slices, chunks, rank_tiles), x, p, y, s, cosines, rows, columns, counts,
+            g_i2t, g_t2i, dx, dp, ds, parts, counters, B, R, x.stride(0), p.stride(0),
+            cosines.stride(0), tiles, D=D, BM=BM, BR=BR, RPAD=RPAD, BD=BD, WIDTH=BR if need_p else RPAD,
+            NEED_X=need_x, NEED_P=need_p, NEED_S=need_s, HAS_I2T=g_i2t is not None,
+            HAS_T2I=g_t2i is not None, SMOOTH=smooth, ALONE=alone, **_dots(x, p), **options,
+        )  # fmt: skip
+
+    with _on(x):
+        if RPAD == BR or not need_p:
+            launch(need_x, need_p, need_s)
+        else:
+            if need_x or need_s:
+                launch(need_x, False, need_s)
+            launch(False, True, False)
+    return dx, dp, ds
+
+
+def probabilities(x, p, s):
+    """(probs, expected, argmax), see match_kernel."""
+    x, p = _rows(x), _rows(p)
+    B, R, D, BM, BR, RPAD, BK, options = _sizes(x, p, forward_config)
+    out = _answers(x, p)
+    if B:
+        with _on(x):
+            _launch(
+                match_kernel, (triton.cdiv(B, BM),), x, p, s, *out, B, R, x.stride(0), p.stride(0),
+                D=D, BM=BM, BR=BR, RPAD=RPAD, BK=BK, **_dots(x, p), **options,
+            )  # fmt: skip
+    return out
+
+
+def _answers(x, p):
+    B, R = len(x), len(p)
+    floats = dict(dtype=torch.float32, device=x.device)
+    argmax = torch.empty(B, dtype=torch.int64, device=x.device)
+    return torch.empty(B, R, **floats), torch.empty(B, **floats), argmax
+
+
+# --- operators for autograd and torch.compile --------------------------------------------------------
+
+_LIBRARY = torch.library.Library("ordinalclip", "FRAGMENT")
+
+
+def _operator(signature, implementation, fake):
+    """Opaque to torch.compile, which sees shapes only, so counters and scratch stay out of its plans."""
+    _LIBRARY.define(signature)
+    name = signature.split("(")[0]
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ordinalclip::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.ordinalclip, name).default
+
+
+def _forward_fake(x, p, y, s, smooth, save, shared, group):
+    R = int(p.shape[0])
+    return _saved(x, R, _padded(R), save)
+
+
+def _backward_fake(g_i2t, g_t2i, x, p, y, s, cosines, rows, columns, counts, smooth, shared, *needs):
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip((x, p, s), needs))
+
+
+_forward = _operator(
+    "matching_forward(Tensor x, Tensor p, Tensor y, Tensor s, bool smooth, bool save,"
+    " bool shared, str group)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    forward,
+    _forward_fake,
+)
+_backward = _operator(
+    "matching_backward(Tensor? g_i2t, Tensor? g_t2i, Tensor x, Tensor p, Tensor y, Tensor s,"
+    " Tensor cosines, Tensor rows, Tensor columns, Tensor counts, bool smooth,"
+    " bool shared, bool need_x, bool need_p, bool need_s)"
+    " -> (Tensor, Tensor, Tensor)",
+    backward,
+    _backward_fake,
+)
+_match = _operator(
+    "matching_probabilities(Tensor x, Tensor p, Tensor s) -> (Tensor, Tensor, Tensor)",
+    probabilities,
+    lambda x, p, s: _answers(x, p),
+)
+
+
+def _save(ctx, inputs, output):
+    x, p, y, s, ctx.smooth, _, ctx.shared, _ = inputs
+    ctx.save_for_backward(x, p, y, s, *output[:4])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, _cosines, _rows, _columns, _counts, g_i2t, g_t2i):
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    if g_i2t is None and g_t2i is None:
+        return (None,) * 8
+    grads = _backward(g_i2t, g_t2i, *ctx.saved_tensors, ctx.smooth, ctx.shared, *needs)
+    dx, dp, ds = (grad if need else None for grad, need in zip(grads, needs))
+    return dx, dp, None, ds, None, None, None, None
+
+
+def _none(ctx, *grads):
+    raise RuntimeError("no such gradient with impl='triton'; use impl='torch'")
+
+
+for _name, _rule, _setup in [
+    ("matching_forward", _gradients, _save),
+    ("matching_backward", _none, None),  # no second derivatives
+    ("matching_probabilities", _none, None),
+]:
+    torch.library.register_autograd(
+        f"ordinalclip::{_name}", _rule, setup_context=_setup, lib=_LIBRARY
+    )
+
+
+def matching_loss(image_features, prototypes, labels, scale, *, target="normalized", group=None):
+    """As `reference.matching_loss`, fused; see there."""
+    save = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (image_features, prototypes, scale)
+    )
+    name = "" if group is None else group.group_name
+    if group is not None:
+        _groups[name] = group
+    flags = target == "softmax10", save, not torch.compiler.is_compiling(), name
+    *_, i2t, t2i = _forward(image_features, prototypes, labels, scale, *flags)
+    return i2t, t2i
+
+
+def match(image_features, prototypes, scale):
+    """As `reference.match`, fused and without gradients; see there."""
+    return _match(image_features, prototypes, scale)
