@@ -1,0 +1,433 @@
+"""OrdinalCLIP: ordinal regression as image-language matching (Li et al., NeurIPS 2022, arXiv 2206.02338).
+
+Ranks are prototypes: an image encoder, a source of one vector per rank, a temperature. What the paper
+compares differs in the source only:
+
+    RankPrompts(interp="linear" | "inverse")   frozen text tower over learned prompts     OrdinalCLIP
+    RankPrompts(interp="none")                 the same, one free embedding per rank      CoOp
+    LinearPrototypes                           a learned matrix                           classification
+    FixedPrototypes                            a stored matrix                            zero-shot, export
+
+Dims, here and in every module:
+
+    B images    R ranks             K base ranks     N context tokens    T tokens per rank
+    L tokens in use of a prompt     W text width     D joint dim
+    P tokens that the prompts of all ranks share in front, S = L - P tokens that each has for itself
+
+Contents: interpolation_weights, RankPrompts, encode_prompts, LinearPrototypes, FixedPrototypes, OrdinalCLIP,
+ordinality. The losses are in `kernels/reference.py`.
+
+Differs from the official code (xk-huang/OrdinalCLIP@ca10a20), with equal prototypes:
+- prompts are encoded up to [EOT] instead of to 77 tokens, and what all of them begin with is encoded once
+  (ordinalclip/models/ordinalclip.py#L52-L54 encodes R x 77 tokens at every step and every test batch);
+- with K < R, `rank_tokens` names all R ranks (official: rank_prompt_learner.py#L58-L60 wants K names);
+- no "normal" interpolation: exp(-d^2) underflows to 0/0 for most ranks (rank_prompt_learner.py#L22);
+- logits, losses and the interpolation are float32 or better, whatever the precision of the towers.
+
+    >>> import torch
+    >>> from clip_model import tiny_clip
+    >>> clip = tiny_clip()
+    >>> prompts = RankPrompts(clip, num_ranks=30, context=4, interp="linear", num_base_ranks=3)
+    >>> model = OrdinalCLIP(clip.visual, prompts, clip.logit_scale)
+    >>> images, labels = torch.randn(8, 3, 64, 64), torch.randint(30, (8,))
+    >>> total, i2t, t2i = model.loss(images, labels)
+    >>> model.export().eval().predict(images)["expected"].shape
+    torch.Size([8])
+
+Copy-paste: needs the folder `kernels/`, torch>=2.4. The CLIP object may be ours, OpenAI's or open_clip's.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels import match, matching_loss, similarity, unit
+
+SOT, FULL_STOP, EOT = 49406, 269, 49407  # ids in CLIP's vocabulary
+POSITIONS = ("tail", "middle", "front")
+INTERPOLATIONS = ("linear", "inverse", "none")
+
+
+def interpolation_weights(num_ranks, num_base_ranks, kind):
+    """Weights (R, K) that make R rank embeddings out of K base embeddings; rows sum to 1.
+
+    Base ranks lie at b = linspace(0, R-1, K), a single one in the middle; d = |rank - b|; each row is
+    normalised after
+
+        "linear"    w = 1 - d / (R-1)       "inverse"   w = 1 / (d + 1e-5)
+
+    "linear" is not piecewise linear: with K > 2 every base contributes to every rank, and only
+    "inverse" (all but) reproduces a base embedding at its own position. Computed in float64, returned in
+    torch's default dtype. Source: paper Sec. 3.3; rank_prompt_learner.py#L19-L23, L86-L99.
+    Raises ValueError for an unknown kind, R < 2, K < 1 or K > R.
+    """
+    if num_ranks < 2:
+        raise ValueError(f"num_ranks={num_ranks}: an order needs at least 2 ranks")
+    if not 1 <= num_base_ranks <= num_ranks:
+        raise ValueError(
+            f"num_base_ranks={num_base_ranks}: expected 1 to num_ranks={num_ranks} base ranks"
+        )
+    ranks = torch.arange(num_ranks, dtype=torch.float64)
+    distance = (ranks[:, None] - _base_positions(num_ranks, num_base_ranks)).abs()  # (R, K)
+    if kind == "linear":
+        weights = 1 - distance / (num_ranks - 1)
+    elif kind == "inverse":
+        weights = 1 / (distance + 1e-5)
+    else:
+        raise ValueError(f"interpolation {kind!r}: expected 'linear' or 'inverse'")
+    return (weights / weights.sum(1, keepdim=True)).to(torch.get_default_dtype())
+
+
+class RankPrompts(nn.Module):
+    """Prompts `[SOT] context rank . [EOT]` through CLIP's frozen text tower: call -> prototypes (R, D).
+
+    Learned: `context_embeds` (N, W) or (R, N, W), `rank_embeds` (K, T, W); both float32, named as in the
+    official checkpoints. The text tower belongs to `clip`: it moves with this module (`.to`, `.half`) but is
+    not among its parameters nor in its state dict, and its parameters are set to need no gradient.
+
+    Args:
+        clip: ours, OpenAI's or open_clip's CLIP.
+        num_ranks: R >= 2.
+        context: token ids (N,) whose embeddings start the context, or an int N for N random ones.
+        rank_tokens: R sequences of token ids, the names of all ranks. With interpolation, the K base
+            embeddings start at the names nearest their positions, each pooled to `tokens_per_rank`;
+            with interp="none" every rank starts at its name, token by token. None starts at random.
+        interp: "linear", "inverse", or "none" for one free embedding per rank (CoOp).
+        num_base_ranks: K, with interpolation.
+        tokens_per_rank: T; names with interp="none" bring their own number.
+        rank_position: the rank after ("tail"), amid ("middle") or before ("front") the context.
+        rank_specific_context: a context of its own for each rank.
+
+    Raises ValueError for values that do not fit, and for prompts longer than the text tower reads.
+    Source: plain_prompt_learner.py#L72-L150, rank_prompt_learner.py#L48-L99.
+    """
+
+    def __init__(
+        self, clip, num_ranks, *, context, rank_tokens=None, interp="linear", num_base_ranks=3,
+        tokens_per_rank=1, rank_position="tail", rank_specific_context=False,
+    ):  # fmt: skip
+        super().__init__()
+        _check_choice("interp", interp, INTERPOLATIONS)
+        _check_choice("rank_position", rank_position, POSITIONS)
+        if tokens_per_rank < 1:
+            raise ValueError(f"tokens_per_rank={tokens_per_rank}: expected at least 1")
+        self._text = (_TextTower(clip).requires_grad_(False),)  # a tuple: not a submodule, see above
+        table = getattr(clip, "text", clip).token_embedding.weight.detach().float()  # (vocabulary, W)
+
+        context_embeds = _context_embeds(table, context)  # (N, W)
+        if rank_specific_context:
+            context_embeds = context_embeds.repeat(num_ranks, 1, 1)  # (R, N, W)
+        self.context_embeds = nn.Parameter(context_embeds)
+
+        free = interp == "none"
+        weights = torch.eye(num_ranks) if free else interpolation_weights(num_ranks, num_base_ranks, interp)
+        rank_embeds, lengths = _rank_embeds(table, weights.shape, rank_tokens, tokens_per_rank, free)
+        self.rank_embeds = nn.Parameter(rank_embeds)  # (K, T, W)
+
+        layout, eot = _prompt_layout(
+            context_embeds.shape[-2], lengths, rank_embeds.shape[1], rank_position, rank_specific_context
+        )  # (R, L), (R,)
+        limit = self._text[0].positional_embedding.shape[0]
+        if layout.shape[1] > limit:
+            raise ValueError(
+                f"a prompt of {layout.shape[1]} tokens, with [SOT], '.' and [EOT]; the text tower reads "
+                f"{limit}: shorten the context or the rank names"
+            )
+        constants = dict(
+            weights=weights.to(table.device),
+            specials=table[[SOT, FULL_STOP, EOT]],
+            layout=layout.to(table.device),
+            eot=eot.to(table.device),
+        )
+        for name, value in constants.items():
+            self.register_buffer(name, value, persistent=False)
+        self.num_shared = _common_prefix(layout)
+
+    def forward(self):
+        """Prototypes (R, D), not normalised."""
+        return encode_prompts(self._text[0], *self.prompt_embeds())
+
+    def prompt_embeds(self):
+        """What `encode_prompts` reads: shared (P, W), own (R, S, W), eot (R,)."""
+        ranks = torch.einsum("rk,ktw->rtw", self.weights, self.rank_embeds)  # (R, T, W)
+        pool = [self.specials, self.context_embeds.flatten(0, -2), ranks.flatten(0, 1)]
+        prompts = F.embedding(self.layout, torch.cat(pool))  # (R, L, W)
+        shared, own = prompts[0, : self.num_shared], prompts[:, self.num_shared :]
+        return shared, own, self.eot - self.num_shared
+
+    def _apply(self, fn, recurse=True):
+        self._text[0]._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+
+def encode_prompts(clip, shared, own, eot):
+    """Prompts that begin alike -> text features (R, D), exact in value and gradient.
+
+    The text tower is causal. So tokens after [EOT] never matter and are not encoded, and the keys and
+    values of the shared beginning are the same for every rank: they are computed once and read by all.
+    P + R S tokens are encoded instead of 77 R. A causal ranking: position P + s of rank r sees the P shared
+    tokens and the first s + 1 of its own.
+
+    Args:
+        clip: a CLIP model (ours, OpenAI's, open_clip's) whose text tower is used as it is.
+        shared: (P, W) token embeddings at the front of every prompt, no positions added; P >= 1.
+        own: (R, S, W) what follows, padded behind [EOT] with anything.
+        eot: (R,) position of [EOT] within `own`.
+
+    Raises ValueError where P + S exceeds the tower's context length or its blocks are not CLIP's.
+    """
+    text = clip if isinstance(clip, _TextTower) else _TextTower(clip)
+    (num_shared, width), (num_ranks, num_own, _) = shared.shape, own.shape
+    positions = text.positional_embedding
+    if num_shared + num_own > len(positions):
+        raise ValueError(f"prompts of {num_shared + num_own} tokens; the tower reads {len(positions)}")
+    own = own + positions[num_shared : num_shared + num_own]  # (R, S, W)
+    x = torch.cat([shared + positions[:num_shared], own.flatten(0, 1)])  # (P + R S, W)
+    x = x.to(text.transformer.resblocks[0].attn.in_proj_weight.dtype)
+    sees = torch.ones(num_own, num_shared + num_own, dtype=torch.bool, device=x.device).tril(num_shared)
+    for block in text.transformer.resblocks:
+        attended = _attend(block.attn, block.ln_1(x), num_shared, num_ranks, sees)
+        x = x + _layer_scale(block, "ls_1")(attended)
+        x = x + _layer_scale(block, "ls_2")(block.mlp(block.ln_2(x)))  # (P + R S, W)
+    rows = num_shared + torch.arange(num_ranks, device=x.device) * num_own + eot  # (R,)
+    return _project(text.ln_final(x[rows]), text.text_projection)  # (R, D)
+
+
+class LinearPrototypes(nn.Module):
+    """A learned (R, D) matrix: with it, OrdinalCLIP is the paper's classification baseline."""
+
+    def __init__(self, num_ranks, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_ranks, dim) * dim**-0.5)
+
+    def forward(self):
+        return self.weight
+
+
+class FixedPrototypes(nn.Module):
+    """A stored (R, D) tensor: zero-shot text features, or what training arrived at."""
+
+    def __init__(self, prototypes):
+        super().__init__()
+        if prototypes.dim() != 2:
+            raise ValueError(f"got prototypes {tuple(prototypes.shape)}; expected (R, D)")
+        self.register_buffer("prototypes", prototypes.detach().clone())
+
+    def forward(self):
+        return self.prototypes
+
+
+class OrdinalCLIP(nn.Module):
+    """Images against rank prototypes.
+
+    Args:
+        image_encoder: module (B, 3, H, W) -> (B, D), e.g. `clip.visual`.
+        prototypes: module whose call gives (R, D): RankPrompts, LinearPrototypes, FixedPrototypes.
+        logit_scale: log of the temperature's inverse, as CLIP stores it: number or tensor. Copied
+            and frozen; `model.logit_scale.requires_grad_()` makes it learn.
+    """
+
+    def __init__(self, image_encoder, prototypes, logit_scale):
+        super().__init__()
+        self.image_encoder = image_encoder
+        self.prototypes = prototypes
+        logit_scale = torch.as_tensor(logit_scale).detach().float().clone()
+        self.logit_scale = nn.Parameter(logit_scale, requires_grad=False)
+
+    def forward(self, images):
+        """Images (B, 3, H, W) -> logits (B, R) = exp(logit_scale) * cosine."""
+        return similarity(self.image_encoder(images), self.prototypes(), self.logit_scale.exp())
+
+    def loss(self, images, labels, *, target="normalized", impl="auto", group=None):
+        """Images (B, 3, H, W), rank indices (B,) -> (total, i2t, t2i), total = i2t + t2i (paper Eq. 4).
+
+        The keywords are `kernels.matching_loss`'s.
+        """
+        i2t, t2i = matching_loss(
+            self.image_encoder(images), self.prototypes(), labels, self.logit_scale.exp(),
+            target=target, impl=impl, group=group,
+        )  # fmt: skip
+        return i2t + t2i, i2t, t2i
+
+    @torch.no_grad()
+    def predict(self, images, *, impl="auto"):
+        """Images (B, 3, H, W) -> dict(rank=most probable (B,), expected rank (B,), probs (B, R)).
+
+        Of a model with RankPrompts, predict with `model.export()`: there the text tower has run once.
+        """
+        features, scale = self.image_encoder(images), self.logit_scale.exp()
+        probs, expected, rank = match(features, self.prototypes(), scale, impl=impl)
+        return dict(rank=rank, expected=expected, probs=probs)
+
+    @torch.no_grad()
+    def export(self):
+        """The same model with its prototypes computed once and stored; shares the image encoder."""
+        exported = OrdinalCLIP(self.image_encoder, FixedPrototypes(self.prototypes()), self.logit_scale)
+        return exported.train(self.training)
+
+
+def ordinality(prototypes, span=None, official=False):
+    """How far the prototypes (R, D) are in order: the share of comparisons, in [0, 1], in which
+    the nearer rank is the more similar one.
+
+    Rank i is compared with ranks j and j' = j + 1 on its right, and with j and j' = j - 1 on its left,
+    as long as |i - j'| <= span (default: all); in order means cos(i, j) > cos(i, j'). Its comparison with itself
+    is left out, so unordered prototypes score 1/2. `official=True` scores as the paper's figures do: right side
+    only, and j = i counts, which lifts unordered ones above 1/2. See `ordinality_chance`.
+    Source: paper Fig. 3; scripts/vis_ordinality.py#L70-L77 (there: ages 15 to 75 of MORPH's 101).
+    """
+    counted = _comparisons(len(prototypes), span, official, prototypes.device)  # (R, R-1)
+    cosine = unit(prototypes) @ unit(prototypes).T  # (R, R)
+    right = cosine[:, :-1] > cosine[:, 1:]  # (R, R-1): rank i against j, j + 1
+    if official:
+        return right[counted].double().mean().item()
+    left = cosine.flip(0, 1)  # (R, R): seen from the other end, left is right
+    left = left[:, :-1] > left[:, 1:]
+    return torch.cat([right[counted], left[counted]]).double().mean().item()
+
+
+def ordinality_chance(num_ranks, span=None, official=False):
+    """The score that unordered (exchangeable) prototypes are expected to get.
+
+    1/2; for the official score more, since the comparison of a rank with itself is always won.
+    """
+    if not official:
+        return 0.5
+    counted = _comparisons(num_ranks, span, official)
+    trivial = counted.diagonal().sum().item()
+    return (trivial + 0.5 * (counted.sum().item() - trivial)) / counted.sum().item()
+
+
+# ------------------------------------------------------------------------------------ behind RankPrompts
+
+
+def _base_positions(num_ranks, num_base_ranks):
+    if num_base_ranks == 1:
+        return torch.tensor([(num_ranks - 1) / 2], dtype=torch.float64)
+    return torch.linspace(0, num_ranks - 1, num_base_ranks, dtype=torch.float64)  # (K,)
+
+
+def _context_embeds(table, context):
+    """Start of the context (N, W): embeddings of token ids (N,), or an int N of random ones."""
+    if isinstance(context, int):
+        if context < 0:
+            raise ValueError(f"context={context}: expected a number of tokens or their ids")
+        return torch.randn(context, table.shape[1], device=table.device) * 0.02
+    context = torch.as_tensor(context, device=table.device)
+    if context.dim() != 1 or context.is_floating_point():
+        raise ValueError(
+            f"context of shape {tuple(context.shape)}, {context.dtype}; expected token ids (N,) "
+            "without [SOT], [EOT] and padding: torch.tensor(tokenizer.encode(text))"
+        )
+    return _lookup(table, context)
+
+
+def _rank_embeds(table, shape, rank_tokens, tokens_per_rank, free):
+    """Start of the rank embeddings (K, T, W), and how many tokens each of the R ranks has."""
+    num_ranks, num_base_ranks = shape
+    if rank_tokens is None:
+        embeds = torch.randn(num_base_ranks, tokens_per_rank, table.shape[1], device=table.device) * 0.02
+        return embeds, [tokens_per_rank] * num_ranks
+    if len(rank_tokens) != num_ranks:
+        raise ValueError(f"rank_tokens holds {len(rank_tokens)} names; expected num_ranks={num_ranks}")
+    names = [_lookup(table, ids) for ids in rank_tokens]  # (tokens, W) each
+    if any(len(name) == 0 for name in names):
+        raise ValueError("rank_tokens holds a name without tokens; give every rank a word or number")
+    if free:
+        return nn.utils.rnn.pad_sequence(names, batch_first=True), [len(name) for name in names]
+    nearest = _base_positions(num_ranks, num_base_ranks).round().long().tolist()
+    pooled = [F.adaptive_avg_pool1d(names[i].T, tokens_per_rank).T for i in nearest]  # (T, W) each
+    return torch.stack(pooled), [tokens_per_rank] * num_ranks
+
+
+def _lookup(table, ids):
+    """Rows of the embedding table (V, W) for token ids (M,) -> (M, W)."""
+    ids = torch.as_tensor(ids, dtype=torch.long, device=table.device)
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(table):
+        raise ValueError(f"token ids {ids.tolist()}; expected 0 to {len(table) - 1}")
+    return F.embedding(ids, table)
+
+
+def _prompt_layout(num_context, lengths, max_length, position, rank_specific):
+    """Which embedding stands where: indices (R, L) into [SOT, ".", EOT, contexts.., ranks..]; eot (R,)."""
+    num_ranks = len(lengths)
+    before = {"tail": num_context, "middle": num_context // 2, "front": 0}[position]
+    first_rank = 3 + num_context * (num_ranks if rank_specific else 1)
+    prompts = []
+    for rank, length in enumerate(lengths):
+        start = 3 + num_context * rank * rank_specific
+        context = list(range(start, start + num_context))
+        start = first_rank + max_length * rank
+        name = list(range(start, start + length))
+        prompts.append(torch.tensor([0, *context[:before], *name, *context[before:], 1, 2]))
+    eot = torch.tensor([len(prompt) - 1 for prompt in prompts])
+    return nn.utils.rnn.pad_sequence(prompts, batch_first=True), eot
+
+
+def _common_prefix(layout):
+    """Number of leading columns in which all rows agree."""
+    return int((layout == layout[0]).all(0).long().cumprod(0).sum())
+
+
+def _check_choice(name, got, choices):
+    if got not in choices:
+        raise ValueError(f"{name}={got!r}: expected one of {', '.join(choices)}")
+
+
+# ----------------------------------------------------------------------------------- behind encode_prompts
+
+
+class _TextTower(nn.Module):
+    """The parts of a CLIP model that turn embeddings into text features. Not a copy of them."""
+
+    def __init__(self, clip):
+        super().__init__()
+        text = getattr(clip, "text", clip)  # open_clip's CustomTextCLIP keeps its text tower there
+        self.transformer = text.transformer
+        self.positional_embedding = text.positional_embedding
+        self.ln_final = text.ln_final
+        self.text_projection = text.text_projection
+        attention = self.transformer.resblocks[0].attn
+        if not hasattr(attention, "in_proj_weight"):
+            raise ValueError(
+                f"the text blocks of {type(clip).__name__} have {type(attention).__name__} for attention; "
+                "expected CLIP's, with in_proj_weight and out_proj as in nn.MultiheadAttention"
+            )
+
+
+def _attend(attn, x, num_shared, num_ranks, sees):
+    """Causal self-attention of P shared and R x S own tokens, all rows of x (P + R S, W)."""
+    qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)  # (P + R S, 3W)
+    qkv = qkv.unflatten(1, (3, attn.num_heads, -1)).permute(1, 2, 0, 3)  # (3, heads, P + R S, W/heads)
+    own = qkv[:, :, num_shared:].unflatten(2, (num_ranks, -1)).transpose(1, 2)  # (3, R, heads, S, W/heads)
+    shared = qkv[:, None, :, :num_shared]  # (3, 1, heads, P, W/heads)
+    seen = torch.cat([shared[1:].expand(-1, num_ranks, -1, -1, -1), own[1:]], 3)  # (2, R, heads, L, W/heads)
+    shared = F.scaled_dot_product_attention(*shared, is_causal=True)  # (1, heads, P, W/heads)
+    own = F.scaled_dot_product_attention(own[0], *seen, attn_mask=sees)  # (R, heads, S, W/heads)
+    rows = torch.cat([t.transpose(1, 2).flatten(2).flatten(0, 1) for t in (shared, own)])  # (P + R S, W)
+    return attn.out_proj(rows)
+
+
+def _layer_scale(block, name):
+    return getattr(block, name, nn.Identity())  # only some of open_clip's models have them
+
+
+def _project(x, projection):
+    if isinstance(projection, nn.Module):  # some of open_clip's models
+        return projection(x)
+    return x.to(projection.dtype) @ projection
+
+
+# --------------------------------------------------------------------------------------- behind ordinality
+
+
+def _comparisons(num_ranks, span, official, device=None):
+    """Which (i, j) count, (R, R-1) bool: j against j + 1, seen from i."""
+    span = num_ranks - 1 if span is None else span
+    if num_ranks < 3 or not 1 + (not official) <= span <= num_ranks - 1:
+        raise ValueError(
+            f"span={span} of {num_ranks} prototypes: expected {1 + (not official)} to R-1, and R >= 3"
+        )
+    i = torch.arange(num_ranks, device=device)[:, None]
+    j = torch.arange(num_ranks - 1, device=device)[None, :]
+    return (j >= i + (not official)) & (j + 1 - i <= span)

@@ -1,0 +1,452 @@
+"""pytest tests/test_ordinalclip.py -- interpolation, prompts, model and ordinality of ordinalclip.py."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ordinalclip
+from clip_model import tiny_clip
+from kernels import matching_loss
+from ordinalclip import (
+    FixedPrototypes,
+    LinearPrototypes,
+    OrdinalCLIP,
+    RankPrompts,
+    encode_prompts,
+    interpolation_weights,
+    ordinality,
+    ordinality_chance,
+)
+
+CONTEXT = torch.tensor([320, 1125, 539, 518, 3001])
+NAMES = [[1000 + i] if i % 3 else [1000 + i, 2000 + i] for i in range(7)]  # of one or two tokens
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return tiny_clip(embed_dim=48, width=128, layers=3)
+
+
+@pytest.fixture(scope="module")
+def clip64():
+    return tiny_clip(embed_dim=48, width=128, layers=3).double()
+
+
+# -------------------------------------------------------------------------------------------- interpolation
+
+
+def test_weights_are_those_of_the_paper():
+    linear, inverse = (interpolation_weights(101, 3, kind) for kind in ("linear", "inverse"))
+    for rank, row in {0: (2 / 3, 1 / 3, 0), 25: (3 / 7, 3 / 7, 1 / 7), 50: (1 / 4, 1 / 2, 1 / 4)}.items():
+        torch.testing.assert_close(linear[rank], torch.tensor(row), atol=1e-6, rtol=0)
+    torch.testing.assert_close(inverse[25], torch.tensor([3 / 7, 3 / 7, 1 / 7]), atol=1e-6, rtol=0)
+    for base, rank in enumerate((0, 50, 100)):
+        assert inverse[rank, base] > 1 - 1e-6  # passes through its base ranks
+    two = interpolation_weights(11, 2, "linear")
+    torch.testing.assert_close(two[:, 1], torch.arange(11) / 10)  # K = 2 is plain linear interpolation
+
+
+@pytest.mark.parametrize("kind", ["linear", "inverse"])
+def test_weights_are_finite_and_sum_to_one(kind):
+    for ranks in (2, 3, 5, 30, 101, 500):
+        for bases in {1, 2, 3, 4, 9, ranks - 1, ranks}:
+            if not 1 <= bases <= ranks:
+                continue
+            weights = interpolation_weights(ranks, bases, kind)
+            assert weights.shape == (ranks, bases) and weights.dtype == torch.float32
+            assert torch.isfinite(weights).all() and (weights >= 0).all()
+            torch.testing.assert_close(weights.double().sum(1), torch.ones(ranks).double(), atol=1e-6, rtol=0)
+            torch.testing.assert_close(weights, weights.flip(0, 1))  # no end is preferred
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ((1, 1, "linear"), "num_ranks=1: an order needs at least 2"),
+        ((5, 6, "linear"), "num_base_ranks=6: expected 1 to num_ranks=5"),
+        ((5, 0, "inverse"), "num_base_ranks=0: expected 1 to num_ranks=5"),
+        ((5, 3, "normal"), "'normal': expected 'linear' or 'inverse'"),
+    ],
+)
+def test_weights_refuse(args, message):
+    with pytest.raises(ValueError, match=message):
+        interpolation_weights(*args)
+
+
+# ------------------------------------------------------------------------------- prompts against 77 tokens
+
+
+def sentences(prompts, clip, position, lengths):
+    """The R x 77 embeddings, token by token as the official code lays them out."""
+    weights, table = prompts.weights, clip.token_embedding.weight.detach()
+    rows = []
+    for rank, length in enumerate(lengths):
+        context = prompts.context_embeds if prompts.context_embeds.dim() == 2 else prompts.context_embeds[rank]
+        name = sum(w * e for w, e in zip(weights[rank], prompts.rank_embeds))[:length]
+        cut = {"tail": len(context), "middle": len(context) // 2, "front": 0}[position]
+        parts = [table[49406][None], context[:cut], name, context[cut:], table[269][None], table[49407][None]]
+        words = torch.cat(parts)
+        rows.append(torch.cat([words, table[0].expand(77 - len(words), -1)]))
+    return torch.stack(rows), [len(prompts.context_embeds[0] if prompts.context_embeds.dim() == 3
+                                   else prompts.context_embeds) + length + 2 for length in lengths]
+
+
+def encode_77(clip, embeds, eot):
+    """CLIP's text tower over all 77 tokens, attention written out."""
+    x = embeds + clip.positional_embedding
+    mask = torch.full((77, 77), -math.inf, dtype=x.dtype).triu(1)
+    for block in clip.transformer.resblocks:
+        h = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
+        q, k, v = (t.reshape(len(x), 77, block.attn.num_heads, -1).transpose(1, 2) for t in h.chunk(3, -1))
+        scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5 + mask
+        x = x + block.attn.out_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(len(x), 77, -1))
+        x = x + block.mlp(block.ln_2(x))
+    return clip.ln_final(x)[torch.arange(len(x)), eot] @ clip.text_projection
+
+
+PROMPTS = [
+    dict(context=CONTEXT),
+    dict(context=CONTEXT, rank_position="middle", interp="inverse", num_base_ranks=4),
+    dict(context=6, rank_position="front", tokens_per_rank=2),
+    dict(context=CONTEXT, rank_tokens=NAMES, interp="none"),
+    dict(context=CONTEXT, rank_tokens=NAMES, interp="none", rank_position="middle"),
+    dict(context=CONTEXT, rank_tokens=NAMES, interp="none", rank_position="front"),
+    dict(context=CONTEXT, rank_specific_context=True),
+    dict(context=3, rank_specific_context=True, rank_position="middle", rank_tokens=NAMES, tokens_per_rank=3),
+    dict(context=0),
+]
+
+
+@pytest.mark.parametrize("options", PROMPTS, ids=str)
+def test_prototypes_and_gradients_equal_those_of_77_tokens(clip64, options):
+    torch.manual_seed(0)
+    prompts = RankPrompts(clip64, 7, **options).double()
+    free = options.get("interp") == "none"
+    lengths = [len(name) for name in NAMES] if free else [options.get("tokens_per_rank", 1)] * 7
+    embeds, eot = sentences(prompts, clip64, options.get("rank_position", "tail"), lengths)
+    expected = encode_77(clip64, embeds, eot)  # (R, D)
+    got = prompts()
+    assert got.shape == (7, 48)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+    weight = torch.randn(7, 48, dtype=torch.float64)
+    params = [prompts.context_embeds, prompts.rank_embeds]
+    wanted = torch.autograd.grad((expected * weight).sum(), params)
+    for name, a, b in zip(("context", "rank"), torch.autograd.grad((got * weight).sum(), params), wanted):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=name)
+        assert b.numel() == 0 or b.abs().max() > 0
+
+
+def test_shared_tokens_are_encoded_once(clip):
+    """R=101 with 10 context tokens: 11 + 101 * 3 rows go through the tower, not 101 * 77."""
+    prompts = RankPrompts(clip, 101, context=10)
+    rows = []
+    hook = clip.transformer.resblocks[1].mlp.register_forward_hook(lambda _, x, y: rows.append(x[0].shape))
+    prompts()
+    hook.remove()
+    assert rows == [(11 + 101 * 3, 128)]
+
+
+def test_padding_behind_eot_does_not_matter(clip):
+    torch.manual_seed(0)
+    shared, own, eot = torch.randn(4, 128), torch.randn(3, 5, 128), torch.tensor([1, 4, 2])
+    other = own.clone()
+    other[0, 2:], other[2, 3:] = 9.0, -9.0
+    torch.testing.assert_close(encode_prompts(clip, shared, own, eot), encode_prompts(clip, shared, other, eot))
+
+
+def test_encode_prompts_refuses_what_the_tower_cannot_read(clip):
+    with pytest.raises(ValueError, match="prompts of 80 tokens; the tower reads 77"):
+        encode_prompts(clip, torch.zeros(70, 128), torch.zeros(2, 10, 128), torch.tensor([9, 9]))
+
+
+# ---------------------------------------------------------------------------- other packages' CLIP objects
+
+
+class OpenAIBlock(nn.Module):
+    """A text block with the modules of OpenAI's and open_clip's: nn.MultiheadAttention."""
+
+    def __init__(self, block, layer_scale):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(128, 2)
+        own = {k: v for k, v in block.attn.state_dict().items()}
+        self.attn.load_state_dict(own)
+        self.ln_1, self.ln_2, self.mlp = block.ln_1, block.ln_2, block.mlp
+        if layer_scale:
+            self.ls_1, self.ls_2 = nn.Identity(), nn.Identity()
+
+
+def other_clip(clip, layer_scale=False, linear_projection=False):
+    other = nn.Module()
+    other.transformer = nn.Module()
+    blocks = [OpenAIBlock(block, layer_scale) for block in clip.transformer.resblocks]
+    other.transformer.resblocks = nn.Sequential(*blocks)
+    other.token_embedding, other.ln_final = clip.token_embedding, clip.ln_final
+    other.positional_embedding = clip.positional_embedding
+    if not linear_projection:
+        other.text_projection = clip.text_projection
+    else:
+        other.text_projection = nn.Linear(128, 48, bias=False)
+        other.text_projection.weight.data.copy_(clip.text_projection.T)
+    return other
+
+
+def test_openai_and_open_clip_objects_give_the_same_prototypes(clip):
+    torch.manual_seed(0)
+    prompts = RankPrompts(clip, 5, context=CONTEXT)
+    wrapped = nn.Module()  # open_clip's CustomTextCLIP
+    wrapped.text = other_clip(clip, layer_scale=True, linear_projection=True)
+    for other in (other_clip(clip), wrapped):
+        theirs = RankPrompts(other, 5, context=CONTEXT)
+        theirs.load_state_dict(prompts.state_dict())
+        torch.testing.assert_close(theirs(), prompts(), rtol=1e-5, atol=1e-5)
+
+
+def test_layer_scale_is_applied(clip):
+    other = other_clip(clip, layer_scale=True)
+    prompts = RankPrompts(other, 5, context=CONTEXT)
+    before = prompts()
+    for block in other.transformer.resblocks:
+        block.ls_2 = nn.Dropout(1.0)  # scales by zero in training mode
+    assert (prompts() - before).abs().max() > 1e-3
+
+
+def test_a_tower_that_is_not_clips_is_refused(clip):
+    other = other_clip(clip)
+    other.transformer.resblocks[0].attn = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="have Linear for attention; expected CLIP's"):
+        RankPrompts(other, 5, context=CONTEXT)
+
+
+# ------------------------------------------------------------------------------------------ RankPrompts
+
+
+def test_only_context_and_ranks_train(clip):
+    clip = copy.deepcopy(clip).requires_grad_(True)
+    prompts = RankPrompts(clip, 9, context=CONTEXT)
+    assert set(prompts.state_dict()) == {"context_embeds", "rank_embeds"}
+    assert {name for name, _ in prompts.named_parameters()} == {"context_embeds", "rank_embeds"}
+    prompts.train().requires_grad_(True)()[:, 0].sum().backward()
+    text = [p for name, p in clip.named_parameters() if name.split(".")[0] in
+            ("transformer", "positional_embedding", "ln_final", "text_projection")]
+    assert len(text) > 30 and all(p.grad is None and not p.requires_grad for p in text)
+    assert all(p.grad.abs().sum() > 0 for p in prompts.parameters())
+    assert all(p.requires_grad for p in clip.visual.parameters())  # the image tower is left alone
+
+
+def test_the_text_tower_moves_with_the_prompts(clip):
+    clip = copy.deepcopy(clip)
+    prompts = RankPrompts(clip, 9, context=CONTEXT)
+    before = prompts()
+    prompts.double()
+    assert clip.text_projection.dtype == torch.float64 and prompts().dtype == torch.float64
+    torch.testing.assert_close(prompts().float(), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_half_precision_tower_is_used_as_it_is(clip):
+    half = copy.deepcopy(clip).bfloat16()
+    torch.manual_seed(0)
+    prompts = RankPrompts(half, 9, context=CONTEXT)
+    assert prompts.rank_embeds.dtype == torch.float32 and prompts().dtype == torch.bfloat16
+    torch.manual_seed(0)
+    cosine = F.cosine_similarity(prompts().float(), RankPrompts(clip, 9, context=CONTEXT)())
+    assert (cosine > 0.995).all()
+
+
+def test_base_ranks_start_at_the_names_nearest_their_positions(clip):
+    table = clip.token_embedding.weight
+    names = [[500 + i] for i in range(101)]
+    prompts = RankPrompts(clip, 101, context=CONTEXT, rank_tokens=names, num_base_ranks=3)
+    torch.testing.assert_close(prompts.rank_embeds[:, 0], table[[500, 550, 600]])
+    prompts = RankPrompts(clip, 7, context=CONTEXT, rank_tokens=NAMES, num_base_ranks=2)
+    torch.testing.assert_close(prompts.rank_embeds[0, 0], table[[1000, 2000]].mean(0))  # a name of two tokens
+    prompts = RankPrompts(clip, 7, context=CONTEXT, rank_tokens=NAMES, num_base_ranks=2, tokens_per_rank=2)
+    torch.testing.assert_close(prompts.rank_embeds[0], table[[1000, 2000]])
+
+
+def test_free_ranks_start_at_their_names_and_the_context_at_its_words(clip):
+    table = clip.token_embedding.weight
+    prompts = RankPrompts(clip, 7, context=CONTEXT, rank_tokens=NAMES, interp="none")
+    assert prompts.rank_embeds.shape == (7, 2, 128)
+    torch.testing.assert_close(prompts.rank_embeds[3], table[[1003, 2003]])
+    torch.testing.assert_close(prompts.rank_embeds[1, 0], table[1001])
+    torch.testing.assert_close(prompts.context_embeds, table[CONTEXT])
+    own = RankPrompts(clip, 7, context=CONTEXT, rank_specific_context=True)
+    torch.testing.assert_close(own.context_embeds[4], table[CONTEXT])
+
+
+def test_untrained_coop_is_zero_shot(clip):
+    """With free ranks at their names, the prototypes are the text features of the written-out prompts."""
+    prompts = RankPrompts(clip, 7, context=CONTEXT, rank_tokens=NAMES, interp="none")
+    tokens = torch.zeros(7, 77, dtype=torch.long)
+    for row, name in zip(tokens, NAMES):
+        ids = [49406, *CONTEXT.tolist(), *name, 269, 49407]
+        row[: len(ids)] = torch.tensor(ids)
+    torch.testing.assert_close(prompts(), clip.encode_text(tokens), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(interp="cubic"), "interp='cubic': expected one of linear, inverse, none"),
+        (dict(rank_position="end"), "rank_position='end': expected one of tail, middle, front"),
+        (dict(tokens_per_rank=0), "tokens_per_rank=0: expected at least 1"),
+        (dict(num_base_ranks=8), "num_base_ranks=8: expected 1 to num_ranks=7"),
+        (dict(rank_tokens=NAMES[:3]), "rank_tokens holds 3 names; expected num_ranks=7"),
+        (dict(rank_tokens=NAMES[:6] + [[]]), "a name without tokens"),
+        (dict(rank_tokens=NAMES[:6] + [[49408]]), r"token ids \[49408\]; expected 0 to 49407"),
+        (dict(context=75), "a prompt of 79 tokens, .* the text tower reads 77"),
+        (dict(context=-1), "context=-1: expected a number of tokens or their ids"),
+        (dict(context=torch.zeros(2, 3).long()), r"context of shape \(2, 3\).*expected token ids \(N,\)"),
+        (dict(context=torch.rand(3)), "torch.float32; expected token ids"),
+    ],
+)
+def test_prompts_refuse(clip, options, message):
+    with pytest.raises(ValueError, match=message):
+        RankPrompts(clip, 7, **{"context": CONTEXT, **options})
+
+
+# ------------------------------------------------------------------------------------------ OrdinalCLIP
+
+
+def model_of(clip, **options):
+    torch.manual_seed(0)
+    return OrdinalCLIP(clip.visual, RankPrompts(clip, 9, context=4, **options), clip.logit_scale)
+
+
+def test_logits_loss_and_prediction_agree(clip):
+    model = model_of(clip).eval()
+    images, labels = torch.randn(6, 3, 64, 64), torch.tensor([0, 3, 3, 8, 1, 0])
+    logits = model(images)
+    features, prototypes = model.image_encoder(images), model.prototypes()
+    torch.testing.assert_close(
+        logits, 100 * F.cosine_similarity(features[:, None], prototypes[None], dim=-1), rtol=1e-3, atol=1e-3
+    )
+    total, i2t, t2i = model.loss(images, labels)
+    torch.testing.assert_close(total, i2t + t2i)
+    torch.testing.assert_close(i2t, F.cross_entropy(logits, labels), rtol=1e-4, atol=1e-4)
+    expected = matching_loss(features, prototypes, labels, torch.tensor(100.0), target="softmax10")
+    torch.testing.assert_close(
+        model.loss(images, labels, target="softmax10")[1:], expected, rtol=1e-4, atol=1e-4
+    )
+    found = model.predict(images)
+    torch.testing.assert_close(found["probs"], logits.softmax(1))
+    assert torch.equal(found["rank"], logits.argmax(1))
+    torch.testing.assert_close(found["expected"], logits.softmax(1) @ torch.arange(9.0))
+
+
+def test_export_gives_the_same_logits_without_the_text_tower(clip):
+    model = model_of(clip).eval()
+    exported = model.export()
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(exported(images), model(images))
+    assert exported.image_encoder is model.image_encoder and not exported.training
+    names = set(exported.state_dict())
+    assert {"prototypes.prototypes", "logit_scale"} <= names
+    assert all(name.startswith(("image_encoder.", "prototypes.", "logit_scale")) for name in names)
+    calls = []
+    hook = clip.transformer.register_forward_hook(lambda *_: calls.append(1))
+    ln = clip.ln_final.register_forward_hook(lambda *_: calls.append(1))
+    exported.predict(images)
+    assert not calls
+    model.prototypes()
+    assert calls
+    hook.remove(), ln.remove()
+
+
+def test_training_moves_what_should_train_and_nothing_else(clip):
+    model = model_of(copy.deepcopy(clip).requires_grad_(True))
+    tower = model.prototypes._text[0]
+    frozen = copy.deepcopy(tower.state_dict())
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.RAdam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model.loss(torch.randn(8, 3, 64, 64), torch.arange(8))[0].backward()
+        optimizer.step()
+    assert all(torch.equal(value, frozen[key]) for key, value in tower.state_dict().items())
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert {"prototypes.context_embeds", "prototypes.rank_embeds"} <= moved and "logit_scale" not in moved
+    assert any(key.startswith("image_encoder.") for key in moved)
+
+
+def test_the_temperature_is_a_copy_and_can_be_set_free(clip):
+    model = model_of(clip)
+    assert not model.logit_scale.requires_grad and model.logit_scale is not clip.logit_scale
+    model.logit_scale.requires_grad_()
+    model.loss(torch.randn(4, 3, 64, 64), torch.arange(4))[0].backward()
+    assert model.logit_scale.grad.abs() > 0
+    assert OrdinalCLIP(clip.visual, LinearPrototypes(3, 48), math.log(7)).logit_scale.exp().item() == pytest.approx(7)
+
+
+def test_linear_prototypes_train(clip):
+    model = OrdinalCLIP(clip.visual, LinearPrototypes(9, 48), clip.logit_scale)
+    model.loss(torch.randn(4, 3, 64, 64), torch.arange(4))[0].backward()
+    assert model.prototypes.weight.shape == (9, 48) and model.prototypes.weight.grad.abs().sum() > 0
+
+
+def test_fixed_prototypes_are_a_copy():
+    tensor = torch.randn(4, 8, requires_grad=True)
+    fixed = FixedPrototypes(tensor)
+    assert torch.equal(fixed(), tensor) and not fixed().requires_grad and not list(fixed.parameters())
+    with pytest.raises(ValueError, match=r"got prototypes \(8,\); expected \(R, D\)"):
+        FixedPrototypes(tensor[0])
+
+
+# ------------------------------------------------------------------------------------------- ordinality
+
+
+def brute_force(prototypes, span, official):
+    s = F.cosine_similarity(prototypes[:, None].double(), prototypes[None].double(), dim=-1)
+    n, kept = len(s), []
+    for i in range(n):
+        for j in range(n):
+            if official and i <= j < n - 1 and j - i < span:
+                kept.append(s[i, j] > s[i, j + 1])
+            if not official and i < j < n - 1 and j + 1 - i <= span:
+                kept.append(s[i, j] > s[i, j + 1])
+            if not official and 0 < j < i and i - (j - 1) <= span:
+                kept.append(s[i, j] > s[i, j - 1])
+    return sum(map(float, kept)) / len(kept)
+
+
+@pytest.mark.parametrize("official", [False, True])
+@pytest.mark.parametrize("span", [2, 3, 8, None])
+def test_ordinality_counts_what_it_says(official, span):
+    torch.manual_seed(1)
+    smooth = torch.randn(9, 16).cumsum(0)
+    for prototypes in (torch.randn(9, 16), smooth):
+        expected = brute_force(prototypes, span or 8, official)
+        assert ordinality(prototypes, span, official) == pytest.approx(expected, abs=1e-12)
+
+
+def test_ordinality_of_an_arc_is_one_and_of_its_shuffle_is_not():
+    angles = torch.linspace(0, 1.5, 12)
+    arc = torch.stack([angles.cos(), angles.sin()], 1)
+    assert ordinality(arc) == ordinality(arc.flip(0)) == ordinality(5 * arc, official=True) == 1
+    assert ordinality(arc[torch.tensor([5, 0, 9, 2, 7, 11, 1, 4, 10, 3, 8, 6])]) < 0.7
+
+
+def test_chance_levels_are_those_of_random_prototypes():
+    torch.manual_seed(0)
+    for span, official in ((None, False), (4, False), (None, True), (1, True), (2, True)):
+        mean = sum(ordinality(torch.randn(61, 64), span, official) for _ in range(40)) / 40
+        assert mean == pytest.approx(ordinality_chance(61, span, official), abs=0.02)
+    assert ordinality_chance(61, official=True) == pytest.approx((60 + 1770 / 2) / 1830)
+    assert ordinality_chance(61, 1, official=True) == 1
+
+
+@pytest.mark.parametrize("ranks, span, official", [(2, None, False), (9, 1, False), (9, 9, False), (9, 0, True)])
+def test_ordinality_refuses(ranks, span, official):
+    with pytest.raises(ValueError, match=f"of {ranks} prototypes: expected {1 + (not official)} to R-1"):
+        ordinality(torch.randn(ranks, 4), span, official)
+
+
+def test_the_docstring_example_runs():
+    import doctest
+
+    assert doctest.testmod(ordinalclip).attempted > 5 and doctest.testmod(ordinalclip).failed == 0
