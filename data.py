@@ -48,7 +48,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 DATASETS = {
     "demo": dict(
-        context="tree rings: the age of the tree in years is",
+        context="age in years:",
         rank_names=tuple(str(years) for years in range(1, 31)),
         splits=("random",), sizes=(2400, 300, 600)),                # images of train, val, test
     "morph2": dict(

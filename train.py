@@ -19,10 +19,10 @@ import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +32,6 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 import data
 from backbones import build_image_encoder
 from clip_model import CLIP, MODELS, download, tiny_clip
-from kernels import which_impl
 from ordinalclip import (
     POSITIONS,
     FixedPrototypes,
@@ -50,7 +49,7 @@ PAPER = dict(
     epochs=100, batch_size=32, lr=1e-4, weight_decay=5e-4,
 )  # fmt: skip
 RECIPES = {  # what differs from the paper's
-    "demo": dict(clip="tiny", image_encoder="clip", epochs=20, batch_size=64, lr=2e-3, weight_decay=5e-4),
+    "demo": dict(clip="tiny", image_encoder="clip", epochs=12, lr=3e-3),
 }
 METHODS = ("ordinalclip", "coop", "linear", "zeroshot")
 INTERPOLATIONS = ("linear", "inverse", "none")
@@ -180,12 +179,16 @@ def train(args):
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
         task.write_lists(out / "splits")
-        save_json(out / "config.json", dict(settings=settings_of(args), **provenance()))
+        save_json(
+            out / "config.json",
+            dict(settings=settings_of(args), protocol=task.protocol, **provenance()),
+        )
 
-    if args.epochs == 0:  # nothing to learn
+    if args.epochs == 0:
         save_checkpoint(out / "best.pt", model, args, epoch=0)
     else:
         fit(args, model, groups, preprocess, train_loader, val_loader, out)
+    wait_for_main()  # it writes best.pt
     restore(model, load_checkpoint(out / "best.pt", "model"))
     results = test(args, task, model, preprocess, val_loader, test_loader, out, began)
     if is_main():
@@ -221,13 +224,26 @@ def load_task(args):
     if args.resume or args.eval:
         splits = Path(args.out) / "splits"
         lists = tuple(splits / f"{part}.txt" for part in data.PARTS)
-    if not any(lists) or args.data == "demo":
-        lists = None
+    if args.data == "demo" and (args.resume or args.eval) or not any(lists):
+        lists = None  # the demo has one split
     elif lists[0] is None:
         raise SystemExit("--val-list and --test-list need a --train-list")
-    return data.load(
-        args.data, args.data_root, split=args.split, fold=args.fold, seed=args.seed, lists=lists
-    )
+    with main_process_first(), told_plainly():  # it draws the demo, the others find it
+        task = data.load(
+            args.data, args.data_root, split=args.split, fold=args.fold, seed=args.seed, lists=lists
+        )
+    if args.resume or args.eval:  # the same images, so the same protocol
+        task = replace(task, protocol=json.loads((Path(args.out) / "config.json").read_text())["protocol"])
+    return task
+
+
+@contextlib.contextmanager
+def told_plainly():
+    """What is wrong with a user's files or names, without the traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"train.py: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------ model
@@ -235,6 +251,12 @@ def load_task(args):
 
 def build_model(args, task):
     """-> the model on its device, and how its images are prepared."""
+    with told_plainly():
+        model, preprocess = assemble(args, task)
+    return model.to(args.device, memory_format=torch.channels_last), preprocess  # faster convolutions
+
+
+def assemble(args, task):
     needs_clip = args.method != "linear" or args.image_encoder == "clip"
     clip = load_clip(args) if needs_clip else None
     dim = clip.embed_dim if clip else LINEAR_DIM
@@ -246,13 +268,12 @@ def build_model(args, task):
         encoder = build_image_encoder(args.image_encoder, dim, weights=weights, download=download)
         preprocess = dict(image_size=encoder.image_size, mean=encoder.mean, std=encoder.std)
     scale = clip.logit_scale if clip else LINEAR_SCALE
-    model = OrdinalCLIP(encoder, build_prototypes(args, task, clip, dim), scale)
-    return model.to(args.device), preprocess
+    return OrdinalCLIP(encoder, build_prototypes(args, task, clip, dim), scale), preprocess
 
 
 def load_clip(args):
     if args.clip == "tiny":
-        return tiny_clip()
+        return tiny_clip(image_size=96)
     with main_process_first():  # it downloads, the others find the file
         return CLIP.from_pretrained(
             args.clip, quick_gelu=args.quick_gelu, trust_torchscript=args.trust_torchscript
@@ -326,7 +347,6 @@ def fit(args, model, groups, preprocess, train_loader, val_loader, out):
             save_csv(out / "log.csv", log)
             states = {name: part.state_dict() for name, part in parts.items()}
             save_checkpoint(out / "last.pt", model, args, epoch=epoch, log=log, **states)
-    wait_for_main()
 
 
 def train_epoch(args, model, optimizer, scaler, preprocess, loader, epoch):
@@ -411,7 +431,7 @@ def predictions(args, model, preprocess, loader):
         with autocast(args):
             probs.append(frozen.predict(to_device(images, args, preprocess))["probs"].cpu())
         labels.append(batch_labels)
-    return all_processes(torch.cat(probs)), all_processes(torch.cat(labels))
+    return all_processes(torch.cat(probs)), all_processes(torch.cat(labels))  # (M, R), (M,)
 
 
 def metrics(probs, labels):
@@ -485,7 +505,8 @@ def loaders(args, task, preprocess):
 def to_device(images, args, preprocess):
     """Pixels travel as bytes and are normalised where they are used."""
     images = images.to(args.device, non_blocking=True)
-    return data.normalize(images, preprocess["mean"], preprocess["std"])
+    images = data.normalize(images, preprocess["mean"], preprocess["std"])
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def autocast(args):
@@ -504,7 +525,6 @@ def save_checkpoint(path, model, args, **more):
     if is_main():
         content = dict(model=model.state_dict(), settings=settings_of(args), **more)
         write(path, lambda part: torch.save(content, part))
-    wait_for_main()
 
 
 def load_checkpoint(path, needed):
@@ -555,8 +575,11 @@ def save_csv(path, rows):
 def write(path, writer):
     """A file appears under its name only when it is whole."""
     part = path.with_name(path.name + ".part")
-    writer(part)
-    os.replace(part, path)
+    try:
+        writer(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def provenance():
@@ -566,7 +589,7 @@ def provenance():
     )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return dict(
-        commit=git.stdout.strip() or None, torch=torch.__version__, python=platform.python_version(),
+        commit=git.stdout.strip() or None, torch=str(torch.__version__), python=platform.python_version(),
         gpu=gpu, processes=num_processes(),
     )  # fmt: skip
 
@@ -576,20 +599,24 @@ def describe(args, task, model, groups, preprocess):
         return
     counts = {group["name"]: sum(p.numel() for p in group["params"]) for group in groups}
     trained = ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "nothing"
-    impl, why = which_impl(args.device)
     print(
         f"{task.protocol}\n"
         f"method {run_name(args)}   ranks {task.num_ranks}   context {args.context or task.context!r}\n"
         f"image encoder {args.image_encoder} {preprocess['image_size']} px   clip {args.clip}   trains {trained}\n"
-        f"{args.device} {args.precision}, {num_processes()} process(es)   matching: {impl} ({why})   -> {args.out}"
+        f"{args.device} {args.precision}, {num_processes()} process(es)   -> {args.out}"
     )
 
 
 def peak_memory(device):
-    """MB: of the GPU's allocator, or of this process."""
+    """MB: of the GPU's allocator, or of this process (nan where the system does not say)."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return math.nan
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # ----------------------------------------------------------------------------------- many processes
@@ -620,11 +647,14 @@ def wait_for_main():
 
 @contextlib.contextmanager
 def main_process_first():
+    """The others wait until the main process is through, or has failed (then they fail alike)."""
     if not is_main():
         wait_for_main()
-    yield
-    if is_main():
-        wait_for_main()
+    try:
+        yield
+    finally:
+        if is_main():
+            wait_for_main()
 
 
 def sum_gradients(params):
