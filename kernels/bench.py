@@ -42,7 +42,7 @@ RATES = {"H200": (4.3e12, 790e12, 66.9e12), "H100": (3.0e12, 790e12, 66.9e12)}
 OURS = "triton"
 
 
-# --- contestants: (features, prototypes, labels, scale) -> scalar loss ---------------------------------
+# --- contestants: (features, prototypes, labels, scale) -> scalar loss ----------------------------
 
 
 def ours(features, prototypes, labels, scale):
@@ -132,7 +132,7 @@ def contestants(device, square):
     return found
 
 
-# --- measuring ---------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def make_inputs(shape, dtype, device, square):
@@ -243,7 +243,7 @@ def compare(shape, dtype_name, device, device_name, square=False):
     return rows
 
 
-# --- the report --------------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------
 
 
 def show(rows):
@@ -289,15 +289,18 @@ def draw(rows, path, title):
     picture = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(picture)
     pen.text((margin, 20), title, "black")
-    pen.text((margin, height - 30), "images B, each with both losses, forward + backward, ms", "black")
+    pen.text((margin, height - 30), "milliseconds, forward + backward, against images B", "black")
     for axis in (0, 1):
-        for power in range(math.ceil(low[axis]), math.floor(high[axis]) + 1):
+        powers = range(math.floor(low[axis]), math.ceil(high[axis]) + 1)
+        for tick in (digit * 10.0**power for power in powers for digit in (1, 2, 5)):
+            if not low[axis] <= math.log10(tick) <= high[axis]:
+                continue
             ends = [[10 ** low[0], 10 ** low[1]], [10 ** high[0], 10 ** high[1]]]
-            ends[0][axis] = ends[1][axis] = 10.0**power
+            ends[0][axis] = ends[1][axis] = tick
             start, end = place(ends[0]), place(ends[1])
             pen.line([start, end], "#dddddd")
             label = (start[0] - 8, height - margin + 6) if axis == 0 else (14, start[1] - 6)
-            pen.text(label, f"{10.0**power:g}", "black")
+            pen.text(label, f"{tick:g}", "black")
     colors = ["#c62828", "#ef8a62", "#1565c0", "#2e7d32", "#6a1b9a", "#00838f", "#f9a825", "#5d4037"]
     for (name, line), color in zip(sorted(lines.items()), colors * 3):
         color = "black" if name == "floor" else color

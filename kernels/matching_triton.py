@@ -1,4 +1,4 @@
-"""The matching op as fused Triton kernels: one launch forward, one backward (two for the largest inputs).
+"""The matching op as fused Triton kernels: one launch forward, one backward (two for more than 128 ranks).
 
 Formulas, and the symbols B, R, D, x_i, p_c, y_i, s, A_ic, lse, n_c, hi_c, lo_c, V: `reference.py`.
 
@@ -16,11 +16,11 @@ Backward, from the stored C_ic = A_ic / s (a gradient for s then needs no divisi
     dp_c = s / (B |p_c|) (sum_i G_ic x^_i - q_c p^_c)       ds = 1/B sum_i r_i
 
 Since r and q do not sum over D, a program finishes its own slice of BD dimensions alone. Its dP stays in
-registers over a chunk of images; the chunks are added up in index order.
+registers over a chunk of images; whoever arrives last adds the chunks up in index order.
 
 Only counters are atomic, so results repeat bit for bit. Saved for backward: 4 B R + 8 B bytes.
 
-Copy-paste: needs torch>=2.4, triton>=3.4; formulas in kernels/reference.py.
+Copy-paste: needs torch>=2.4, triton>=3.6 (run with 3.6 and 3.9); formulas in kernels/reference.py.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ GROUP = tl.constexpr(32)  # programs whose columns one of them merges
 CHUNK = tl.constexpr(4)  # parts read at once while merging
 FP16_ROOM = tl.constexpr(3e4)  # G is scaled to stay below this, fp16 ends at 65504
 
-# --- kernels: shared pieces --------------------------------------------------------------------------
+# --- kernels: shared pieces -----------------------------------------------------------------------
 
 
 @triton.jit
@@ -189,7 +189,7 @@ def _finish(PARTS, COLUMNS, COUNTS, I2T, T2I, first, count, R, RPAD: tl.constexp
     tl.store(COUNTS + 1, present)
 
 
-# --- kernels -----------------------------------------------------------------------------------------
+# --- kernels --------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -458,7 +458,7 @@ def match_kernel(
         tl.store(at + ranks[None, :], tl.exp(a - m[:, None]) / l[:, None], mask=mask)
 
 
-# --- launchers ---------------------------------------------------------------------------------------
+# --- launchers ------------------------------------------------------------------------------------
 
 INTERPRET = not isinstance(forward_kernel, triton.JITFunction)
 PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
@@ -471,13 +471,14 @@ _groups = {}  # name -> process group: an operator takes strings, not groups
 def forward_config(B, R, D, kind, hopper):
     """(BM, BR, BK, num_warps, num_stages) of forward_kernel and match_kernel; kind: see _kind."""
     BR = 64 if R <= 64 else 128
-    warps = BR // 16
     if kind != "half":
-        return 32, BR, 16, warps, 2
-    if B <= 2048 or D % 64:  # many small programs; rows that cannot be copied 16 bytes at a time
+        return 32, BR, 16, 8, 2
+    if D % 64:  # rows that cannot be copied 16 bytes at a time
+        return 16, BR, 32, 8, 3
+    if B <= 2048:  # many small programs
         return 16, BR, 64, 8, 3
     if R <= 128:
-        return 64, BR, 64, warps, 3
+        return 64, BR, 64, BR // 16, 3
     return (64, 128, 32, 8, 3) if hopper else (64, 64, 64, 8, 3)
 
 
@@ -487,9 +488,9 @@ def backward_config(B, R, D, kind, hopper):
     if kind == "tf32x3" and R > 64:
         return 16, 64, 32, 8, 1
     if kind != "half":
-        return 32 if kind == "tf32" else 16, BR, 16, 8, 1
-    BM = 32 if B <= 2048 else 64
-    return (BM, BR, 64, 8, 1) if hopper else (BM, BR, 32, 8, 2)
+        return (32, 64, 32, 8, 1) if R > 128 else (16, BR, 16, 8, 1)
+    BM = 32 if B <= 2048 and (R <= 128 or hopper) else 64
+    return (BM, BR, 64, 8, 1) if hopper and D % 64 == 0 else (BM, BR, 32, 8, 2)
 
 
 @functools.cache
@@ -505,16 +506,23 @@ def _launch(kernel, grid, *args, warps, stages, **constants):
     )  # fmt: skip
 
 
+def _precision():
+    """input_precision of fp32 dots: what torch.set_float32_matmul_precision says."""
+    try:
+        return PRECISIONS[torch.get_float32_matmul_precision()]
+    except RuntimeError:  # it was set through the newer torch.backends...fp32_precision
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
 def _dots(x, p):
-    """How to multiply: fp32 follows torch.set_float32_matmul_precision, mixed dtypes meet in fp32."""
+    """How to multiply; different dtypes meet in fp32."""
     upcast = x.dtype != p.dtype or (INTERPRET and x.dtype == torch.bfloat16)
-    return dict(PRECISION=PRECISIONS[torch.get_float32_matmul_precision()], UPCAST=upcast)
+    return dict(PRECISION=_precision(), UPCAST=upcast)
 
 
 def _kind(x, p):
     """What limits the tiles: "half", or the fp32 precision, whose operands take more registers."""
-    half = x.dtype == p.dtype != torch.float32
-    return "half" if half else PRECISIONS[torch.get_float32_matmul_precision()]
+    return "half" if x.dtype == p.dtype != torch.float32 else _precision()
 
 
 def _rows(x):
@@ -660,7 +668,7 @@ def _answers(x, p):
     return torch.empty(B, R, **floats), torch.empty(B, **floats), argmax
 
 
-# --- operators for autograd and torch.compile --------------------------------------------------------
+# --- operators for autograd and torch.compile -----------------------------------------------------
 
 _LIBRARY = torch.library.Library("ordinalclip", "FRAGMENT")
 

@@ -19,7 +19,7 @@ TARGETS = ["normalized", "softmax10"]
 ROOT = Path(__file__).parents[1]
 
 
-# --- the formulas, independently of kernels/reference.py ---------------------------------------------
+# --- the formulas, independently of kernels/reference.py ------------------------------------------
 
 
 def exact_logits(features, prototypes, scale):
@@ -83,7 +83,7 @@ def make_case(num_images, num_ranks, dim, scale=100.0, labels="uniform", dtype=t
     return features.to(dtype), prototypes.to(dtype), picked, torch.tensor(scale)
 
 
-# --- values and gradients ----------------------------------------------------------------------------
+# --- values and gradients -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -215,7 +215,7 @@ def test_compiles_whole_with_any_batch_size(target):
         torch.testing.assert_close(ours, features.grad, rtol=1e-5, atol=1e-6)
 
 
-# --- errors ------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 X, P, Y = torch.ones(4, 8), torch.ones(3, 8), torch.zeros(4, dtype=torch.long)
 MISTAKES = [
@@ -259,7 +259,7 @@ def test_labels_are_asserted_where_the_wrapper_cannot_look():
         reference.matching_loss(X, P, Y + 3, torch.tensor(1.0))
 
 
-# --- which implementation ----------------------------------------------------------------------------
+# --- which implementation -------------------------------------------------------------------------
 
 
 def test_which_impl():
@@ -312,7 +312,7 @@ def test_only_a_missing_triton_is_forgiven():
         assert (run.returncode == 0) == forgiven
 
 
-# --- two processes -----------------------------------------------------------------------------------
+# --- two processes --------------------------------------------------------------------------------
 
 UNEVEN = [(40, 24), (64, 0), (33, 31)]  # images of process 0 and of process 1
 
