@@ -138,7 +138,8 @@ def tiny_clip(seed=0, *, vision="resnet", image_size=64, embed_dim=128, width=12
                   else VisionTransformer(image_size, 16, 128, 2, embed_dim))
         clip = CLIP(visual, embed_dim=embed_dim, width=width, layers=layers)
         nn.init.normal_(clip.token_embedding.weight, std=0.02)
-    clip.logit_scale.data.fill_(math.log(100.0))  # where CLIP's training ends
+    # CLIP's 100 would sharpen noise: training from random towers then first makes all ranks alike.
+    clip.logit_scale.data.fill_(math.log(30.0))
     return clip.eval()
 
 
@@ -366,7 +367,7 @@ def _read_weights(path, trusted):
         is_zip = zipfile.is_zipfile(path)
         names = zipfile.ZipFile(path).namelist() if is_zip else []
         if not any(name.endswith("/constants.pkl") for name in names):  # not TorchScript
-            return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip))
+            return dict(torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True))
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         if trusted or sha256 in {known for _, known in MODELS.values()}:
             return dict(torch.jit.load(path, map_location="cpu").state_dict())
@@ -374,8 +375,8 @@ def _read_weights(path, trusted):
         why = str(error).split("WeightsUnpickler error:")[-1].strip()  # without advice to trust the file
         raise ValueError(
             f"cannot read {path} ({path.stat().st_size} bytes): {type(error).__name__} {why:.300}; expected a "
-            "state dict of tensors, also as safetensors or TorchScript. If the file is damaged, get it again; if "
-            "it holds other objects, load it where it was made and save its state_dict() alone") from error
+            "state dict of tensors, also as safetensors or TorchScript. If it is damaged, get it again; if it "
+            "holds other objects, load it where it was made and save its state_dict() alone") from error
     raise ValueError(
         f"{path} is a TorchScript archive, which can run code, and its sha256, {sha256}, is not in "
         "MODELS; expected a state dict; pass trust_torchscript=True if you trust where it came from")
@@ -419,7 +420,7 @@ def _quick_gelu_from_config(path):
     if found not in ({"quick_gelu"}, {"gelu"}):
         raise ValueError(
             f"the activation of {path} is unknown: config files beside it say {sorted(map(str, found))}; "
-            "expected gelu or quick_gelu: pass quick_gelu=True (OpenAI, MetaCLIP, DFN) or False (LAION, DataComp)")
+            "expected gelu or quick_gelu: pass quick_gelu=True (OpenAI, MetaCLIP) or False (LAION, DataComp)")
     return found == {"quick_gelu"}
 
 
@@ -478,4 +479,4 @@ def _check_sha256(path, expected):
     if got != expected:
         if path.suffix == ".part":
             path.unlink()  # so that the next run starts anew
-        raise ValueError(f"{path} has sha256 {got}, expected {expected}; if it is still there, delete it; run again")
+        raise ValueError(f"{path} has sha256 {got}, expected {expected}; delete it if it is there, run again")
