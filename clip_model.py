@@ -368,8 +368,8 @@ def _read_weights(path, trusted):
         names = zipfile.ZipFile(path).namelist() if is_zip else []
         if not any(name.endswith("/constants.pkl") for name in names):  # not TorchScript
             return dict(torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True))
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        if trusted or sha256 in {known for _, known in MODELS.values()}:
+        known = {sha256 for _, sha256 in MODELS.values()}
+        if trusted or (sha256 := hashlib.sha256(path.read_bytes()).hexdigest()) in known:
             return dict(torch.jit.load(path, map_location="cpu").state_dict())
     except Exception as error:  # JSON, zip, pickle and torch each have errors of their own
         why = str(error).split("WeightsUnpickler error:")[-1].strip()  # without advice to trust the file
@@ -397,9 +397,10 @@ def read_safetensors(path):
     tensors = {}
     for name, entry in header.items():
         begin, end = (start + offset for offset in entry["data_offsets"])
-        raw = data[begin:end] if begin % 8 == 0 else data[begin:end].clone()  # aligned
-        tensors[name] = raw.view(_SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    if (size := sum(tensor.nbytes for tensor in tensors.values())) != len(data) - start:
+        raw, dtype = data[begin:end], _SAFETENSORS_DTYPES[entry["dtype"]]
+        raw = raw.clone() if begin % dtype.itemsize else raw  # aligned
+        tensors[name] = raw.view(dtype).reshape(entry["shape"])
+    if (size := sum(value.nbytes for value in tensors.values())) != len(data) - start:
         raise ValueError(f"{len(data) - start} bytes of tensors, its header says {size}")
     return tensors
 

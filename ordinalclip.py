@@ -185,12 +185,14 @@ def encode_prompts(clip, shared, own, eot):
     x = torch.cat([shared + positions[:num_shared], own.flatten(0, 1)])  # (P + R S, W)
     x = x.to(text.transformer.resblocks[0].attn.in_proj_weight.dtype)
     sees = torch.ones(num_own, num_shared + num_own, dtype=torch.bool, device=x.device).tril(num_shared)
-    for block in text.transformer.resblocks:
-        attended = _attend(block.attn, block.ln_1(x), num_shared, num_ranks, sees)
-        x = x + _layer_scale(block, "ls_1")(attended)
-        x = x + _layer_scale(block, "ls_2")(block.mlp(block.ln_2(x)))  # (P + R S, W)
     rows = num_shared + torch.arange(num_ranks, device=x.device) * num_own + eot  # (R,)
-    return _project(text.ln_final(x[rows]), text.text_projection)  # (R, D)
+    for block in text.transformer.resblocks:
+        attended = _attend(block.attn, block.ln_1(x), num_shared, num_ranks, sees)  # (P + R S, W)
+        if block is text.transformer.resblocks[-1]:  # of which only [EOT] is read
+            x, attended = x[rows], attended[rows]  # (R, W)
+        x = x + _layer_scale(block, "ls_1")(attended)
+        x = x + _layer_scale(block, "ls_2")(block.mlp(block.ln_2(x)))
+    return _project(text.ln_final(x), text.text_projection)  # (R, D)
 
 
 class LinearPrototypes(nn.Module):
