@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +83,8 @@ def test_every_command_of_the_readme_parses():
     import train
 
     lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
-    commands = [re.sub(r"#.*", "", line).split("train.py")[1].split() for line in lines if "train.py" in line]
+    lines = [shlex.split(line, comments=True) for line in lines if "train.py" in line]
+    commands = [next(words[i + 1 :] for i, w in enumerate(words) if w.endswith("train.py")) for words in lines]
     assert len(commands) >= 5
     for words in commands:
         if not {"--eval", "--resume", "--help"} & set(words):  # those need a run
