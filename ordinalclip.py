@@ -177,7 +177,7 @@ def encode_prompts(clip, shared, own, eot):
     Raises ValueError where P + S exceeds the tower's context length or its blocks are not CLIP's.
     """
     text = clip if isinstance(clip, _TextTower) else _TextTower(clip)
-    (num_shared, width), (num_ranks, num_own, _) = shared.shape, own.shape
+    num_shared, (num_ranks, num_own, _) = len(shared), own.shape
     positions = text.positional_embedding
     if num_shared + num_own > len(positions):
         raise ValueError(f"prompts of {num_shared + num_own} tokens; the tower reads {len(positions)}")

@@ -5,11 +5,11 @@
     python train.py --data my/folder --clip RN50             # own data: see data.py
     python train.py --resume runs/NAME                       # go on where last.pt stopped
     python train.py --eval runs/NAME/best.pt                 # test a checkpoint again
-    torchrun --nproc-per-node 4 train.py --data morph2       # same numbers from four GPUs
+    torchrun --nproc-per-node 4 train.py --data morph2       # the same batches, over four GPUs
 
 Read top to bottom: recipes, arguments, main, model, training, evaluation, checkpoints, distribution.
 A run writes runs/NAME/: config.json, splits/*.txt, log.csv, last.pt, best.pt, exported.pt, results.json,
-predictions.csv. The epoch is chosen on validation images; the test images are looked at once, at the end.
+predictions-best.csv. The epoch is chosen on validation images; the test images are looked at once, at the end.
 """
 
 import argparse
@@ -204,7 +204,7 @@ def test_only(args):
     model, preprocess = build_model(args, task)
     restore(model, load_checkpoint(path, "model"))
     _, val_loader, test_loader = loaders(args, task, preprocess)
-    results = test(args, task, model, preprocess, val_loader, test_loader, path.parent, began, path.stem)
+    results = test(args, task, model, preprocess, val_loader, test_loader, path.parent, began, f"eval-{path.stem}")
     if is_main():
         save_json(path.parent / f"eval-{path.stem}.json", results)
     return results
@@ -233,7 +233,9 @@ def load_task(args):
             args.data, args.data_root, split=args.split, fold=args.fold, seed=args.seed, lists=lists
         )
     if args.resume or args.eval:  # the same images, so the same protocol
-        task = replace(task, protocol=json.loads((Path(args.out) / "config.json").read_text())["protocol"])
+        with told_plainly():
+            config = json.loads((Path(args.out) / "config.json").read_text())
+        task = replace(task, protocol=config["protocol"])
     return task
 
 

@@ -100,6 +100,7 @@ def test_eval_repeats_the_result(finished):
     again = train.main(["--eval", str(out / "best.pt"), "--workers", "0"])
     assert again["test"] == results["test"] and again["protocol"] == results["protocol"]
     assert json.loads((out / "eval-best.json").read_text())["test"] == results["test"]
+    assert (out / "predictions-eval-best.csv").read_bytes() == (out / "predictions-best.csv").read_bytes()
 
 
 def test_a_finished_run_is_not_written_over(finished, folder):
@@ -237,6 +238,35 @@ def test_batches_are_shared_out_evenly(monkeypatch):
     monkeypatch.setattr(train, "num_processes", lambda: 2)
     with pytest.raises(SystemExit, match="--batch-size 9 is over all processes: 2 must divide it"):
         train.loaders(args, None, None)
+
+
+def test_a_checkpoint_away_from_its_run_is_told_plainly(finished, tmp_path):
+    (tmp_path / "best.pt").write_bytes((finished[0] / "best.pt").read_bytes())
+    with pytest.raises(SystemExit, match="No such file or directory: .*splits/"):
+        train.main(["--eval", str(tmp_path / "best.pt")])
+
+
+def test_the_demo_command_of_the_readme_at_toy_size(tmp_path):
+    assert "train.py --data demo\n" in (ROOT / "README.md").read_text()
+    data._make_demo(tmp_path / "demo", (60, 30, 30))
+    train.main(["--data", "demo", "--data-root", str(tmp_path / "demo"), "--epochs", "1", "--workers", "0",
+                "--out", str(tmp_path / "run")])  # fmt: skip
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["images"]["train"] == 60
+
+
+def test_the_morph_command_of_the_readme_at_toy_size(tmp_path):
+    assert "train.py --data morph2 --interp linear\n" in (ROOT / "README.md").read_text()
+    root, header = tmp_path / "morph", "id_num,picture_num,dob,doa,race,gender,facial_hair,age,age_diff,glasses,photo"
+    (root / "Album2").mkdir(parents=True)
+    rows = [header]
+    for i in range(40):
+        age, name = 16 + i, f"Album2/{i:06d}_1M{16 + i}.JPG"
+        Image.new("RGB", (80, 96), (i, 99, 200)).save(root / name, "JPEG")
+        rows.append(f"{i:06d},1,01/01/1950,01/01/2000,W,M,0,{age},0,0,{name}")
+    (root / "morph_2008_nonCommercial.csv").write_text("\n".join(rows) + "\n")
+    argv = ["--data", "morph2", "--interp", "linear", "--data-root", str(root), "--epochs", "1"]
+    results = train.main([*argv, "--out", str(tmp_path / "run"), *TINY])
+    assert results["images"]["test"] == 8 and results["settings"]["weight_decay"] == 5e-4
 
 
 def test_help_names_every_flag():
