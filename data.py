@@ -1,6 +1,6 @@
 """The datasets, each under a named protocol: lists of (image path, rank), and their images.
 
-    task = load("demo")                                    # or "morph2", or a folder of your own
+    task = load("demo")                  # or "morph2", "adience", "aesthetics", "hci", or a folder
     images = ImageList(task.train, task.root, image_size=224, train=True)
     image, label = images[0]                               # uint8 (3, 224, 224), rank index
     batch = normalize(image[None], CLIP_MEAN, CLIP_STD)    # float32 (1, 3, 224, 224)
@@ -22,7 +22,8 @@ images unless lists say so, and then the protocol does; labels are checked when 
 hold spaces (ordinalclip/runner/data.py#L70); every image mode is read as a person sees it, not only
 RGB and L (#L96); the aspect ratio is kept (`squash=True`: as ordinalclip/runner/utils.py#L375).
 
-`python data.py check NAME [ROOT]` reads a dataset, counts it and opens every image.
+`python data.py check NAME [ROOT]` reads a dataset, counts it, says where it differs from what is
+published, and opens every image; `--out FOLDER` writes FOLDER/fold_K/{train,val,test}.txt.
 Copy-paste: needs only this file, torch>=2.4, numpy, pillow.
 """
 import argparse
@@ -32,10 +33,12 @@ import math
 import os
 import re
 import shutil
+import statistics
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,20 +53,70 @@ DATASETS = {
     "demo": dict(
         context="age in years:",
         rank_names=tuple(str(years) for years in range(1, 31)),
-        splits=("random",), sizes=(2400, 300, 600)),                # images of train, val, test
+        splits=("random",), folds=1, sizes=(2400, 300, 600)),       # images of train, val, test
     "morph2": dict(
         context="age estimation: the age of the person is",
         rank_names=tuple(str(age) for age in range(101)),
-        splits=("random", "subject-exclusive"),
+        splits=("random", "subject-exclusive"), folds=5,            # 5 are published, more exist
         table="morph_2008_nonCommercial.csv", rows=55134,
         race="W", drawn=5492, test_share=0.2,                       # "Setting A": 4,394 / 1,098
-        get="""{table} is not there.
+        get="""{missing} is not there.
 MORPH Album 2 (2008, non-commercial release) is licensed by UNCW; request it at
 https://uncw.edu/myuncw/research/innovation-commercialization/technology-portfolio/morph
 and put it here, as published:
   {root}/
     morph_2008_nonCommercial.csv
     Album2/009055_1M54.JPG ...
+To try things without it: --data demo"""),
+    "adience": dict(
+        context="age estimation: the age group of the person is",
+        rank_names=("0-2", "4-6", "8-13", "15-20", "25-32", "38-43", "48-53", "60-100"),
+        ages=("(0, 2)", "(4, 6)", "(8, 12)", "(15, 20)", "(25, 32)", "(38, 43)", "(48, 53)",
+              "(60, 100)"),                                         # as the tables spell the ranks
+        typos={"(25, 23)": 4, "(27, 32)": 4},                       # what "merged" adds
+        splits=("five-fold",), folds=5, label_rules=("exact", "merged", "inside"),
+        tables=(".", "folds", "original_txt_files"),
+        images={"aligned": "landmark_aligned_face", "faces": "coarse_tilt_aligned_face"},
+        rows=19487, counts=(2519, 2163, 2132, 1655, 4950, 2300, 830, 875),      # counts: "exact"
+        fold_counts=(4316, 3101, 3339, 2975, 3693), merged_count=17470,
+        get="""{missing} is not there.
+Adience is free for research; its terms and the login to its files are at
+https://talhassner.github.io/home/projects/Adience/Adience-data.html
+Unpack aligned.tar.gz (or faces.tar.gz) and put the tables of the five folds beside it:
+  {root}/
+    fold_0_data.txt .. fold_4_data.txt
+    aligned/30601258@N03/landmark_aligned_face.1.10399863183_a04f4c26a1_o.jpg ...
+    or faces/30601258@N03/coarse_tilt_aligned_face.1.10399863183_a04f4c26a1_o.jpg ...
+To try things without it: --data demo"""),
+    "aesthetics": dict(
+        context="the aesthetic quality of the image is",
+        rank_names=("unacceptable", "flawed", "ordinary", "professional", "exceptional"),
+        splits=("random",), folds=5, label_rules=("median", "mean"),
+        categories=("all", "nature", "animal", "urban", "people"),
+        table="beauty-icwsm15-dataset.tsv", images=("img_files", "images", "."),
+        counts=dict(nature=4681, animal=3670, urban=3639, people=3696),     # rows, 15,686 in all
+        get="""{missing} is not there.
+The ratings (Schifanella, Redi, Aiello, ICWSM 2015) are in
+http://www.di.unito.it/~schifane/dataset/beauty-icwsm15/data/beauty-icwsm15-dataset.tsv.zip
+The photos are on Flickr, each under its id; many are gone. Put what can be had here:
+  {root}/
+    beauty-icwsm15-dataset.tsv
+    img_files/<flickr_photo_id>.jpg ...
+To try things without it: --data demo"""),
+    "hci": dict(
+        context="a photo taken in the",
+        rank_names=("1930s", "1940s", "1950s", "1960s", "1970s"),
+        rank_values=(1930.0, 1940.0, 1950.0, 1960.0, 1970.0),
+        splits=("random",), folds=10, val=5, test=50, counts=(265,) * 5,    # of each decade
+        images=("decade_database", "data/imgs/decade_database",
+                "HistoricalColor-ECCV2012/data/imgs/decade_database", "."),
+        inside="1930s",                                             # what the images' folder holds
+        get="""{missing} is not there.
+The historical colour images (Palermo, Hays, Efros, ECCV 2012) are in
+http://graphics.cs.cmu.edu/projects/historicalColor/HistoricalColor-ECCV2012-DecadeDatabase.tar
+(md5 afb4c47b7da105c4afd1f27e06bea171). Unpack it, so that here lies
+  {root}/
+    HistoricalColor-ECCV2012/data/imgs/decade_database/1930s/decade_<32 hex digits>.jpg ...
 To try things without it: --data demo"""),
 }
 PARTS = ("train", "val", "test")
@@ -90,6 +143,7 @@ class Task:
     val: tuple[Sample, ...]
     test: tuple[Sample, ...]
     val_is_test: bool = False
+    notes: tuple[str, ...] = ()             # what is odd in the release; `check` prints them
 
     @property
     def num_ranks(self):
@@ -104,26 +158,41 @@ class Task:
         _write(folder / "ranks.txt", "".join(f"{name}\n" for name in self.rank_names))
 
 
-def load(name_or_path, root=None, *, split="random", fold=0, seed=0, lists=None):
+def load(name_or_path, root=None, *, split=None, fold=0, seed=0, lists=None, category=None,
+         label_rule=None):
     """The Task of a dataset in DATASETS, or of a folder of own data.
 
-    root: where the images lie (default data/NAME; the demo: a cache folder; own data: the folder).
+    root: where the release lies (default data/NAME; demo: a cache folder; own data: the folder).
     lists: (train, val or None, test or None), list files that decide the split; not for the demo.
+        Their paths are relative to the images' folder (adience: aligned, hci: decade_database).
+    split, category (aesthetics), label_rule (adience, aesthetics): default the preset's first.
     """
     name = str(name_or_path)
     if name not in DATASETS and not Path(name).is_dir():
         raise ValueError(f"there is no dataset or folder {name!r}; give {', '.join(DATASETS)} or a "
                          "folder of own data")
-    splits = DATASETS[name]["splits"] if name in DATASETS else ("random",)
-    if split not in splits:
-        raise ValueError(f"{name} has no split {split!r}; give {' or '.join(splits)}")
+    preset = DATASETS.get(name, {})
+    split = _choose(name, "split", split, preset.get("splits", ("random",)))
+    category = _choose(name, "category", category, preset.get("categories"))
+    rule = _choose(name, "label_rule", label_rule, preset.get("label_rules"))
     if lists is not None:
         lists = [path and Path(path) for path in lists]
     if name == "demo":
         return _load_demo(root, lists)
+    if name not in DATASETS:
+        return _load_own(Path(name), Path(root or name), fold, seed, lists)
+    root = Path(root or f"data/{name}")
     if name == "morph2":
-        return _load_morph2(Path(root or "data/morph2"), split, fold, seed, lists)
-    return _load_own(Path(name), Path(root or name), fold, seed, lists)
+        return _load_morph2(root, split, fold, seed, lists)
+    return _load_release(name, root, split, fold, seed, lists, category, rule)
+
+
+def _choose(name, what, given, choices):
+    if given is None or choices and given in choices:
+        return given or choices and choices[0]
+    if not choices:
+        raise ValueError(f"{name} has no {what}, got {given!r}; leave it out")
+    raise ValueError(f"{name} has no {what} {given!r}; give {' or '.join(choices)}")
 
 
 def read_list(path, root, num_ranks=None):
@@ -155,6 +224,33 @@ def read_image(path):
         raise FileNotFoundError(f"{path}: there is no such image") from None
     except Exception as error:              # decoders raise many kinds
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def few_shot(task, shots, seed=0):
+    """The task with `shots` training images of each rank, all where there are fewer; val and test stay.
+
+    Source: xk-huang/OrdinalCLIP@ca10a20 ordinalclip/runner/data.py, generate_fewshot_dataset.
+    """
+    if shots < 1:
+        raise ValueError(f"shots={shots}: expected at least 1 image of each rank")
+    return _fewer(task, {rank: shots for rank in range(task.num_ranks)}, f"shots/{seed}",
+                  f"few-shot: {shots} of each rank, drawn by seed {seed}")
+
+
+def shifted(task, ranks, keep, seed=0):
+    """The task with the share `keep` (0 .. 1) of the training images of its most frequent `ranks`.
+
+    At least one image of each stays, all of the other ranks; val and test stay as they are.
+    Source: the same file, generate_distribution_shifted_dataset; paper: 10 to 40 ranks, 0.2 or 0.1.
+    """
+    if not 1 <= ranks <= task.num_ranks or not 0 < keep <= 1:
+        raise ValueError(f"shift of {ranks} ranks to {keep}: expected 1 .. {task.num_ranks} ranks and "
+                         "a share above 0, at most 1")
+    counts = np.bincount([sample.label for sample in task.train], minlength=task.num_ranks)
+    frequent = np.argsort(-counts, kind="stable")[:ranks].tolist()
+    quota = {rank: max(1, int(counts[rank] * keep)) for rank in frequent}
+    return _fewer(task, quota, f"shift/{seed}",
+                  f"shift: {keep:g} of the {ranks} most frequent ranks kept, drawn by seed {seed}")
 
 
 class ImageList(torch.utils.data.Dataset):
@@ -249,14 +345,26 @@ def _cells(line, delimiter):
     return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter))]
 
 
-def _lines(path):
+def _lines(path, comment="#"):
     """[(number, line)] of a text file, without blank lines and comments."""
     try:
         text = Path(path).read_text("utf-8-sig")                    # a BOM goes, CRLF becomes LF
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     lines = ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1))
-    return [(number, line) for number, line in lines if line and not line.startswith("#")]
+    return [(number, line) for number, line in lines
+            if line and not (comment and line.startswith(comment))]
+
+
+def _read_table(path, delimiter, columns):
+    """[(line number, {column: cell})] of a release's table, whose header must name the columns."""
+    (_, first), *lines = _lines(path, comment=None) or [(1, "")]
+    header = [cell.lower() for cell in _cells(first.lstrip("#"), delimiter)]     # "#flickr_photo_id"
+    if missing := set(columns) - set(header):
+        raise ValueError(f"{path}:1: no column {', '.join(sorted(missing))}; expected the header "
+                         f"of the release, got {first!r}")
+    return [(number, dict.fromkeys(header, "") | dict(zip(header, _cells(line, delimiter))))
+            for number, line in lines]
 
 
 def _integer(text):
@@ -321,11 +429,24 @@ def _hold_out(samples, share, salt, group=_image, stratify=True):
             [sample for sample in samples if group(sample) in held])
 
 
+def _fewer(task, quota, salt, words):
+    """The task with at most quota[rank] training images of the ranks it names, in their old order."""
+    left, kept = dict(quota), set()
+    for i in _shuffled(range(len(task.train)), salt):
+        rank = task.train[i].label
+        left[rank] = left.get(rank, len(task.train)) - 1
+        if left[rank] >= 0:
+            kept.add(i)
+    train = tuple(sample for i, sample in enumerate(task.train) if i in kept)
+    words = f"{task.protocol}; {words}: {len(train):,} train images"
+    return replace(task, train=train, protocol=words)
+
+
 def _shuffled(names, salt):
     return sorted(names, key=lambda name: hashlib.sha256(f"{salt}/{name}".encode()).digest())
 
 
-def _task(name, words, root, names, context, parts, salt):
+def _task(name, words, root, names, context, parts, salt, values=None, notes=()):
     """The Task. Parts that are None are made here; what is odd is said in the protocol."""
     train, val, test = parts
     if train is None:
@@ -343,9 +464,9 @@ def _task(name, words, root, names, context, parts, salt):
     untrained = sorted(set(range(len(names))) - {sample.label for sample in train})
     protocol = "; ".join([f"{name}: {words}: {counts}", *_oddities(*paths, untrained, names)])
     numeric = all(re.fullmatch(r"-?\d+(\.\d+)?", rank) for rank in names)
-    values = tuple(float(rank) if numeric else float(index) for index, rank in enumerate(names))
+    values = values or tuple(float(rank if numeric else i) for i, rank in enumerate(names))
     return Task(name, protocol, root, tuple(names), values, context, tuple(train), tuple(val),
-                tuple(test), val_is_test=paths[1] == paths[2])
+                tuple(test), val_is_test=paths[1] == paths[2], notes=tuple(notes))
 
 
 def _oddities(train, val, test, untrained, names):
@@ -392,31 +513,32 @@ def _from_integers(image):
 def _load_morph2(root, split, fold, seed, lists):
     preset = DATASETS["morph2"]
     table = root / preset["table"]
-    ages, races = _read_morph2(table, preset)
+    ages, races, notes = _read_morph2(table, preset)
     if lists:
-        words = "given lists " + " ".join(path.name for path in lists if path)
-        parts = [path and _match_morph2(path, ages) for path in lists]
+        words, parts = _given(lists), [path and _match_morph2(path, ages) for path in lists]
     else:
         words, parts = _split_morph2(ages, races, preset, split, fold, seed)
     if len(ages) != preset["rows"]:
         words += f", release of {len(ages):,} images where {preset['rows']:,} are expected"
     parts = [samples and _on_disk(root, samples, table) for samples in parts]
     return _task("morph2", words, root, preset["rank_names"], preset["context"], parts,
-                 f"{seed}/{fold}")
+                 f"{seed}/{fold}", notes=notes)
+
+
+def _given(lists):
+    return "given lists " + " ".join(path.name for path in lists if path)
+
+
+def _absent(preset, missing, root):
+    return FileNotFoundError(preset["get"].format(missing=missing, root=root))
 
 
 def _read_morph2(table, preset):
-    """({photo: age}, {photo: race}) of the release; photos are relative to its root."""
+    """({photo: age}, {photo: race}, notes) of the release; photos are relative to its root."""
     if not table.is_file():
-        raise FileNotFoundError(preset["get"].format(table=table, root=table.parent))
-    (_, first), *lines = _lines(table) or [(1, "")]
-    header = [cell.lower() for cell in _cells(first, ",")] if first else []
-    if missing := {"race", "age", "photo"} - set(header):
-        raise ValueError(f"{table}:1: no column {', '.join(sorted(missing))}; expected the header "
-                         f"of the release, got {first!r}")
-    ages, races = {}, {}
-    for number, line in lines:
-        row = dict.fromkeys(header, "") | dict(zip(header, _cells(line, ",")))
+        raise _absent(preset, table, table.parent)
+    ages, races, rows = {}, {}, _read_table(table, ",", ("race", "age", "photo"))
+    for number, row in rows:
         photo, age = row["photo"], _integer(row["age"])
         name = re.fullmatch(r"\d+_\d+[MF](\d+)\.jpg", os.path.basename(photo), re.IGNORECASE)
         if name is None or age is None or not 0 <= age < len(preset["rank_names"]):
@@ -425,7 +547,26 @@ def _read_morph2(table, preset):
         if int(name[1]) != age:
             raise ValueError(f"{table}:{number}: age {age}, but the name of {photo} says {name[1]}")
         ages[photo], races[photo] = age, row["race"].upper()
-    return ages, races
+    return ages, races, [*_doubts([row for _, row in rows])]
+
+
+def _doubts(rows):
+    """Where the rows of MORPH's table contradict each other, by the columns that are there."""
+    people = {}
+    for row in rows:
+        people.setdefault(os.path.basename(row["photo"]).split("_")[0], []).append(row)
+    for column in ("race", "gender", "dob"):
+        odd = sum(len({row[column] for row in photos if row.get(column)}) > 1
+                  for photos in people.values())
+        if odd:
+            yield f"{odd:,} of {len(people):,} people have more than one {column} in the table"
+    off = 0
+    for row in rows:
+        born, taken = (re.search(r"\d{4}", row.get(column, "")) for column in ("dob", "doa"))
+        if born and taken:                  # one year less before the birthday
+            off += int(taken[0]) - int(born[0]) - int(float(row["age"])) not in (0, 1)
+    if off:
+        yield f"{off:,} of {len(rows):,} rows have an age that their dob and doa contradict"
 
 
 def _split_morph2(ages, races, preset, split, fold, seed):
@@ -457,6 +598,183 @@ def _match_morph2(path, ages):
             raise ValueError(f"{path}:{line}: {image} with age {label}, but it {found}")
         samples.append(Sample(photo, label))
     return samples
+
+
+def _load_release(name, root, split, fold, seed, lists, category, rule):
+    """adience, aesthetics or hci: paths are relative to the folder `place` that holds the images."""
+    preset, notes = DATASETS[name], []
+    if not 0 <= fold < preset["folds"]:
+        raise ValueError(f"{name} has no fold {fold}; give 0 .. {preset['folds'] - 1}")
+    places = [root / folder for folder in preset["images"]]
+    inside = preset.get("inside", "")
+    place = next((folder for folder in places if (folder / inside).is_dir()), None)
+    if place is None:
+        raise _absent(preset, " or ".join(map(str, places)), root)
+    if lists:
+        words = _given(lists)
+        parts = [path and read_list(path, place, len(preset["rank_names"])) for path in lists]
+    else:
+        make = dict(adience=_split_adience, aesthetics=_split_aesthetics, hci=_split_hci)[name]
+        parts, said, notes = make(root, place, preset, fold, f"{seed}/{fold}", category, rule)
+        chosen = [f"category {category}"] * bool(category) + [f"label rule {rule}"] * bool(rule)
+        words = ", ".join([*chosen, f"{split} split, seed {seed}, fold {fold}", *said])
+    return _task(name, words, place, preset["rank_names"], preset["context"], parts,
+                 f"{seed}/{fold}", preset.get("rank_values"), notes)
+
+
+def _unlike(what, got, published):
+    return [f"{what}: {got:,} of {published:,} published"] * (got != published)
+
+
+def _split_adience(root, place, preset, fold, salt, category, rule):
+    rows, tables = _read_adience(root, place, preset)
+    kept, notes = _label_adience(rows, rule, preset)
+    samples = _on_disk(place, [sample for _, sample in kept], tables)
+    rest, test = ([sample for (part, _), sample in zip(kept, samples) if (part == fold) == held]
+                  for held in (False, True))
+    train, val = _hold_out(rest, 0.1, f"val/{salt}", stratify=False)    # by image, as published
+    return [train, val, test], [], notes
+
+
+def _read_adience(root, place, preset):
+    """[(fold, path under place, age as written)] of the five tables, and the folder they lie in."""
+    folders = [root / folder for folder in preset["tables"]]
+    tables = next((folder for folder in folders if (folder / "fold_0_data.txt").is_file()), root)
+    rows, columns = [], ("user_id", "original_image", "face_id", "age")
+    for fold in range(preset["folds"]):
+        table = tables / f"fold_{fold}_data.txt"
+        if not table.is_file():
+            raise _absent(preset, table, root)
+        for number, row in _read_table(table, "\t", columns):
+            user, image, face, age = (row[column] for column in columns)
+            if not (user and image and face):
+                raise ValueError(f"{table}:{number}: expected {', '.join(columns)}, got {user!r}, "
+                                 f"{image!r}, {face!r}, {age!r}")
+            rows.append((fold, f"{user}/{preset['images'][place.name]}.{face}.{image}", age))
+    return rows, tables
+
+
+def _label_adience(rows, rule, preset):
+    """([(fold, Sample)], notes). An image may have several rows; only "merged" drops the repeats."""
+    kept, left, seen, clash, repeats = [], Counter(), {}, set(), 0
+    for fold, path, age in rows:
+        rank = _adience_rank(age, rule, preset)
+        if rank is None:
+            left[age] += 1
+            continue
+        if path in seen:
+            repeats += 1
+            clash |= {path} if seen[path] != rank else set()
+        if rule != "merged" or path not in seen:
+            kept.append((fold, Sample(path, rank)))
+        seen.setdefault(path, rank)
+    notes = _unlike("rows", len(rows), preset["rows"]) + _uncommon(kept, rule, preset)
+    return kept, notes + [
+        f"{repeats:,} rows repeat an image, {'left out' if rule == 'merged' else 'kept'}",
+        f"{len(clash):,} images have rows of different ranks",
+        f"{sum(left.values()):,} rows left out, by age: "
+        + ", ".join(f"{age or 'empty'} x {count:,}" for age, count in left.most_common())]
+
+
+def _adience_rank(age, rule, preset):
+    if rule != "inside":
+        known = dict(zip(preset["ages"], range(8))) | (preset["typos"] if rule == "merged" else {})
+        return known.get(age)
+    if not re.fullmatch(r"\d+|\(\d+, ?\d+\)", age):
+        return None
+    ends = [int(end) for end in re.findall(r"\d+", age)]            # one age is its own interval
+    ranges = [tuple(map(int, name.split("-"))) for name in preset["rank_names"]]
+    # (25, 23) counts as 25-32, as in the public code that has this rule
+    return next((i for i, (low, high) in enumerate(ranges) if low <= ends[0] and ends[-1] <= high),
+                None)
+
+
+def _uncommon(kept, rule, preset):
+    """Where the labelled rows differ in number from the published lists."""
+    if rule == "merged":
+        return _unlike("images", len(kept), preset["merged_count"])
+    if rule == "inside":
+        return []                           # no list of it is published
+    ranks, folds = (Counter(each) for each in ([sample.label for _, sample in kept],
+                                               [fold for fold, _ in kept]))
+    notes = _unlike("labelled rows", len(kept), sum(preset["counts"]))
+    for i, (name, published) in enumerate(zip(preset["rank_names"], preset["counts"])):
+        notes += _unlike(f"rank {name}", ranks[i], published)
+    for fold, published in enumerate(preset["fold_counts"]):
+        notes += _unlike(f"fold {fold}", folds[fold], published)
+    return notes
+
+
+def _split_aesthetics(root, place, preset, fold, salt, category, rule):
+    table = root / preset["table"]
+    if not table.is_file():
+        raise _absent(preset, table, root)
+    rows, notes = _read_aesthetics(table, rule, preset)
+    images = {Path(name).stem: name for name in sorted(os.listdir(place))
+              if Path(name).suffix.lower() in IMAGE_TYPES and not name.startswith(".")}
+    chosen = [kind for kind in preset["counts"] if category in ("all", kind)]
+    parts, wanted = [[], [], []], sum(kind in chosen for kind, _ in rows.values())
+    for kind in chosen:                     # each category is split by itself
+        photos = [photo for photo, row in rows.items() if row[0] == kind and photo in images]
+        for part, some in zip(parts, _cut_aesthetics(photos, salt)):
+            part += [Sample(images[photo], rows[photo][1]) for photo in some]
+        notes += _unlike(f"images of {kind}", len(photos), preset["counts"][kind])
+    gone = wanted - sum(map(len, parts))
+    if gone == wanted:
+        raise FileNotFoundError(f"{table}: none of its {wanted:,} images of category {category} is "
+                                f"there; expected {place}/<flickr_photo_id>.jpg")
+    return parts, [f"{gone:,} of {wanted:,} rows have no image"] * bool(gone), notes
+
+
+def _cut_aesthetics(photos, salt):
+    """(train, val, test): ceil(5 %) to val, ceil(20 %) to test, blind to the ranks."""
+    order = _shuffled(photos, salt)
+    test, val = -(-len(order) // 5), -(-len(order) // 20)
+    return order[test + val:], order[test:test + val], order[:test]
+
+
+def _read_aesthetics(table, rule, preset):
+    """({photo id: (category, rank)}, notes)"""
+    columns, rows, repeats = ("flickr_photo_id", "category", "beauty_scores"), {}, 0
+    lines = _read_table(table, "\t", columns)
+    for number, row in lines:
+        photo, kind, scores = (row[column] for column in columns)
+        kind = {"animals": "animal"}.get(kind, kind)
+        rated = re.fullmatch("[1-5](, ?[1-5])*", scores)
+        if not (photo and rated) or kind not in preset["counts"]:
+            raise ValueError(f"{table}:{number}: expected a photo id, a category (nature, people, "
+                             f"animals, urban) and scores such as 3,2,4 of 1 .. 5, got {photo!r}, "
+                             f"{row['category']!r}, {scores!r}")
+        repeats += photo in rows
+        rank = _aesthetic_rank([int(score) for score in scores.split(",")], rule)
+        rows.setdefault(photo, (kind, rank))
+    notes = _unlike("rows", len(lines), sum(preset["counts"].values()))
+    return rows, notes + [f"{repeats:,} rows repeat a photo; its first row counts"] * bool(repeats)
+
+
+def _aesthetic_rank(scores, rule):
+    """The median rounded down, or the mean rounded to even; scores count from 1, ranks from 0."""
+    if rule == "median":
+        return int(statistics.median(scores)) - 1
+    return round(statistics.mean(scores)) - 1
+
+
+def _split_hci(root, place, preset, fold, salt, category, rule):
+    parts, notes, val, test = [[], [], []], [], preset["val"], preset["test"]
+    for rank, (decade, published) in enumerate(zip(preset["rank_names"], preset["counts"])):
+        listed = sorted(os.listdir(place / decade)) if (place / decade).is_dir() else []
+        images = [f"{decade}/{name}" for name in listed
+                  if Path(name).suffix.lower() in IMAGE_TYPES and not name.startswith(".")]
+        if len(images) <= val + test:
+            raise ValueError(f"{place / decade}: {len(images)} images, expected {published}, at "
+                             f"least {val + test + 1}; unpack the release again")
+        order = _shuffled(images, salt)
+        for part, some in zip(parts, (order[test + val:], order[test:test + val], order[:test])):
+            part += [Sample(path, rank) for path in some]
+        notes += _unlike(f"images of the {decade}", len(images), published)
+    found, published = sum(map(len, parts)), sum(preset["counts"])
+    said = [f"release of {found:,} images where {published:,} are expected"] * (found != published)
+    return parts, said, notes
 
 
 def _load_own(folder, root, fold, seed, lists):
@@ -659,7 +977,7 @@ def _toward(length, rng):
 
 def _check(task):
     """Count a dataset and open all its images; the number of those that cannot be read."""
-    print(task.protocol)
+    print(task.protocol, *(f"note: {note}" for note in task.notes), sep="\n")
     labels = [[sample.label for sample in getattr(task, part)] for part in PARTS]
     counts = [np.bincount(part, minlength=task.num_ranks) for part in labels]
     print(f"{'rank':>12} {'train':>7} {'val':>7} {'test':>7}")
@@ -685,9 +1003,22 @@ def main(argv=None):
     parser.add_argument("command", choices=["check"])
     parser.add_argument("name", help=f"{', '.join(DATASETS)}, or a folder of own data")
     parser.add_argument("root", nargs="?", help="where the release lies, default data/NAME")
+    parser.add_argument("--split", help="default the dataset's first: see DATASETS")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--category", help="aesthetics: all, nature, animal, urban or people")
+    parser.add_argument("--label-rule",
+                        help="adience: exact, merged or inside; aesthetics: median or mean")
+    parser.add_argument("--out", help="folder for the lists of all folds: fold_K/train.txt ...")
     args = parser.parse_args(argv)
+    options = dict(split=args.split, seed=args.seed, category=args.category,
+                   label_rule=args.label_rule)
     try:
-        return 1 if _check(load(args.name, args.root)) else 0
+        unread = _check(load(args.name, args.root, **options))
+        for fold in range(DATASETS.get(args.name, {}).get("folds", 1)) if args.out else ():
+            folder = Path(args.out, f"fold_{fold}")
+            load(args.name, args.root, fold=fold, **options).write_lists(folder)
+            print(f"lists: {folder}")
+        return 1 if unread else 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

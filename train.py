@@ -1,24 +1,29 @@
-"""Train, evaluate and compare: OrdinalCLIP, CoOp, linear and zero-shot on one dataset under one protocol.
+"""Train, evaluate and compare: OrdinalCLIP, CoOp, linear, regression and zero-shot, on one dataset under one protocol.
 
     python train.py --data demo                              # generated images, minutes on a CPU
     python train.py --data morph2 --interp linear            # the paper's main run
     python train.py --data my/folder --clip RN50             # own data: see data.py
     python train.py --resume runs/NAME                       # go on where last.pt stopped
     python train.py --eval runs/NAME/best.pt                 # test a checkpoint again
+    python train.py --data adience --fold all                # five runs, mean and deviation at the end
+    python train.py --report runs/*                          # finished runs beside the paper's figures
     torchrun --nproc-per-node 4 train.py --data morph2       # the same batches, over four GPUs
 
-Read top to bottom: recipes, arguments, main, model, training, evaluation, checkpoints, distribution.
+Read top to bottom: recipes, arguments, main, model, training, evaluation, report, checkpoints, distribution.
 A run writes runs/NAME/: config.json, splits/*.txt, log.csv, last.pt, best.pt, exported.pt, results.json,
 predictions-best.csv. The epoch is chosen on validation images; the test images are looked at once, at the end.
 """
 
 import argparse
 import contextlib
+import copy
 import csv
+import hashlib
 import json
 import math
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -27,6 +32,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 import data
@@ -51,10 +57,14 @@ PAPER = dict(
 RECIPES = {  # what differs from the paper's
     "demo": dict(clip="tiny", image_encoder="clip", epochs=9, lr=3e-3),
 }
-METHODS = ("ordinalclip", "coop", "linear", "zeroshot")
+METHODS = ("ordinalclip", "coop", "linear", "regression", "zeroshot")
 INTERPOLATIONS = ("linear", "inverse", "none")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-LINEAR_DIM, LINEAR_SCALE = 1024, math.log(100)  # of the linear baseline where no CLIP is loaded
+LINEAR_DIM, LINEAR_SCALE = 1024, math.log(100)  # of the baselines where no CLIP is loaded
+CUMULATIVE = 5  # ranks off that still count in the cumulative score CS(5)
+SPANS = (2, 4, 8, 16, 32)  # of the ordinality scores beside the whole one
+MANY, FEW = 100, 20  # training images above and below which a rank counts as many-, few-shot (Yang et al., ICML 2021)
+MACHINE = ("device", "precision", "workers", "data_root", "out", "seeds")  # settings that make no other experiment
 
 
 def parse_args(argv=None):
@@ -70,8 +80,13 @@ def parse_args(argv=None):
     # what
     add("--data", default="demo", help=f"{', '.join(data.DATASETS)}, or a folder of your own images")
     add("--data-root", help="where the release lies (default: data/NAME; the demo has a cache folder)")
-    add("--split", default="random", help="protocol of the split: random; morph2 also subject-exclusive")
-    add("--fold", type=int, default=0, help="which of the random splits")
+    add("--split", help="protocol of the split (default: the dataset's first); morph2: random, subject-exclusive")
+    add("--fold", type=fold_number, default=0, help="which of the dataset's splits, or all: one run each")
+    add("--split-seed", type=int, default=1, help="of splits made here, so that all --seeds share them")
+    add("--category", help="aesthetics: nature, animal, urban, people or all")
+    add("--label-rule", help="how labels follow from the release, where it leaves a choice: see data.py")
+    add("--shots", type=int, help="training images of each rank (paper: 1 2 4 8 16 32 64)")
+    add("--shift", type=ranks_and_share, metavar="K,KEEP", help="keep this share of the K most frequent ranks (paper: 10..40, 0.2 or 0.1)")
     add("--train-list", help="list file `path label`, instead of a split made here")
     add("--val-list", help="list file of validation images; default: a tenth of the training images")
     add("--test-list", help="list file of test images")
@@ -83,16 +98,21 @@ def parse_args(argv=None):
     add("--rank-position", default="tail", choices=POSITIONS, help="the rank after, amid or before the context")
     add("--rank-init", choices=("random", "names"), help="(default: names for coop, else random)")
     recipe("--clip", str, f"{', '.join(MODELS)}, tiny, or a weights file")
+    add("--tune", default="both", choices=("both", "rank", "context"), help="which prompt embeddings are learnt")
+    add("--regression-loss", default="l1", choices=("l1", "l2"), help="of --method regression")
+    add("--official", action="store_true", help="the official code's column target, pixels and ordinality: see README")
     add("--quick-gelu", action=argparse.BooleanOptionalAction, help="activation, where a weights file does not say")
     add("--trust-torchscript", action="store_true", help="open a TorchScript archive of unknown origin")
     recipe("--image-encoder", str, "clip (the tower of --clip), vgg16, timm:NAME, torchvision:NAME")
     recipe("--image-weights", str, "imagenet, none, or a state dict file; not for clip")
+    add("--freeze-image", action="store_true", help="train prompts only, on features of centre crops computed once")
     # optimisation
     recipe("--epochs", int, "passes over the training images; learning rate falls by a cosine")
     recipe("--batch-size", int, "images per step, over all processes")
     recipe("--lr", float, "learning rate of everything that trains")
     recipe("--weight-decay", float, "decoupled decay: p -= lr * decay * p")
-    add("--seed", type=int, default=1, help="of weights, order and augmentation, and of random splits")
+    add("--seed", type=int, default=1, help="of weights, order, augmentation, and which images --shots and --shift keep")
+    add("--seeds", type=int, nargs="+", help="several runs (paper: 1 27 42 128 114514)")
     # where
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--precision", choices=PRECISIONS, help="of the towers (default: bf16 on a GPU that has it, else fp32)")
@@ -100,13 +120,25 @@ def parse_args(argv=None):
     add("--out", help="folder of the run (default: runs/DATA-METHOD-...-seedS)")
     add("--resume", metavar="RUN", help="go on with the run in this folder, with its own settings")
     add("--eval", metavar="CKPT", help="only test this best.pt or last.pt, with its own settings")
+    add("--report", metavar="RUN", nargs="+", help="only print finished runs as a table, and write report.md beside them")
 
     args = parser.parse_args(argv)
     words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
     given = {action.dest for action in parser._actions if words & {*action.option_strings}}
     if args.resume or args.eval:
         return from_checkpoint(args, given, parser)
+    if args.report and given - {"report"}:
+        parser.error("--report takes no other flag")
     return complete(args)
+
+
+def fold_number(text):
+    return text if text == "all" else int(text)
+
+
+def ranks_and_share(text):
+    ranks, share = text.split(",")
+    return int(ranks), float(share)
 
 
 def complete(args):
@@ -126,7 +158,9 @@ def complete(args):
         args.precision = "bf16" if fast else "fp32"
     if args.workers is None:
         args.workers = max(0, min(8, (os.cpu_count() or 1) - 1))
-    if args.out is None:
+    if args.freeze_image and args.image_encoder != "clip":
+        raise SystemExit("--freeze-image needs --image-encoder clip: the last layer of the others starts at random")
+    if args.out is None and args.fold != "all" and not args.seeds:
         args.out = str(Path("runs") / run_name(args))
     return args
 
@@ -139,7 +173,7 @@ def from_checkpoint(args, given, parser):
         parser.error(f"{flags}: settings come from the checkpoint; leave them out, or start a new run")
     path = Path(args.resume or args.eval)
     path = path / ("last.pt" if args.resume else "best.pt") if path.is_dir() else path
-    saved = argparse.Namespace(**load_checkpoint(path, "settings")["settings"])
+    saved = argparse.Namespace(**vars(parser.parse_args([])) | load_checkpoint(path, "settings")["settings"])
     for name in given & here:
         setattr(saved, name, getattr(args, name))
     saved.out, saved.resume, saved.eval = str(path.parent), args.resume and str(path), args.eval and str(path)
@@ -147,23 +181,86 @@ def from_checkpoint(args, given, parser):
 
 
 def run_name(args):
-    name = [Path(args.data).name, args.method]
+    name = [Path(args.data).name, *([args.category] if args.category else []), method_name(args)]
+    name += [f"shots{args.shots}"] if args.shots else []
+    name += ["shift{}-{:g}".format(*args.shift)] if args.shift else []
+    return "-".join([*name, *([f"fold{args.fold}"] if args.fold else []), f"seed{args.seed}"])
+
+
+def method_name(args):
+    """What differs between the rows of a table."""
+    name = [args.method]
     if args.method == "ordinalclip":
         name += [args.interp] + ([f"K{args.base_ranks}"] if args.interp != "none" else [])
-    return "-".join([*name, *([f"fold{args.fold}"] if args.fold else []), f"seed{args.seed}"])
+    if args.method == "regression":
+        name += [args.regression_loss]
+    name += [f"tune-{args.tune}"] if args.tune != "both" else []
+    name += ["random-context"] if (args.context or "").isdigit() else []
+    name += ["frozen"] if args.freeze_image else []
+    name += ["official"] if args.official else []
+    return "-".join(name)
 
 
 # ------------------------------------------------------------------------------------------------- main
 
 
 def main(argv=None):
+    """-> the results of the run, or a list of them with --fold all or --seeds; the table with --report."""
     args = parse_args(argv)
+    if args.report:
+        return report(args.report)
     start_processes(args)
     try:
-        return test_only(args) if args.eval else train(args)
+        if args.eval:
+            return test_only(args)
+        if args.fold == "all" or args.seeds:
+            return train_several(args)
+        return train(args)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def train_several(args):
+    """A run for each fold and seed. What is finished is read, what was begun goes on."""
+    folds = range(data.DATASETS.get(args.data, {}).get("folds", 5)) if args.fold == "all" else [args.fold]
+    runs = []
+    for fold in folds:
+        for seed in args.seeds or [args.seed]:
+            run = copy.copy(args)
+            run.fold, run.seed = fold, seed
+            run.out = str(Path(args.out or "runs") / run_name(run))
+            runs.append(run)
+    results = [finished(run) or train(unfinished(run)) for run in runs]
+    if is_main():
+        report([run.out for run in runs])
+    return results
+
+
+def finished(args):
+    """Results of the run in args.out if it is there and whole, with the settings asked for."""
+    path = Path(args.out) / "results.json"
+    if not path.exists():
+        return None
+    results = json.loads(path.read_text())
+    wanted, found = comparable(json.loads(json.dumps(settings_of(args)))), comparable(results["settings"])
+    if differing := [key for key in wanted if wanted[key] != found.get(key)]:
+        raise SystemExit(f"{args.out} is finished, but with another --{differing[0].replace('_', '-')}: "
+                         f"{found.get(differing[0])!r}, not {wanted[differing[0]]!r}; give another --out")
+    if is_main():
+        print(f"{args.out} is finished, its results are read")
+    return results
+
+
+def unfinished(args):
+    """The same, going on from last.pt where there is one."""
+    last = Path(args.out) / "last.pt"
+    args.resume = str(last) if last.exists() else None
+    return args
+
+
+def comparable(settings):
+    return {key: value for key, value in settings.items() if key not in MACHINE}
 
 
 def train(args):
@@ -174,7 +271,7 @@ def train(args):
     torch.manual_seed(args.seed)
     model, preprocess = build_model(args, task)
     groups = param_groups(model)
-    train_loader, val_loader, test_loader = loaders(args, task, preprocess)
+    train_loader, val_loader, test_loader = loaders(args, task, preprocess, model)
     describe(args, task, model, groups, preprocess)
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
@@ -192,7 +289,8 @@ def train(args):
     restore(model, load_checkpoint(out / "best.pt", "model"))
     results = test(args, task, model, preprocess, val_loader, test_loader, out, began)
     if is_main():
-        export(out / "exported.pt", args, task, model, preprocess, results)
+        if args.method != "regression":  # which has no prototypes
+            export(out / "exported.pt", args, task, model, preprocess, results)
         save_json(out / "results.json", results)
     return results
 
@@ -203,7 +301,7 @@ def test_only(args):
     task = load_task(args)
     model, preprocess = build_model(args, task)
     restore(model, load_checkpoint(path, "model"))
-    _, val_loader, test_loader = loaders(args, task, preprocess)
+    _, val_loader, test_loader = loaders(args, task, preprocess, model)
     results = test(args, task, model, preprocess, val_loader, test_loader, path.parent, began, f"eval-{path.stem}")
     if is_main():
         save_json(path.parent / f"eval-{path.stem}.json", results)
@@ -214,7 +312,7 @@ def refuse_to_overwrite(out, args):
     if args.resume:
         if (out / "results.json").exists():
             raise SystemExit(f"{out} is finished, see {out / 'results.json'}; --eval tests it again")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and {path.name for path in out.iterdir()} - {"config.json", "splits"}:
         raise SystemExit(f"{out} holds a run; --resume {out} goes on with it, --out elsewhere starts anew")
 
 
@@ -230,8 +328,12 @@ def load_task(args):
         raise SystemExit("--val-list and --test-list need a --train-list")
     with main_process_first(), told_plainly():  # it draws the demo, the others find it
         task = data.load(
-            args.data, args.data_root, split=args.split, fold=args.fold, seed=args.seed, lists=lists
-        )
+            args.data, args.data_root, split=args.split, fold=args.fold, seed=args.split_seed, lists=lists,
+            category=args.category, label_rule=args.label_rule,
+        )  # fmt: skip
+        if lists is None or not (args.resume or args.eval):  # else the lists of the run are these images
+            task = data.few_shot(task, args.shots, args.seed) if args.shots is not None else task
+            task = data.shifted(task, *args.shift, args.seed) if args.shift else task
     if args.resume or args.eval:  # the same images, so the same protocol
         with told_plainly():
             config = json.loads((Path(args.out) / "config.json").read_text())
@@ -259,7 +361,7 @@ def build_model(args, task):
 
 
 def assemble(args, task):
-    needs_clip = args.method != "linear" or args.image_encoder == "clip"
+    needs_clip = args.method not in ("linear", "regression") or args.image_encoder == "clip"
     clip = load_clip(args) if needs_clip else None
     dim = clip.embed_dim if clip else LINEAR_DIM
     if args.image_encoder == "clip":
@@ -269,8 +371,52 @@ def assemble(args, task):
         weights = None if args.image_weights == "none" else args.image_weights
         encoder = build_image_encoder(args.image_encoder, dim, weights=weights, download=download)
         preprocess = dict(image_size=encoder.image_size, mean=encoder.mean, std=encoder.std)
+    if args.official:  # xk-huang/OrdinalCLIP@ca10a20 ordinalclip/runner/utils.py#L370-L400
+        preprocess |= dict(mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD, squash=True, resample="bilinear")
+    if args.freeze_image:
+        encoder.requires_grad_(False)
+    if args.method == "regression":
+        return Regression(encoder, dim, task.num_ranks, args.regression_loss), preprocess
     scale = clip.logit_scale if clip else LINEAR_SCALE
     return OrdinalCLIP(encoder, build_prototypes(args, task, clip, dim), scale), preprocess
+
+
+class Regression(nn.Module):
+    """The paper's regression baseline: one neuron that says the rank index, with L1 or L2 loss.
+
+    It starts at the middle rank. `predict` puts the probability on the two ranks beside the answer, so that the
+    expected rank is the answer (within 0..R-1) and the most probable one the nearest.
+    """
+
+    def __init__(self, image_encoder, dim, num_ranks, loss):
+        super().__init__()
+        self.image_encoder, self.num_ranks, self.kind = image_encoder, num_ranks, loss
+        self.neuron = nn.Linear(dim, 1)
+        nn.init.constant_(self.neuron.bias, (num_ranks - 1) / 2)
+
+    def forward(self, images):
+        """Images (B, 3, H, W) -> rank indices (B,), of any size."""
+        return self.neuron(self.image_encoder(images).float())[:, 0]
+
+    def loss(self, images, labels, *, group=None, **_):
+        """-> (mean loss, the same, 0); with `group` over all its processes, gradients are each one's share."""
+        error = self(images) - labels
+        total = (error.abs() if self.kind == "l1" else error.square()).mean() / num_processes()
+        if group is not None:
+            whole = total.detach().clone()
+            dist.all_reduce(whole, group=group)
+            total = total + (whole - total.detach())
+        return total, total, torch.zeros_like(total)
+
+    @torch.no_grad()
+    def predict(self, images):
+        """Images (B, 3, H, W) -> dict(probs (B, R))."""
+        ranks = torch.arange(self.num_ranks, device=images.device)
+        answers = self(images).clamp(0, self.num_ranks - 1)[:, None]  # (B, 1)
+        return dict(probs=(1 - (answers - ranks).abs()).clamp_min(0))
+
+    def export(self):
+        return self
 
 
 def load_clip(args):
@@ -287,16 +433,23 @@ def build_prototypes(args, task, clip, dim):
         return LinearPrototypes(task.num_ranks, dim)
     tokenizer, context = Tokenizer(), args.context or task.context
     if args.method == "zeroshot":
-        prompts = [f"{context} {name}." for name in task.rank_names]
+        prompts = [zeroshot_prompt(args, task, name) for name in task.rank_names]
         with torch.no_grad():
             return FixedPrototypes(clip.encode_text(tokenizer(prompts, clip.context_length)))
     names = [tokenizer.encode(name) for name in task.rank_names]
-    return RankPrompts(
+    prompts = RankPrompts(
         clip, task.num_ranks,
         context=int(context) if context.isdigit() else torch.tensor(tokenizer.encode(context)),
         rank_tokens=names if args.rank_init == "names" else None,
         interp=args.interp, num_base_ranks=args.base_ranks, rank_position=args.rank_position,
     )  # fmt: skip
+    prompts.rank_embeds.requires_grad_(args.tune != "context")
+    prompts.context_embeds.requires_grad_(args.tune != "rank")
+    return prompts
+
+
+def zeroshot_prompt(args, task, name):
+    return f"{args.context or task.context} {name}."
 
 
 def param_groups(model):
@@ -354,15 +507,17 @@ def fit(args, model, groups, preprocess, train_loader, val_loader, out):
 def train_epoch(args, model, optimizer, scaler, preprocess, loader, epoch):
     """-> mean losses and images per second of one pass."""
     model.train()
+    target = "softmax10" if args.official else "normalized"
     if isinstance(loader.sampler, DistributedSampler):
         loader.sampler.set_epoch(epoch)
     group = dist.group.WORLD if dist.is_initialized() else None
     params = [p for g in optimizer.param_groups for p in g["params"]]
     sums, seen, began, shown = torch.zeros(4, device=args.device), 0, time.time(), 0.0
+    step_model = on_features(model) if args.freeze_image else model
     for step, (images, labels) in enumerate(loader, 1):
         images, labels = to_device(images, args, preprocess), labels.to(args.device, non_blocking=True)
         with autocast(args):
-            total, i2t, t2i = model.loss(images, labels, group=group)
+            total, i2t, t2i = step_model.loss(images, labels, target=target, group=group)
         optimizer.zero_grad()
         scaler.scale(total).backward()
         if group is not None:
@@ -400,19 +555,20 @@ def test(args, task, model, preprocess, val_loader, test_loader, out, began, nam
     """Metrics of the test images (and of the validation images once more), printed and returned."""
     probs, labels = predictions(args, model, preprocess, test_loader)
     val = metrics(*predictions(args, model, preprocess, val_loader)) if len(val_loader) else None
-    with torch.no_grad():
-        prototypes = model.prototypes().float()
+    zeroshot = args.method == "zeroshot"
     results = dict(
         data=task.name,
         protocol=task.protocol,
         method=run_name(args),
         images=dict(train=len(task.train), val=len(task.val), test=len(task.test)),
         val_is_test=task.val_is_test,
+        prompt=zeroshot_prompt(args, task, task.rank_names[0]) if zeroshot else None,
         test=metrics(probs, labels),
         val=val,
         majority=majority_metrics(task),
-        ordinality=ordinality(prototypes) if task.num_ranks > 2 else None,
-        ordinality_chance=ordinality_chance(task.num_ranks) if task.num_ranks > 2 else None,
+        per_rank=per_rank_metrics(task, probs, labels),
+        long_tail=long_tail_metrics(task, probs, labels),
+        **ordinality_scores(args, task, model),
         seconds=round(time.time() - began, 1),
         settings=settings_of(args),
         **provenance(),
@@ -424,10 +580,31 @@ def test(args, task, model, preprocess, val_loader, test_loader, out, began, nam
 
 
 @torch.no_grad()
+def ordinality_scores(args, task, model):
+    """Of all ranks, and of comparisons within a few spans, each beside what unordered prototypes get."""
+    if args.method == "regression" or task.num_ranks < 3:
+        return dict(ordinality=None, ordinality_chance=None, ordinality_spans={})
+    prototypes, official = model.prototypes().float(), args.official
+    if official and task.name == "morph2":
+        prototypes = prototypes[15:76]  # scripts/vis_ordinality.py: ages 15 to 75
+    spans = [span for span in SPANS if span < len(prototypes) - 1]
+
+    def both(span):
+        return ordinality(prototypes, span, official), ordinality_chance(len(prototypes), span, official)
+
+    score, chance = both(None)
+    return dict(
+        ordinality=score, ordinality_chance=chance,
+        ordinality_spans={str(span): dict(zip(("score", "chance"), both(span))) for span in spans},
+    )  # fmt: skip
+
+
+@torch.no_grad()
 def predictions(args, model, preprocess, loader):
     """-> probs (M, R) and labels (M,) of all the loader's images, on the CPU, in order."""
     average_buffers(model)
     frozen = model.export().eval()  # the text tower runs once
+    frozen = on_features(frozen) if args.freeze_image else frozen
     probs, labels = [], []
     for images, batch_labels in loader:
         with autocast(args):
@@ -437,13 +614,65 @@ def predictions(args, model, preprocess, loader):
 
 
 def metrics(probs, labels):
-    """Errors in ranks, of the expected and of the most probable rank; probs (M, R), labels (M,)."""
-    ranks = torch.arange(probs.shape[1], dtype=torch.float64)
-    labels = labels.double()
-    answers = dict(expected=probs.double() @ ranks, argmax=probs.argmax(1).double())  # (M,) each
-    mae = {f"mae_{k}": (answer - labels).abs().mean().item() for k, answer in answers.items()}
-    acc = {f"acc_{k}": (a.round() == labels).double().mean().item() for k, a in answers.items()}
-    return mae | acc
+    """Errors in ranks, of the expected and of the most probable rank; probs (M, R), labels (M,).
+
+    mae; acc: rounded answer = label; cs: cumulative score CS(5), share of errors <= 5; qwk: quadratic weighted
+    kappa of the rounded answers.
+    """
+    labels, found = labels.double(), {}
+    answers = dict(expected=expected_rank(probs), argmax=probs.argmax(1).double())  # (M,) each
+    rules = dict(mae=mean_error, acc=accuracy, cs=cumulative_score, qwk=weighted_kappa)
+    for name, rule in rules.items():
+        found |= {f"{name}_{kind}": float(rule(answer, labels)) for kind, answer in answers.items()}
+    return found
+
+
+def expected_rank(probs):
+    return probs.double() @ torch.arange(probs.shape[1], dtype=torch.float64)  # (M, R) -> (M,)
+
+
+def mean_error(answers, labels):
+    return (answers - labels).abs().mean()
+
+
+def accuracy(answers, labels):
+    return (answers.round() == labels).double().mean()
+
+
+def cumulative_score(answers, labels):
+    return ((answers - labels).abs() <= CUMULATIVE).double().mean()
+
+
+def weighted_kappa(answers, labels):
+    """1 - squared error / squared error of the same answers dealt out at random (Cohen 1968)."""
+    answers = answers.round()
+    by_chance = answers.var(correction=0) + labels.var(correction=0) + (answers.mean() - labels.mean()) ** 2
+    return 1 - (answers - labels).square().mean() / by_chance if by_chance > 0 else torch.ones(())
+
+
+def per_rank_metrics(task, probs, labels):
+    """One row per rank that occurs in the test images."""
+    train = torch.tensor([sample.label for sample in task.train]).bincount(minlength=task.num_ranks)
+    rows = []
+    for rank in labels.unique().tolist():
+        here = labels == rank
+        found = metrics(probs[here], labels[here])
+        rows.append(dict(
+            rank=task.rank_names[rank], train_images=int(train[rank]), test_images=int(here.sum()),
+            mae_expected=found["mae_expected"], mae_argmax=found["mae_argmax"],
+        ))  # fmt: skip
+    return rows
+
+
+def long_tail_metrics(task, probs, labels):
+    """MAE of ranks with many, some and few training images."""
+    count = torch.tensor([sample.label for sample in task.train]).bincount(minlength=task.num_ranks)[labels]
+    groups = {f"many (>{MANY})": count > MANY, f"few (<{FEW})": count < FEW}
+    groups[f"some ({FEW}..{MANY})"] = (count >= FEW) & (count <= MANY)
+    return {
+        name: dict(test_images=int(here.sum()), **metrics(probs[here], labels[here]))
+        for name, here in groups.items() if here.any()
+    }  # fmt: skip
 
 
 def majority_metrics(task):
@@ -459,15 +688,24 @@ def majority_metrics(task):
 def print_results(results):
     test, majority = results["test"], results["majority"]
     print(f"\n{results['protocol']}")
+    if results["prompt"]:
+        print(f"prompt of the first rank: {results['prompt']!r}")
     if results["val_is_test"]:
         print("NOTE: the epoch was chosen on the test images themselves, as this protocol has it")
     print(
         f"test   MAE {test['mae_expected']:.3f} expected {test['mae_argmax']:.3f} argmax   "
         f"accuracy {test['acc_expected']:.1%} expected {test['acc_argmax']:.1%} argmax\n"
+        f"CS({CUMULATIVE}) {test['cs_expected']:.1%} expected {test['cs_argmax']:.1%} argmax   "
+        f"weighted kappa {test['qwk_expected']:.3f} expected {test['qwk_argmax']:.3f} argmax\n"
         f"always {majority['rank']!r}: MAE {majority['mae']:.3f}   accuracy {majority['acc']:.1%}"
     )
+    if len(results["long_tail"]) > 1:
+        groups = (f"{name} {row['mae_argmax']:.3f}" for name, row in results["long_tail"].items())
+        print(f"MAE (argmax) by training images of the rank: {', '.join(groups)}")
     if results["ordinality"] is not None:
-        print(f"ordinality {results['ordinality']:.1%} (chance {results['ordinality_chance']:.0%})")
+        spans = (f"{span}: {row['score']:.1%}" for span, row in results["ordinality_spans"].items())
+        print(f"ordinality {results['ordinality']:.1%} (chance {results['ordinality_chance']:.0%}); "
+              f"within spans of {', '.join(spans)}")
 
 
 def save_predictions(path, task, probs):
@@ -482,16 +720,22 @@ def save_predictions(path, task, probs):
 # ------------------------------------------------------------------------------------- images to device
 
 
-def loaders(args, task, preprocess):
-    """Train, validation and test loaders of (uint8 images (B, 3, S, S), labels (B,))."""
+def loaders(args, task, preprocess, model):
+    """Train, validation and test loaders of (uint8 images (B, 3, S, S), labels (B,)).
+
+    With --freeze-image of (features (B, D), labels (B,)).
+    """
     if args.batch_size % num_processes():
         raise SystemExit(f"--batch-size {args.batch_size} is over all processes: {num_processes()} must divide it")
-    made = []
+    made, pixels = [], {key: preprocess[key] for key in ("squash", "resample") if key in preprocess}
     for part in data.PARTS:
         training = part == "train"
         images = data.ImageList(
-            getattr(task, part), task.root, image_size=preprocess["image_size"], train=training
-        )
+            getattr(task, part), task.root, image_size=preprocess["image_size"],
+            train=training and not args.freeze_image, **pixels,
+        )  # fmt: skip
+        if args.freeze_image:
+            images = cached_features(args, images, preprocess, model)
         sampler = None
         if dist.is_initialized() and training:
             sampler = DistributedSampler(images, seed=args.seed)
@@ -499,14 +743,54 @@ def loaders(args, task, preprocess):
             images = Subset(images, range(dist.get_rank(), len(images), num_processes()))
         made.append(DataLoader(
             images, args.batch_size // num_processes(), shuffle=training and sampler is None,
-            sampler=sampler, num_workers=args.workers, pin_memory=args.device.startswith("cuda"),
+            sampler=sampler, num_workers=0 if args.freeze_image else args.workers,
+            pin_memory=args.device.startswith("cuda"),
         ))  # fmt: skip
     return made
 
 
+def cached_features(args, images, preprocess, model):
+    """The frozen encoder's features of all the images, [(feature (D,), label)]; computed once per encoder and list."""
+    encoder, digest = model.image_encoder, hashlib.sha256()
+    for key, value in encoder.state_dict().items():
+        digest.update(key.encode() + value.detach().cpu().float().numpy().tobytes())
+    for sample in images.samples:
+        stat = (images.root / sample.path).stat()
+        digest.update(f"{sample.path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    digest.update(repr((sorted(preprocess.items()), args.precision, str(images.root.resolve()))).encode())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = cache / "ordinalclip" / "features" / f"{digest.hexdigest()}.pt"
+    with main_process_first():
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            features = compute_features(args, images, preprocess, encoder)
+            write(path, lambda part: torch.save(features, part))
+    features = torch.load(path, map_location="cpu", weights_only=True)
+    return list(zip(features, (sample.label for sample in images.samples)))
+
+
+@torch.no_grad()
+def compute_features(args, images, preprocess, encoder):
+    encoder.eval()
+    features = []
+    for batch, _ in DataLoader(images, args.batch_size, num_workers=args.workers):
+        with autocast(args):
+            features.append(encoder(to_device(batch, args, preprocess)).float().cpu())
+    return torch.cat(features)  # (M, D)
+
+
+def on_features(model):
+    """The same model (shared, not copied), reading features (B, D) instead of images."""
+    other = copy.copy(model)
+    other._modules = dict(model._modules, image_encoder=nn.Identity())
+    return other
+
+
 def to_device(images, args, preprocess):
-    """Pixels travel as bytes and are normalised where they are used."""
+    """Pixels travel as bytes and are normalised where they are used; features stay as they are."""
     images = images.to(args.device, non_blocking=True)
+    if images.dim() == 2:
+        return images
     images = data.normalize(images, preprocess["mean"], preprocess["std"])
     return images.contiguous(memory_format=torch.channels_last)
 
@@ -516,11 +800,155 @@ def autocast(args):
     return torch.autocast(args.device.split(":")[0], dtype) if dtype else contextlib.nullcontext()
 
 
+# ---------------------------------------------------------------------------------------------- report
+
+# Figures of the paper's tables, (data, category): {column: {row: figure}}; the paper does not say whether its MAE
+# is that of the expected or of the most probable rank. Few-shot and shift: xk-huang/OrdinalCLIP, gh-pages, images/.
+OURS = "ordinalclip-linear-K3"
+PAPER_MAE = {
+    ("morph2", None): {
+        "all": {"linear": 2.63, "zeroshot": 14.45, "coop": 2.39, OURS: 2.32,
+                **{f"ordinalclip-linear-K{k}": mae for k, mae in
+                   zip((2, 4, 5, 6, 7, 8, 9), (2.38, 2.38, 2.36, 2.39, 2.38, 2.40, 2.41))},
+                **{f"ordinalclip-inverse-K{k}": mae for k, mae in
+                   zip(range(2, 10), (2.39, 2.38, 2.39, 2.40, 2.39, 2.35, 2.38, 2.38))},
+                **{f"{row}-{tuned}": mae for row, figures in
+                   (("coop", (2.58, 2.44, 2.39, 2.41, 2.39)), (OURS, (2.38, 2.37, 2.36, 2.34, 2.34)))
+                   for tuned, mae in zip(("tune-rank-random-context", "tune-context-random-context",
+                                          "random-context", "tune-rank", "tune-context"), figures)}},
+        **{f"{shots} shots": dict(zip(("linear", "coop", OURS), maes)) for shots, *maes in (
+            (1, 8.04, 5.09, 4.94), (2, 6.00, 4.50, 4.36), (4, 4.66, 3.81, 3.55), (8, 3.91, 3.57, 3.31),
+            (16, 3.57, 3.23, 3.07), (32, 3.06, 2.87, 2.76), (64, 2.84, 2.61, 2.57))},
+        **{f"shift {ranks}-{gone}": dict(zip(("linear", "coop", OURS), maes)) for ranks, gone, *maes in (
+            (10, 80, 2.88, 2.71, 2.61), (10, 90, 2.98, 2.85, 2.67), (20, 80, 3.46, 2.98, 2.77),
+            (20, 90, 3.68, 3.51, 3.06), (30, 80, 3.19, 3.06, 2.86), (30, 90, 4.06, 3.36, 3.21),
+            (40, 80, 3.28, 2.99, 2.84), (40, 90, 3.65, 3.30, 3.12))},
+    },
+    ("adience", None): {"all": {"linear": 0.56, "zeroshot": 1.50, "coop": 0.50, OURS: 0.47}},
+    ("hci", None): {"all": {"linear": 0.80, "zeroshot": 1.48, "coop": 0.76, OURS: 0.67}},
+    **{("aesthetics", category): {"all": dict(zip(("linear", "zeroshot", "coop", OURS), maes))}
+       for category, *maes in (
+           ("nature", .338, .438, .285, .273), ("animal", .381, .737, .298, .279),
+           ("urban", .364, .683, .294, .277), ("people", .377, 1.063, .330, .291))},
+}  # fmt: skip
+PAPER_ACC = {
+    ("adience", None): {"all": {"linear": 56.0, "zeroshot": 25.4, "coop": 60.6, OURS: 61.2}},
+    ("hci", None): {"all": {"linear": 42.56, "zeroshot": 26.08, "coop": 51.90, OURS: 56.44}},
+    **{("aesthetics", category): {"all": dict(zip(("linear", "zeroshot", "coop", OURS), accs))}
+       for category, *accs in (
+           ("nature", 72.76, 63.33, 72.74, 73.65), ("animal", 70.44, 36.78, 71.46, 72.85),
+           ("urban", 70.12, 49.84, 72.14, 73.20), ("people", 70.80, 24.79, 69.34, 72.50))},
+}  # fmt: skip
+TABLES = (  # title, where in results, factor, digits, the paper's figures
+    ("MAE, expected rank", ("test", "mae_expected"), 1, 3, PAPER_MAE),
+    ("MAE, most probable rank", ("test", "mae_argmax"), 1, 3, PAPER_MAE),
+    ("Accuracy, most probable rank, %", ("test", "acc_argmax"), 100, 2, PAPER_ACC),
+    ("Ordinality of the prototypes, %", ("ordinality",), 100, 1, {}),
+)
+
+
+def report(paths):
+    """Markdown tables, method x column, mean +- standard deviation over runs; written beside the runs as well."""
+    runs = sorted((read_run(path) for path in result_files(paths)), key=lambda run: str(run["path"]))
+    if not runs:
+        raise SystemExit(f"no results.json in {', '.join(map(str, paths))}; give folders of finished runs")
+    name_rows(runs)
+    place = Path(os.path.commonpath([run["path"].parent for run in runs]))
+    blocks = []
+    for key in dict.fromkeys(table_key(run["settings"]) for run in runs):
+        blocks.append(report_data(key, [run for run in runs if table_key(run["settings"]) == key], place))
+    text = "\n".join(blocks)
+    write(place / "report.md", lambda part: part.write_text(text))
+    print(text + f"\nwritten to {place / 'report.md'}")
+    return text
+
+
+def result_files(paths):
+    """results.json of each folder, or of the folders in it."""
+    for path in map(Path, paths):
+        own = path / "results.json"
+        yield from [own] if own.exists() else sorted(path.glob("*/results.json"))
+
+
+def read_run(path):
+    results = json.loads(path.read_text())
+    return results | dict(path=path.resolve().parent)
+
+
+def table_key(settings):
+    return settings["data"], settings.get("category"), settings.get("label_rule"), settings["split"]
+
+
+def column_name(settings):
+    words = [f"{settings['shots']} shots"] if settings.get("shots") else []
+    if settings.get("shift"):
+        ranks, keep = settings["shift"]
+        words += [f"shift {ranks}-{round(100 * (1 - keep))}"]
+    return " ".join(words) or "all"
+
+
+def name_rows(runs):
+    """row = the method, and what else differs between runs that would share a cell: those are not averaged.
+
+    Within a cell epochs and the like agree; from column to column they may change (fewer shots, more epochs).
+    """
+    for run in runs:
+        run["row"], run["column"] = method_name(argparse.Namespace(**run["settings"])), column_name(run["settings"])
+    cells = {}
+    for run in runs:
+        cells.setdefault((table_key(run["settings"]), run["row"], run["column"]), []).append(run)
+    for cell in cells.values():
+        settings = [comparable(run["settings"]) for run in cell]
+        differing = [key for key in settings[0] if key not in ("seed", "fold") and any(
+            other.get(key) != settings[0][key] for other in settings)]  # fmt: skip
+        for run in cell:
+            run["row"] += "".join(f" {key}={run['settings'][key]}" for key in differing)
+
+
+def report_data(key, runs, place):
+    """The tables of one dataset under one protocol, what they rest on, and a link to each run."""
+    rows, columns = (list(dict.fromkeys(run[name] for run in runs)) for name in ("row", "column"))
+    columns.sort(key=lambda name: [int(word) if word.isdigit() else 0 for word in name.replace("-", " ").split()])
+    lines = ["## " + " ".join(str(word) for word in key if word), ""]
+    for title, where, factor, digits, paper in TABLES:
+        lines += [f"{title} (the paper's in brackets)", "", "| method | " + " | ".join(columns) + " |"]
+        lines += ["|---" * (len(columns) + 1) + "|"]
+        for row in rows:
+            cells = []
+            for column in columns:
+                values = [look_up(run, where) for run in runs if (run["row"], run["column"]) == (row, column)]
+                theirs = paper.get(key[:2], {}).get(column, {}).get(row)
+                cells.append(cell([v * factor for v in values if v is not None], digits, theirs))
+            lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        lines.append("")
+    for run in runs:
+        link = os.path.relpath(run["path"], place)
+        settings = run["settings"]
+        lines.append(f"- [{link}]({link}/results.json): seed {settings['seed']}, fold {settings['fold']}, "
+                     f"commit {run['commit']}, {run['seconds']} s; {run['protocol']}")  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def look_up(run, where):
+    for key in where:
+        run = run[key]
+    return run
+
+
+def cell(values, digits, theirs):
+    """Mean +- sample standard deviation, number of runs, the paper's figure."""
+    if not values:
+        return "-" if theirs is None else f"- [{theirs}]"
+    text = f"{statistics.mean(values):.{digits}f}"
+    text += f" ± {statistics.stdev(values):.{digits}f} (n={len(values)})" if len(values) > 1 else " (n=1)"
+    return text if theirs is None else f"{text} [{theirs}]"
+
+
 # -------------------------------------------------------------------------------------- files of the run
 
 
 def settings_of(args):
-    return {key: value for key, value in vars(args).items() if key not in ("resume", "eval")}
+    return {key: value for key, value in vars(args).items() if key not in ("resume", "eval", "report")}
 
 
 def save_checkpoint(path, model, args, **more):

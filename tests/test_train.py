@@ -237,7 +237,7 @@ def test_batches_are_shared_out_evenly(monkeypatch):
     args = train.parse_args(["--batch-size", "9"])
     monkeypatch.setattr(train, "num_processes", lambda: 2)
     with pytest.raises(SystemExit, match="--batch-size 9 is over all processes: 2 must divide it"):
-        train.loaders(args, None, None)
+        train.loaders(args, None, {}, None)
 
 
 def test_a_checkpoint_away_from_its_run_is_told_plainly(finished, tmp_path):
