@@ -23,6 +23,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -908,7 +909,7 @@ def name_rows(runs):
 def report_data(key, runs, place):
     """The tables of one dataset under one protocol, what they rest on, and a link to each run."""
     rows, columns = (list(dict.fromkeys(run[name] for run in runs)) for name in ("row", "column"))
-    columns.sort(key=lambda name: [int(word) if word.isdigit() else 0 for word in name.replace("-", " ").split()])
+    columns.sort(key=lambda name: ("shift" in name, [int(number) for number in re.findall(r"\d+", name)]))
     lines = ["## " + " ".join(str(word) for word in key if word), ""]
     for title, where, factor, digits, paper in TABLES:
         lines += [f"{title} (the paper's in brackets)", "", "| method | " + " | ".join(columns) + " |"]
