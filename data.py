@@ -359,7 +359,7 @@ def _lines(path, comment="#"):
 def _read_table(path, delimiter, columns):
     """[(line number, {column: cell})] of a release's table, whose header must name the columns."""
     (_, first), *lines = _lines(path, comment=None) or [(1, "")]
-    header = [cell.lower() for cell in _cells(first.lstrip("#"), delimiter)]     # "#flickr_photo_id"
+    header = [cell.lower() for cell in _cells(first.lstrip("#"), delimiter)]    # #flickr_photo_id
     if missing := set(columns) - set(header):
         raise ValueError(f"{path}:1: no column {', '.join(sorted(missing))}; expected the header "
                          f"of the release, got {first!r}")
@@ -601,15 +601,11 @@ def _match_morph2(path, ages):
 
 
 def _load_release(name, root, split, fold, seed, lists, category, rule):
-    """adience, aesthetics or hci: paths are relative to the folder `place` that holds the images."""
+    """adience, aesthetics or hci; paths are relative to `place`, the folder of the images."""
     preset, notes = DATASETS[name], []
     if not 0 <= fold < preset["folds"]:
         raise ValueError(f"{name} has no fold {fold}; give 0 .. {preset['folds'] - 1}")
-    places = [root / folder for folder in preset["images"]]
-    inside = preset.get("inside", "")
-    place = next((folder for folder in places if (folder / inside).is_dir()), None)
-    if place is None:
-        raise _absent(preset, " or ".join(map(str, places)), root)
+    place = _image_folder(root, preset)
     if lists:
         words = _given(lists)
         parts = [path and read_list(path, place, len(preset["rank_names"])) for path in lists]
@@ -620,6 +616,14 @@ def _load_release(name, root, split, fold, seed, lists, category, rule):
         words = ", ".join([*chosen, f"{split} split, seed {seed}, fold {fold}", *said])
     return _task(name, words, place, preset["rank_names"], preset["context"], parts,
                  f"{seed}/{fold}", preset.get("rank_values"), notes)
+
+
+def _image_folder(root, preset):
+    places, inside = [root / folder for folder in preset["images"]], preset.get("inside", "")
+    for place in places:
+        if (place / inside).is_dir():
+            return place
+    raise _absent(preset, " or ".join(map(str, places)), root)
 
 
 def _unlike(what, got, published):
@@ -655,25 +659,23 @@ def _read_adience(root, place, preset):
 
 
 def _label_adience(rows, rule, preset):
-    """([(fold, Sample)], notes). An image may have several rows; only "merged" drops the repeats."""
-    kept, left, seen, clash, repeats = [], Counter(), {}, set(), 0
+    """([(fold, Sample)], notes). Images may have several rows; only "merged" drops the repeats."""
+    kept, left, ranks, repeats = [], Counter(), {}, 0
     for fold, path, age in rows:
         rank = _adience_rank(age, rule, preset)
         if rank is None:
-            left[age] += 1
+            left[age or "empty"] += 1
             continue
-        if path in seen:
-            repeats += 1
-            clash |= {path} if seen[path] != rank else set()
-        if rule != "merged" or path not in seen:
+        repeats += path in ranks
+        if rule != "merged" or path not in ranks:
             kept.append((fold, Sample(path, rank)))
-        seen.setdefault(path, rank)
-    notes = _unlike("rows", len(rows), preset["rows"]) + _uncommon(kept, rule, preset)
-    return kept, notes + [
+        ranks.setdefault(path, set()).add(rank)
+    ages = ", ".join(f"{age} x {count:,}" for age, count in left.most_common())
+    return kept, [
+        *_unlike("rows", len(rows), preset["rows"]), *_uncommon(kept, rule, preset),
         f"{repeats:,} rows repeat an image, {'left out' if rule == 'merged' else 'kept'}",
-        f"{len(clash):,} images have rows of different ranks",
-        f"{sum(left.values()):,} rows left out, by age: "
-        + ", ".join(f"{age or 'empty'} x {count:,}" for age, count in left.most_common())]
+        f"{sum(len(each) > 1 for each in ranks.values()):,} images have rows of different ranks",
+        f"{sum(left.values()):,} rows left out, by age: {ages}"]
 
 
 def _adience_rank(age, rule, preset):

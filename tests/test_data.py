@@ -309,6 +309,445 @@ def test_morph_list_disagrees_with_the_release(morph, tmp_path):
         load("morph2", morph, lists=(None, None, bad))
 
 
+# ---------------------------------------------------------------------------------------- adience
+
+
+ADIENCE = (
+    "user_id original_image face_id age gender x y dx dy tilt_ang fiducial_yaw_angle fiducial_score"
+)
+AGES = "(0, 2)|(4, 6)|(8, 12)|(15, 20)|(25, 32)|(38, 43)|(48, 53)|(60, 100)".split("|")
+STRAYS = ["None", "35", "13", "(25, 23)", "(27, 32)", "(8, 23)", "3", "2"]
+RULES = {  # rank of each stray
+    "exact": [],
+    "merged": [4, 4],
+    "inside": [2, 4, 4, 0],  # 13, (25, 23), (27, 32) and 2
+}
+
+
+def picture():
+    held = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 100, 50)).save(held, "JPEG")
+    return held.getvalue()
+
+
+PICTURE = picture()
+
+
+def adience_rows(fold):
+    """(user, image, face, age): 3 users a fold, every age and stray, one row repeated."""
+    rows = [
+        (f"{fold}{i % 3}@N03", f"1039_{i}_o.jpg", str(i % 7), age)
+        for i, age in enumerate(AGES * 5 + STRAYS)
+    ]
+    return rows + rows[:1]
+
+
+def make_adience(root, tables=".", images="aligned", stem="landmark_aligned_face"):
+    (root / tables).mkdir(parents=True, exist_ok=True)
+    for fold in range(5):
+        lines = ["\t".join(ADIENCE.split())]
+        for user, image, face, age in adience_rows(fold):
+            path = root / images / user / f"{stem}.{face}.{image}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(PICTURE)
+            lines.append("\t".join([user, image, face, age, "f", *"1234", "-115", "30", "17"]))
+        text = "\r\n".join(lines) + "\r\n"
+        (root / tables / f"fold_{fold}_data.txt").write_text(text, newline="")
+    return root
+
+
+@pytest.fixture(scope="module")
+def adience(tmp_path_factory):
+    return make_adience(tmp_path_factory.mktemp("adience") / "release")
+
+
+def test_adience_folds_are_published_ones_and_keep_people_apart(adience):
+    tests = []
+    for fold in range(5):
+        task = load("adience", adience, fold=fold)
+        assert [len(part) for part in parts_of(task)] == pytest.approx([148, 16, 41], abs=1)
+        assert sum(map(len, parts_of(task))) == 5 * 41
+        assert_disjoint(task)
+        users = [{Path(path).parent.name for path in paths(part)} for part in parts_of(task)]
+        assert users[2] == {f"{fold}{i}@N03" for i in range(3)} and not users[2] & users[0]
+        assert users[1] <= users[0]  # val is drawn by image
+        tests.append(paths(task.test))
+    assert len(set().union(*tests)) == 200 == sum(map(len, tests))
+    assert task.root == adience / "aligned" and task.num_ranks == 8
+    assert task.rank_names[2] == "8-13" and task.rank_values == tuple(map(float, range(8)))
+    assert task.test[2] == Sample("42@N03/landmark_aligned_face.2.1039_2_o.jpg", 2)
+    assert task.test[0] == task.test[40]  # a repeated row stays, as in the published lists
+    assert task.protocol == (
+        f"adience: label rule exact, five-fold split, seed 0, fold 4: {len(task.train)} train / "
+        f"{len(task.val)} val / 41 test images"
+    )
+    assert load("adience", adience, fold=4, seed=1).val != task.val
+    assert load("adience", adience, fold=4, seed=1).test == task.test
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_adience_label_rules(adience, rule):
+    task = load("adience", adience, label_rule=rule, split="five-fold")
+    labels = [sample.label for sample in task.test]
+    expected = [*range(8)] * 5 + RULES[rule] + [0] * (rule != "merged")
+    assert labels == expected and f"label rule {rule}" in task.protocol
+    assert ("5 rows repeat an image, left out" in task.notes) == (rule == "merged")
+
+
+def test_adience_notes(adience):
+    notes = load("adience", adience).notes
+    for note in (
+        "rows: 245 of 19,487 published",
+        "labelled rows: 205 of 17,424 published",
+        "rank 0-2: 30 of 2,519 published",
+        "fold 1: 41 of 3,101 published",
+        "5 rows repeat an image, kept",
+        "0 images have rows of different ranks",
+        "40 rows left out, by age: None x 5, 35 x 5, 13 x 5, (25, 23) x 5, (27, 32) x 5, "
+        "(8, 23) x 5, 3 x 5, 2 x 5",
+    ):
+        assert note in notes
+    merged = load("adience", adience, label_rule="merged").notes
+    assert "images: 210 of 17,470 published" in merged
+
+
+@pytest.mark.parametrize("tables", ["folds", "original_txt_files"])
+def test_adience_other_places(tmp_path, tables):
+    root = make_adience(tmp_path, tables, "faces", "coarse_tilt_aligned_face")
+    task = load("adience", root)
+    assert task.root == root / "faces"
+    assert task.test[1].path == "01@N03/coarse_tilt_aligned_face.1.1039_1_o.jpg"
+    assert ImageList(task.train, task.root, image_size=8)[0][0].shape == (3, 8, 8)
+
+
+def test_adience_contradictions_and_missing_images(tmp_path):
+    root = make_adience(tmp_path)
+    table = root / "fold_3_data.txt"
+    lines = table.read_text().split("\n")
+    lines[-2] = lines[-2].replace("(0, 2)", "(4, 6)")
+    table.write_text("\n".join(lines))
+    notes = load("adience", root).notes
+    assert "1 images have rows of different ranks" in notes
+    first, second, *_ = sorted((root / "aligned" / "30@N03").iterdir())
+    first.unlink()
+    second.unlink()
+    with pytest.raises(FileNotFoundError, match=r"\d of 205 images are not under .*'30@N03/land"):
+        load("adience", root)
+
+
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        ("\tface_id\t", "\tface\t", "fold_2_data.txt:1: no column face_id; expected the header"),
+        ("20@N03\t1039_0_o.jpg\t0", "20@N03\t\t0", "fold_2_data.txt:2: expected user_id, .* ''"),
+    ],
+)
+def test_adience_bad_tables(tmp_path, old, new, words):
+    table = make_adience(tmp_path) / "fold_2_data.txt"
+    table.write_text(table.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=words):
+        load("adience", tmp_path)
+
+
+def test_adience_not_there(tmp_path):
+    for missing in ("aligned or .*faces", "fold_0_data.txt", "fold_4_data.txt"):
+        with pytest.raises(FileNotFoundError, match=f"{missing} is not there.*") as error:
+            load("adience", tmp_path)
+        assert "talhassner.github.io" in str(error.value) and str(tmp_path) in str(error.value)
+        if missing.startswith("aligned"):
+            (tmp_path / "aligned").mkdir()
+        else:
+            make_adience(tmp_path)
+            (tmp_path / "fold_4_data.txt").unlink()
+
+
+def test_adience_published_lists(adience, tmp_path):
+    rows = [row for fold in (0, 1) for row in adience_rows(fold) if row[3] in AGES]
+    for name, some in (("age_train.txt", rows[41:]), ("age_test.txt", rows[:41])):
+        (tmp_path / name).write_text(
+            "".join(
+                f"{user}/landmark_aligned_face.{face}.{image} {AGES.index(age)}\n"
+                for user, image, face, age in some
+            )
+        )
+    lists = (tmp_path / "age_train.txt", None, tmp_path / "age_test.txt")
+    task = load("adience", adience, lists=lists)
+    assert paths(task.test) == paths(load("adience", adience).test) and len(task.train) > 30
+    assert "adience: given lists age_train.txt age_test.txt: " in task.protocol
+    (tmp_path / "age_test.txt").write_text("00@N03/landmark_aligned_face.0.1039_0_o.jpg 8\n")
+    with pytest.raises(ValueError, match=r"age_test.txt:1: label 8, but .* 0 .. 7 \(8 ranks\)"):
+        load("adience", adience, lists=lists)
+
+
+# --------------------------------------------------------------------------------------- aesthetics
+
+
+KINDS = {"nature": 101, "people": 40, "animals": 61, "urban": 21}
+SCORES = {  # median, mean
+    "1,2,3,3,2": (1, 1),
+    "2,3": (1, 1),  # 2.5: down; to even
+    "3,4": (2, 3),  # 3.5: down; to even
+    "1,2,3,4": (1, 1),
+    "5,5,5,5,1": (4, 3),
+    "1, 1, 1, 1, 1": (0, 0),
+    "4,4,4,4,5": (3, 3),
+}
+
+
+def aesthetic_rows():
+    kinds = [kind for kind, count in KINDS.items() for _ in range(count)]
+    scores = list(SCORES)
+    return [(str(7_000_000 + i), kind, scores[i % 7]) for i, kind in enumerate(kinds)]
+
+
+def make_aesthetics(root, images="img_files", rows=None, gone=(), ending=".jpg"):
+    (root / images).mkdir(parents=True, exist_ok=True)
+    lines = ["#flickr_photo_id\tcategory\tbeauty_scores"]
+    for photo, kind, scores in rows or aesthetic_rows():
+        lines.append(f"{photo}\t{kind}\t{scores}")
+        if photo not in gone:
+            (root / images / f"{photo}{ending}").write_bytes(PICTURE)
+    text = "\r\n".join(lines) + "\r\n"
+    (root / "beauty-icwsm15-dataset.tsv").write_text(text, newline="")
+    (root / images / "._7000000.jpg").write_bytes(b"")
+    return root
+
+
+@pytest.fixture(scope="module")
+def aesthetics(tmp_path_factory):
+    return make_aesthetics(tmp_path_factory.mktemp("aesthetics") / "release")
+
+
+@pytest.mark.parametrize(
+    "category, sizes",
+    [
+        ("nature", (101 - 6 - 21, 6, 21)),
+        ("animal", (61 - 4 - 13, 4, 13)),
+        ("people", (30, 2, 8)),
+        ("urban", (21 - 2 - 5, 2, 5)),
+        ("all", (74 + 44 + 30 + 14, 14, 47)),
+    ],
+)
+def test_aesthetics_sizes(aesthetics, category, sizes):
+    tests = []
+    for fold in range(5):
+        task = load("aesthetics", aesthetics, category=category, fold=fold)
+        assert tuple(map(len, parts_of(task))) == sizes
+        assert_disjoint(task)
+        tests.append(paths(task.test))
+    assert len(set(map(frozenset, tests))) == 5 and task.root == aesthetics / "img_files"
+    assert task.protocol.startswith(
+        f"aesthetics: category {category}, label rule median, random split, seed 0, fold 4: "
+    )
+    assert task.num_ranks == 5 and task.rank_names[2] == "ordinary"
+    names = {f"{p}.jpg" for p, k, _ in aesthetic_rows() if category in ("all", k.rstrip("s"))}
+    assert set().union(*map(paths, parts_of(task))) == names
+
+
+def test_aesthetics_all_is_each_category_split_apart(aesthetics):
+    whole, first = load("aesthetics", aesthetics), load("aesthetics", aesthetics, category="urban")
+    assert paths(first.test) <= paths(whole.test) and paths(first.val) <= paths(whole.val)
+    assert load("aesthetics", aesthetics, seed=1).test != whole.test
+    assert load("aesthetics", aesthetics, category="all", label_rule="median") == whole
+
+
+@pytest.mark.parametrize("rule", ["median", "mean"])
+def test_aesthetics_label_rules(aesthetics, rule):
+    task = load("aesthetics", aesthetics, label_rule=rule)
+    scores = {photo: scores for photo, _, scores in aesthetic_rows()}
+    for sample in task.train + task.val + task.test:
+        assert sample.label == SCORES[scores[Path(sample.path).stem]][rule == "mean"]
+    assert f"label rule {rule}, " in task.protocol
+
+
+@pytest.mark.parametrize("images, ending", [("images", ".png"), (".", ".jpeg"), (".", ".JPG")])
+def test_aesthetics_missing_images_and_other_places(tmp_path, images, ending):
+    gone = [photo for photo, *_ in aesthetic_rows()][:50]
+    root = make_aesthetics(tmp_path, images, gone=gone, ending=ending)
+    task = load("aesthetics", root)
+    assert "50 of 223 rows have no image: " in task.protocol
+    assert not {Path(path).stem for path in paths(task.train)} & set(gone)
+    assert "rows: 223 of 15,686 published" in task.notes
+    assert "images of nature: 51 of 4,681 published" in task.notes
+    nature = load("aesthetics", root, category="nature")
+    assert "50 of 101 rows have no image: " in nature.protocol and len(nature.test) == 11
+    assert "no image" not in load("aesthetics", root, category="urban").protocol
+    assert ImageList(task.train, task.root, image_size=8)[0][0].shape == (3, 8, 8)
+
+
+def test_aesthetics_nothing_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="img_files or .* is not there") as error:
+        load("aesthetics", tmp_path / "nowhere")
+    assert "beauty-icwsm15-dataset.tsv.zip" in str(error.value)
+    with pytest.raises(FileNotFoundError, match="beauty-icwsm15-dataset.tsv is not there"):
+        load("aesthetics", tmp_path)
+    make_aesthetics(tmp_path, gone=[photo for photo, *_ in aesthetic_rows()])
+    with pytest.raises(FileNotFoundError, match="none of its 223 images of category all is"):
+        load("aesthetics", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        ("#flickr_photo_id", "#id", "tsv:1: no column flickr_photo_id; expected the header"),
+        ("7000001\tnature", "7000001\tsea", "tsv:3: expected a photo id, a category .* 'sea'"),
+        ("7000001\tnature\t2,3", "7000001\tnature\t2,6", "tsv:3: .* of 1 .. 5, got .*'2,6'"),
+        ("7000001\tnature\t2,3", "7000001\tnature", "tsv:3: expected .* ''"),
+    ],
+)
+def test_aesthetics_bad_table(tmp_path, old, new, words):
+    table = make_aesthetics(tmp_path) / "beauty-icwsm15-dataset.tsv"
+    table.write_text(table.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=words):
+        load("aesthetics", tmp_path)
+
+
+def test_aesthetics_repeats_and_lists(tmp_path):
+    rows = aesthetic_rows()
+    root = make_aesthetics(tmp_path, rows=[*rows, (rows[0][0], "animal", "5,5,5")])
+    task = load("aesthetics", root)
+    assert "1 rows repeat a photo; its first row counts" in task.notes
+    assert sum(map(len, parts_of(task))) == 223
+    task.write_lists(tmp_path / "lists")
+    lists = [tmp_path / "lists" / f"{part}.txt" for part in data.PARTS]
+    again = load("aesthetics", root, lists=lists)
+    assert parts_of(again) == parts_of(task)
+    assert "aesthetics: given lists train.txt val.txt test.txt: " in again.protocol
+
+
+# ---------------------------------------------------------------------------------------- hci
+
+
+DECADES = ("1930s", "1940s", "1950s", "1960s", "1970s")
+HCI = "HistoricalColor-ECCV2012/data/imgs/decade_database"
+
+
+def make_hci(root, folder=HCI, counts=(265,) * 5):
+    for decade, count in zip(DECADES, counts):
+        place = root / folder / decade
+        place.mkdir(parents=True)
+        (place / "._decade_0.jpg").write_bytes(b"")
+        (place / ".DS_Store").write_bytes(b"")
+        for i in range(count):
+            name = hashlib.md5(f"{decade}{i}".encode()).hexdigest()
+            (place / f"decade_{name}.jpg").write_bytes(PICTURE)
+    return root
+
+
+@pytest.fixture(scope="module")
+def hci(tmp_path_factory):
+    return make_hci(tmp_path_factory.mktemp("hci") / "release")
+
+
+def test_hci_ten_splits(hci):
+    tests = []
+    for fold in range(10):
+        task = load("hci", hci, fold=fold)
+        for part, count in zip(parts_of(task), (210, 5, 50)):
+            assert np.bincount([sample.label for sample in part]).tolist() == [count] * 5
+        assert_disjoint(task)
+        tests.append(frozenset(paths(task.test)))
+    assert len(set(tests)) == 10 and load("hci", hci, seed=1, fold=9).test != task.test
+    assert task.rank_names == DECADES and task.rank_values == (1930, 1940, 1950, 1960, 1970)
+    assert all(path.startswith(DECADES[label]) for path, label in task.test)
+    assert task.root == hci / HCI and task.notes == ()
+    assert task.protocol == (
+        "hci: random split, seed 0, fold 9: 1,050 train / 25 val / 250 test images"
+    )
+
+
+@pytest.mark.parametrize("folder", ["decade_database", "data/imgs/decade_database", "."])
+def test_hci_other_places_and_counts(tmp_path, folder):
+    task = load("hci", make_hci(tmp_path, folder, (56, 60, 56, 56, 56)))
+    assert [len(part) for part in parts_of(task)] == [5 + 4, 25, 250]
+    assert "release of 284 images where 1,325 are expected: " in task.protocol
+    assert "images of the 1940s: 60 of 265 published" in task.notes
+    assert ImageList(task.train, task.root, image_size=8)[0][0].shape == (3, 8, 8)
+
+
+def test_hci_too_few_and_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="decade_database or .* is not there") as error:
+        load("hci", tmp_path)
+    assert "afb4c47b7da105c4afd1f27e06bea171" in str(error.value)
+    make_hci(tmp_path, counts=(56, 56, 55, 56, 56))
+    with pytest.raises(ValueError, match="1950s: 55 images, expected 265, at least 56; unpack"):
+        load("hci", tmp_path)
+    for path in (tmp_path / HCI / "1950s").iterdir():
+        path.unlink()
+    (tmp_path / HCI / "1950s").rmdir()
+    with pytest.raises(ValueError, match="1950s: 0 images, expected 265"):
+        load("hci", tmp_path)
+
+
+def test_hci_lists(hci, tmp_path):
+    task = load("hci", hci, fold=3)
+    task.write_lists(tmp_path)
+    again = load("hci", hci, lists=[tmp_path / f"{part}.txt" for part in data.PARTS])
+    assert parts_of(again) == parts_of(task) and again.rank_values == task.rank_values
+
+
+# ---------------------------------------------------------------------------------------- options
+
+
+def test_options_of_datasets(adience, aesthetics, hci, morph):
+    for name, root, options, words in [
+        ("adience", adience, dict(fold=5), "adience has no fold 5; give 0 .. 4"),
+        ("adience", adience, dict(fold=-1), "adience has no fold -1; give 0 .. 4"),
+        ("aesthetics", aesthetics, dict(fold=5), "aesthetics has no fold 5; give 0 .. 4"),
+        ("hci", hci, dict(fold=10), "hci has no fold 10; give 0 .. 9"),
+        ("adience", adience, dict(split="random"), "no split 'random'; give five-fold"),
+        ("hci", hci, dict(split="five-fold"), "hci has no split 'five-fold'; give random"),
+        ("adience", adience, dict(label_rule="mean"), "'mean'; give exact or merged or inside"),
+        ("aesthetics", aesthetics, dict(label_rule="exact"), "'exact'; give median or mean"),
+        (
+            "aesthetics",
+            aesthetics,
+            dict(category="sea"),
+            "aesthetics has no category 'sea'; give all or nature or animal or urban or people",
+        ),
+        ("hci", hci, dict(category="all"), "hci has no category, got 'all'; leave it out"),
+        ("hci", hci, dict(label_rule="mean"), "hci has no label_rule, got 'mean'; leave it out"),
+        ("adience", adience, dict(category=""), "adience has no category, got ''; leave it out"),
+        ("morph2", morph, dict(label_rule="exact"), "morph2 has no label_rule, got 'exact'"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            load(name, root, **options)
+    with pytest.raises(ValueError, match="has no category, got 'all'; leave it out"):
+        load(adience, category="all")  # a folder of own data
+    folds = {name: preset["folds"] for name, preset in data.DATASETS.items()}
+    assert folds == dict(demo=1, morph2=5, adience=5, aesthetics=5, hci=10)
+    assert load("morph2", morph, fold=7).protocol != load("morph2", morph).protocol
+
+
+def test_new_splits_are_frozen(adience, aesthetics, hci):
+    """As for morph2: published numbers hang on the order of the images."""
+    val = sorted(paths(load("adience", adience, fold=2, seed=1).val))
+    tests = [
+        sorted(paths(load(name, root, fold=2, seed=1).test))
+        for name, root in (("aesthetics", aesthetics), ("hci", hci))
+    ]
+    digests = [
+        hashlib.sha256("\n".join(some).encode()).hexdigest()[:16] for some in (val, *tests)
+    ]
+    assert digests == ["cd49feaa5184a7b4", "4713d60eb23fde30", "8e6b32500ade8b15"]
+
+
+def test_morph_contradictions(tmp_path):
+    rows = [(9000, 0, "W", "M", 54), (9000, 1, "B", "M", 54), (9007, 0, "W", "F", 53)]
+    table = make_morph(tmp_path, rows) / "morph_2008_nonCommercial.csv"
+    ages, _, notes = data._read_morph2(table, data.DATASETS["morph2"])
+    assert len(ages) == 3 and notes == ["1 of 2 people have more than one race in the table"]
+    table.write_text(table.read_text().replace("1,06/14/1951", "1,06/14/1971"))
+    notes = data._read_morph2(table, data.DATASETS["morph2"])[2]
+    assert notes == [
+        "1 of 2 people have more than one race in the table",
+        "1 of 2 people have more than one dob in the table",
+        "1 of 3 rows have an age that their dob and doa contradict",
+    ]
+    table.write_text("race,age,photo\nW,54,Album2/009000_0M54.JPG\n")
+    assert data._read_morph2(table, data.DATASETS["morph2"])[2] == []
+
+
 # ---------------------------------------------------------------------------------------- own data
 
 
@@ -572,7 +1011,7 @@ def test_list_in_another_encoding(pictures):
 
 def test_unknown_names_splits_and_lists(tmp_path):
     with pytest.raises(
-        ValueError, match="no dataset or folder 'morph'; give demo, morph2 or a folder"
+        ValueError, match="folder 'morph'; give demo, morph2, adience, aesthetics, hci or a folder"
     ):
         load("morph")
     with pytest.raises(
@@ -1049,6 +1488,42 @@ def test_check_names_what_is_wrong(tmp_path, capsys):
     assert data.main(["check", "morph2", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}")
     assert data.main(["check", "nothing"]) == 1
+
+
+def test_check_says_what_differs_and_writes_the_lists(adience, hci, aesthetics, tmp_path, capsys):
+    command = ["check", "adience", str(adience), "--seed", "1", "--label-rule", "merged"]
+    assert data.main([*command, "--out", str(tmp_path / "adience")]) == 0
+    out = capsys.readouterr().out
+    assert "adience: label rule merged, five-fold split, seed 1, fold 0: " in out
+    assert "note: images: 210 of 17,470 published\n" in out and "210 of 210 images can be" in out
+    assert "note: 30 rows left out, by age: None x 5, " in out
+    assert re.search(r"^ +60-100 +\d+ +\d+ +5$", out, re.MULTILINE)
+    assert sorted(os.listdir(tmp_path / "adience")) == [f"fold_{fold}" for fold in range(5)]
+    lists = [tmp_path / "adience" / "fold_3" / f"{part}.txt" for part in data.PARTS]
+    task = load("adience", adience, fold=3, seed=1, label_rule="merged")
+    assert parts_of(load("adience", adience, lists=lists)) == parts_of(task)
+    assert (lists[0].parent / "ranks.txt").read_text().split() == list(task.rank_names)
+    command = ["check", "aesthetics", str(aesthetics), "--category", "urban", "--split", "random"]
+    assert data.main([*command, "--out", str(tmp_path / "urban")]) == 0
+    out = capsys.readouterr().out
+    assert "category urban" in out and "note: images of urban: 21 of 3,639 published" in out
+    assert len((tmp_path / "urban" / "fold_4" / "test.txt").read_text().splitlines()) == 5
+    assert data.main(["check", "hci", str(hci)]) == 0
+    out = capsys.readouterr().out
+    assert "note" not in out and re.search("^ +1930s +210 +5 +50$", out, re.MULTILINE)
+    assert data.main(["check", "hci", str(hci), "--category", "urban"]) == 1
+    assert "error: hci has no category, got 'urban'" in capsys.readouterr().err
+
+
+def test_check_names_broken_images_of_a_release(tmp_path, capsys):
+    root = make_hci(tmp_path, counts=(56,) * 5)
+    broken = sorted((root / HCI / "1960s").glob("decade_*"))[0]
+    broken.write_bytes(b"no")
+    assert data.main(["check", "hci", str(root), "--out", str(tmp_path / "lists")]) == 1
+    out = capsys.readouterr().out
+    assert f"{broken} cannot be read as an image" in out and "279 of 280 images can be read" in out
+    assert "note: images of the 1960s: 56 of 265 published" in out
+    assert (tmp_path / "lists" / "fold_9" / "val.txt").is_file()
 
 
 def test_imports():
