@@ -107,6 +107,7 @@ def parse_args(argv=None):
     recipe("--image-encoder", str, "clip (the tower of --clip), vgg16, timm:NAME, torchvision:NAME")
     recipe("--image-weights", str, "imagenet, none, or a state dict file; not for clip")
     add("--freeze-image", action="store_true", help="train prompts only, on features of centre crops computed once")
+    add("--init", metavar="CKPT", help="start from best.pt of a run on other data: encoder, context, ranks resampled")
     # optimisation
     recipe("--epochs", int, "passes over the training images; learning rate falls by a cosine")
     recipe("--batch-size", int, "images per step, over all processes")
@@ -161,6 +162,8 @@ def complete(args):
         args.workers = max(0, min(8, (os.cpu_count() or 1) - 1))
     if args.freeze_image and args.image_encoder != "clip":
         raise SystemExit("--freeze-image needs --image-encoder clip: the last layer of the others starts at random")
+    if args.init and args.context is None and "prototypes.context_embeds" in (state := init_state(args)):
+        args.context = str(state["prototypes.context_embeds"].shape[-2])  # that many tokens, whose values are copied
     if args.out is None and args.fold != "all" and not args.seeds:
         args.out = str(Path("runs") / run_name(args))
     return args
@@ -196,7 +199,7 @@ def method_name(args):
     if args.method == "regression":
         name += [args.regression_loss]
     name += [f"tune-{args.tune}"] if args.tune != "both" else []
-    name += ["random-context"] if (args.context or "").isdigit() else []
+    name += ["warm"] if args.init else ["random-context"] if (args.context or "").isdigit() else []
     name += ["frozen"] if args.freeze_image else []
     name += ["official"] if args.official else []
     return "-".join(name)
@@ -271,6 +274,8 @@ def train(args):
     task = load_task(args)
     torch.manual_seed(args.seed)
     model, preprocess = build_model(args, task)
+    if args.init and not args.resume:
+        warm_start(args, model)
     groups = param_groups(model)
     train_loader, val_loader, test_loader = loaders(args, task, preprocess, model)
     describe(args, task, model, groups, preprocess)
@@ -451,6 +456,34 @@ def build_prototypes(args, task, clip, dim):
 
 def zeroshot_prompt(args, task, name):
     return f"{args.context or task.context} {name}."
+
+
+def init_state(args):
+    return load_checkpoint(args.init, "model")["model"]
+
+
+def warm_start(args, model):
+    """Copy the image encoder and the prompt of another run; its base ranks are resampled to the number of ours.
+
+    Base embeddings lie at equal distances from the lowest rank to the highest, in both runs, so rank c of R starts
+    where rank c (R_old - 1) / (R - 1) of the other run ended.
+    """
+    state, own = init_state(args), model.state_dict()
+    taken = {key: value for key, value in state.items() if key.startswith("image_encoder.")}
+    if "prototypes.context_embeds" in state and "prototypes.context_embeds" in own:
+        taken["prototypes.context_embeds"] = state["prototypes.context_embeds"]
+        ranks, (num_base, *_) = state["prototypes.rank_embeds"], own["prototypes.rank_embeds"].shape
+        resampled = nn.functional.interpolate(ranks.permute(1, 2, 0), num_base, mode="linear", align_corners=True)
+        taken["prototypes.rank_embeds"] = resampled.permute(2, 0, 1)  # (T, W, K) -> (K, T, W)
+    for key, value in taken.items():
+        if key not in own or own[key].shape != value.shape:
+            found = tuple(own[key].shape) if key in own else "nothing of that name"
+            raise SystemExit(f"--init {args.init}: {key} is {tuple(value.shape)} there, here {found}; use the same "
+                             "--image-encoder, --clip and number of context tokens")  # fmt: skip
+    model.load_state_dict(own | taken)
+    if is_main():
+        prompts = " and prompts" if "prototypes.rank_embeds" in taken else ""
+        print(f"starts with the image encoder{prompts} of {args.init}")
 
 
 def param_groups(model):
@@ -873,7 +906,8 @@ def result_files(paths):
 
 def read_run(path):
     results = json.loads(path.read_text())
-    return results | dict(path=path.resolve().parent)
+    settings = dict(init=None) | results["settings"]  # what runs of earlier versions do not hold
+    return results | dict(path=path.resolve().parent, settings=settings)
 
 
 def table_key(settings):

@@ -21,6 +21,10 @@ ARROWS = {
     "data.py": (set(), {"torch", "numpy", "PIL"}),
     "backbones.py": (set(), {"torch"} | OPTIONAL),
     "train.py": (OURS - {"train", "predict"}, {"torch"}),
+    "predict.py": (
+        {"data", "backbones", "ordinalclip", "clip_model", "kernels"},
+        {"torch", "numpy", "PIL", "onnx", "onnxscript"},
+    ),
 }
 
 
@@ -83,6 +87,7 @@ def test_every_command_of_the_readme_parses():
     import train
 
     lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`(python train.py [^`]*)`", (ROOT / "README.md").read_text())
     lines = [shlex.split(line, comments=True) for line in lines if "train.py" in line]
     commands = [next(words[i + 1 :] for i, w in enumerate(words) if w.endswith("train.py")) for words in lines]
     assert len(commands) >= 5

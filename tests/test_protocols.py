@@ -191,6 +191,67 @@ def test_wrong_flags_are_refused(capsys, argv, message):
     assert message in capsys.readouterr().err
 
 
+# ----------------------------------------------------------------------------------------- warm start
+
+
+@pytest.fixture(scope="module")
+def source(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("source") / "run"
+    train.main(["--data", str(folder), *TINY, "--out", str(out)])
+    return out / "best.pt", torch.load(out / "best.pt", weights_only=True)["model"]
+
+
+@pytest.fixture()
+def seven(tmp_path):
+    """Another dataset, of seven ranks."""
+    for rank in range(7):
+        (tmp_path / "seven" / str(rank)).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (16, 16), (30 * rank, i, 9)).save(tmp_path / "seven" / str(rank) / f"{i}.png")
+    return tmp_path / "seven"
+
+
+def warm(monkeypatch, *argv):
+    """(initial state, final results) of a run."""
+    start, begin = {}, train.warm_start
+
+    def spy(args, model):
+        begin(args, model)
+        start.update({key: value.clone() for key, value in model.state_dict().items()})
+
+    monkeypatch.setattr(train, "warm_start", spy)
+    return start, train.main([*argv])
+
+
+@pytest.mark.parametrize("base_ranks", [3, 5])
+def test_warm_start_on_other_ranks(source, seven, tmp_path, monkeypatch, base_ranks):
+    path, state = source
+    out = str(tmp_path / "warm")
+    start, results = warm(monkeypatch, "--data", str(seven), *TINY, "--init", str(path), "--out", out,
+                          "--base-ranks", str(base_ranks))  # fmt: skip
+    for key in state:
+        if key.startswith("image_encoder.") or key == "prototypes.context_embeds":
+            assert torch.equal(start[key], state[key])
+    old, new = state["prototypes.rank_embeds"], start["prototypes.rank_embeds"]
+    assert len(new) == base_ranks and torch.equal(new[0], old[0]) and torch.allclose(new[-1], old[-1])
+    if base_ranks == 5:
+        assert torch.allclose(new[1], (old[0] + old[1]) / 2, atol=1e-7)
+    assert train.main(["--eval", out, "--workers", "0"])["test"] == results["test"]  # needs the source no more
+
+
+def test_warm_start_of_a_baseline_takes_the_encoder_alone(source, seven, tmp_path, monkeypatch):
+    start, _ = warm(monkeypatch, "--data", str(seven), *TINY, "--method", "linear", "--init", str(source[0]),
+                    "--out", str(tmp_path / "l"))  # fmt: skip
+    assert all(torch.equal(start[key], value) for key, value in source[1].items() if key.startswith("image_encoder."))
+    assert start["prototypes.weight"].shape[0] == 7
+
+
+def test_warm_start_of_another_shape_is_told_plainly(source, seven, tmp_path):
+    argv = ["--data", str(seven), *TINY, "--init", str(source[0]), "--out", str(tmp_path / "l"), "--context", "2"]
+    with pytest.raises(SystemExit, match=r"context_embeds is \(\d+, \d+\) there, here \(2, \d+\); use the same"):
+        train.main(argv)
+
+
 # -------------------------------------------------------------------------------------------- metrics
 
 
