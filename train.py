@@ -11,7 +11,7 @@
 
 Read top to bottom: recipes, arguments, main, model, training, evaluation, report, checkpoints, distribution.
 A run writes runs/NAME/: config.json, splits/*.txt, log.csv, last.pt, best.pt, exported.pt, results.json,
-predictions-best.csv. The epoch is chosen on validation images; the test images are looked at once, at the end.
+predictions-best.csv, pictures/*.png. The epoch is chosen on validation images; the test images are looked at once, at the end.
 """
 
 import argparse
@@ -48,6 +48,8 @@ from ordinalclip import (
     ordinality,
     ordinality_chance,
 )
+from kernels import unit
+from predict import draw_curves, draw_error_by_rank, draw_matrices, draw_sheet
 from tokenizer import Tokenizer
 
 # xk-huang/OrdinalCLIP@ca10a20 configs/meta_cfgs/morph_compare.yaml, configs/default.yaml
@@ -276,6 +278,7 @@ def train(args):
     model, preprocess = build_model(args, task)
     if args.init and not args.resume:
         warm_start(args, model)
+    start = similarity_matrix(model)
     groups = param_groups(model)
     train_loader, val_loader, test_loader = loaders(args, task, preprocess, model)
     describe(args, task, model, groups, preprocess)
@@ -293,7 +296,7 @@ def train(args):
         fit(args, model, groups, preprocess, train_loader, val_loader, out)
     wait_for_main()  # it writes best.pt
     restore(model, load_checkpoint(out / "best.pt", "model"))
-    results = test(args, task, model, preprocess, val_loader, test_loader, out, began)
+    results = test(args, task, model, preprocess, val_loader, test_loader, out, began, start)
     if is_main():
         if args.method != "regression":  # which has no prototypes
             export(out / "exported.pt", args, task, model, preprocess, results)
@@ -305,10 +308,12 @@ def test_only(args):
     """--eval: a checkpoint on the test images of its run; writes eval-NAME.json beside it."""
     path, began = Path(args.eval), time.time()
     task = load_task(args)
+    torch.manual_seed(args.seed)
     model, preprocess = build_model(args, task)
+    start = None if args.init else similarity_matrix(model)  # the same seed, the same start
     restore(model, load_checkpoint(path, "model"))
     _, val_loader, test_loader = loaders(args, task, preprocess, model)
-    results = test(args, task, model, preprocess, val_loader, test_loader, path.parent, began, f"eval-{path.stem}")
+    results = test(args, task, model, preprocess, val_loader, test_loader, path.parent, began, start, f"eval-{path.stem}")
     if is_main():
         save_json(path.parent / f"eval-{path.stem}.json", results)
     return results
@@ -585,7 +590,7 @@ def print_epoch(row, epochs, eta, best):
 # ------------------------------------------------------------------------------------------- evaluation
 
 
-def test(args, task, model, preprocess, val_loader, test_loader, out, began, name="best"):
+def test(args, task, model, preprocess, val_loader, test_loader, out, began, start, name="best"):
     """Metrics of the test images (and of the validation images once more), printed and returned."""
     probs, labels = predictions(args, model, preprocess, test_loader)
     val = metrics(*predictions(args, model, preprocess, val_loader)) if len(val_loader) else None
@@ -609,6 +614,8 @@ def test(args, task, model, preprocess, val_loader, test_loader, out, began, nam
     )
     if is_main():
         save_predictions(out / f"predictions-{name}.csv", task, probs)
+        folder = out / ("pictures" if name == "best" else f"pictures-{name}")
+        save_pictures(folder, task, model, preprocess, start, probs, labels, results["per_rank"], read_log(out))
         print_results(results)
     return results
 
@@ -713,7 +720,9 @@ def majority_metrics(task):
     """What always answering the most frequent training rank gives on the test images."""
     train = torch.tensor([sample.label for sample in task.train])
     labels = torch.tensor([sample.label for sample in task.test])
-    rank = train.bincount(minlength=task.num_ranks).argmax()
+    counts = train.bincount(minlength=task.num_ranks)
+    frequent = (counts == counts.max()).nonzero()[:, 0]
+    rank = frequent[len(frequent) // 2]  # of several, as with --shots, the one in the middle
     probs = torch.nn.functional.one_hot(rank.expand(len(labels)), task.num_ranks)
     found = metrics(probs, labels)
     return dict(rank=task.rank_names[rank], mae=found["mae_argmax"], acc=found["acc_argmax"])
@@ -749,6 +758,69 @@ def save_predictions(path, task, probs):
              expected_rank_index=f"{float(p @ ranks):.4f}", prob=f"{float(p.max()):.4f}")
         for s, p in zip(task.test, probs)
     ])  # fmt: skip
+
+
+@torch.no_grad()
+def similarity_matrix(model):
+    """Cosines between the prototypes (R, R), or None where there are none."""
+    if isinstance(model, Regression):
+        return None
+    rows = unit(model.prototypes()).cpu()
+    return rows @ rows.T
+
+
+def save_pictures(folder, task, model, preprocess, start, probs, labels, per_rank, log):
+    """similarity, confusion, distribution, error, sheet and curves as PNG; start: similarity before training."""
+    folder.mkdir(exist_ok=True)
+    names, axes = task.rank_names, ("predicted rank", "true rank")
+    pictures = dict(
+        confusion=draw_matrices([confusion(probs, labels)], ["test images, counted"], names, axes),
+        distribution=draw_matrices([mean_probs(probs, labels)], ["mean probability of each rank"], names, axes),
+        error=draw_error_by_rank(per_rank),
+        sheet=draw_sheet(best_and_worst(task, preprocess, probs, labels)),
+    )
+    end = similarity_matrix(model)
+    if end is not None:
+        both = [(start, "similarity before training")] * (start is not None) + [(end, "similarity of the prototypes")]
+        pictures["similarity"] = draw_matrices(*zip(*both), names, ("rank", "rank"))
+    if log:
+        pictures["curves"] = draw_curves(log)
+    for name, picture in pictures.items():
+        write(folder / f"{name}.png", lambda part: picture.save(part, "PNG"))
+
+
+def confusion(probs, labels):
+    """Counts (R, R): row the true rank, column the most probable one."""
+    size = probs.shape[1]
+    return torch.bincount(labels * size + probs.argmax(1), minlength=size**2).view(size, size)
+
+
+def mean_probs(probs, labels):
+    """Mean distribution of the images of each true rank (R, R); zero rows for ranks without images."""
+    hit = nn.functional.one_hot(labels, probs.shape[1]).to(probs)  # (M, R)
+    return hit.T @ probs / hit.sum(0).clamp_min(1)[:, None]
+
+
+def best_and_worst(task, preprocess, probs, labels, count=6):
+    """The test images whose expected rank is nearest to and farthest from the label, for draw_sheet."""
+    pixels = {key: preprocess[key] for key in ("image_size", "squash", "resample") if key in preprocess}
+    images, expected = data.ImageList(task.test, task.root, **pixels), expected_rank(probs)
+    order = (expected - labels).abs().argsort(stable=True).tolist()
+
+    def shown(i):
+        rank, label = task.rank_names[int(expected[i].round())], task.rank_names[labels[i]]
+        return images[i][0], f"expected {rank}\ntrue {label}"
+
+    return [("best predictions", [shown(i) for i in order[:count]]),
+            ("worst predictions", [shown(i) for i in order[::-1][:count]])]  # fmt: skip
+
+
+def read_log(out):
+    """Rows of log.csv as numbers; none where nothing was trained."""
+    if not (out / "log.csv").exists():
+        return []
+    with open(out / "log.csv", newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
 # ------------------------------------------------------------------------------------- images to device
@@ -1014,6 +1086,7 @@ def export(path, args, task, model, preprocess, results):
     content = dict(
         format="ordinalclip-1",
         image_encoder=args.image_encoder,
+        quick_gelu=any(type(m).__name__ == "QuickGELU" for m in exported.image_encoder.modules()),
         state_dict=exported.state_dict(),
         rank_names=list(task.rank_names),
         rank_values=list(task.rank_values),

@@ -20,7 +20,7 @@ ARROWS = {
     "ordinalclip.py": ({"kernels"}, {"torch"}),
     "data.py": (set(), {"torch", "numpy", "PIL"}),
     "backbones.py": (set(), {"torch"} | OPTIONAL),
-    "train.py": (OURS - {"train", "predict"}, {"torch"}),
+    "train.py": (OURS - {"train"}, {"torch"}),
     "predict.py": (
         {"data", "backbones", "ordinalclip", "clip_model", "kernels"},
         {"torch", "numpy", "PIL", "onnx", "onnxscript"},

@@ -454,3 +454,53 @@ def test_the_papers_figures_are_where_they_belong():
     assert morph["64 shots"][train.OURS] == 2.57 and morph["shift 40-90"]["linear"] == 3.65
     assert train.PAPER_ACC["aesthetics", "people"]["all"]["zeroshot"] == 24.79
     assert train.PAPER_MAE["aesthetics", "animal"]["all"]["linear"] == 0.381
+
+
+# ------------------------------------------------------------------------------------------- pictures
+
+
+def test_every_run_and_every_evaluation_draws_its_pictures(source, folder):
+    out = source[0].parent
+    names = {"similarity", "confusion", "distribution", "error", "sheet", "curves"}
+    assert {path.stem for path in (out / "pictures").glob("*.png")} == names
+    train.main(["--eval", str(out), "--workers", "0"])
+    for name in names:
+        drawn, again = (Image.open(out / place / f"{name}.png") for place in ("pictures", "pictures-eval-best"))
+        assert drawn.width >= 500 and len(drawn.convert("L").getcolors()) > 10, name
+        assert np.array_equal(drawn, again), name  # the state before training comes back from the seed
+
+
+def test_a_baseline_without_prototypes_or_training_draws_what_it_has(folder, tmp_path):
+    for method, missing in (("regression", "similarity"), ("zeroshot", "curves")):
+        out = tmp_path / method
+        train.main(["--data", str(folder), *TINY, "--method", method, "--out", str(out)])
+        assert len(list((out / "pictures").iterdir())) == 5 and not (out / "pictures" / f"{missing}.png").exists()
+
+
+def test_confusion_and_distribution():
+    probs = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.5, 0.1, 0.4]])
+    labels = torch.tensor([0, 2, 2])
+    assert train.confusion(probs, labels).tolist() == [[1, 0, 0], [0, 0, 0], [1, 0, 1]]
+    expected = torch.tensor([[0.7, 0.2, 0.1], [0, 0, 0], [0.3, 0.2, 0.5]])
+    assert torch.allclose(train.mean_probs(probs, labels), expected)
+
+
+def test_a_matrix_is_drawn_with_its_rows_downwards_and_darker_where_larger():
+    matrix = torch.zeros(20, 20)
+    matrix[3, 15] = 1  # true rank 3, predicted 15
+    picture = np.asarray(train.draw_matrices([matrix], ["t"], [str(i) for i in range(20)], ("x", "y")).convert("L"))
+    area = picture[56:456, 120:520].reshape(20, 20, 20, 20).mean((1, 3))  # cells of 20 x 20 pixels
+    assert np.unravel_index(area.argmin(), area.shape) == (3, 15) and area[3, 15] < 60
+    assert np.delete(area.ravel(), 3 * 20 + 15).min() > 200
+
+
+def test_the_sheet_shows_the_nearest_and_the_farthest(folder):
+    task = data.load(folder)
+    labels = torch.tensor([sample.label for sample in task.test])
+    probs = F.one_hot(labels, 4).float()
+    probs[2] = torch.eye(4)[3 - labels[2]]  # one is wrong by 1 or 3
+    best, worst = train.best_and_worst(task, dict(image_size=96), probs, labels, count=1)
+    name = task.rank_names
+    assert worst[1][0][1] == f"expected {name[3 - labels[2]]}\ntrue {name[labels[2]]}"
+    rank, true = best[1][0][1].split("\n")
+    assert rank.removeprefix("expected ") == true.removeprefix("true ")

@@ -50,7 +50,7 @@ def test_a_run_leaves_what_it_promises(finished, folder):
     out, results = finished
     names = {path.name for path in out.iterdir()}
     assert names == {"config.json", "splits", "log.csv", "last.pt", "best.pt", "exported.pt",
-                     "results.json", "predictions-best.csv"}  # fmt: skip
+                     "results.json", "predictions-best.csv", "pictures"}  # fmt: skip
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
     config = json.loads((out / "config.json").read_text())
     assert config["settings"]["lr"] == 0.002 and config["settings"]["interp"] == "linear"
