@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,14 +73,55 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
-def test_the_python_snippets_run_and_print_what_they_say(tmp_path):
-    snippets = blocks("python")
-    assert snippets
-    for snippet in snippets:
-        done = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        printed = re.findall(r"print\(.*\)\s+# (.*)", snippet)
-        assert printed and done.stdout.splitlines() == printed
+def snippet_id(snippet):
+    return snippet.splitlines()[0][:40]
+
+
+@pytest.mark.parametrize("snippet", blocks("python"), ids=snippet_id)
+def test_the_python_snippets_run_and_print_what_they_say(snippet, tmp_path):
+    for package, module in (("open_clip", "open_clip"), ("import clip\n", "clip")):
+        if package in snippet:
+            pytest.importorskip(module)  # no requirement of ours
+    if "runs/demo" in snippet:
+        snippet = snippet.replace("runs/demo-ordinalclip-linear-K3-seed1", str(exported_run(tmp_path)))
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    printed = re.findall(r"print\(.*\)\s+# (.*)", snippet)
+    assert printed and done.stdout.splitlines() == printed
+
+
+def exported_run(folder):
+    """A run of the demo at toy size."""
+    import data
+    import train
+
+    data._make_demo(folder / "demo", (60, 30, 30))
+    argv = ["--data", "demo", "--data-root", str(folder / "demo"), "--epochs", "1", "--workers", "0"]
+    train.main([*argv, "--device", "cpu", "--out", str(folder / "run")])
+    return folder / "run"
+
+
+VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+ALONE = {  # files that are copied together, and what runs on them
+    ("tokenizer.py", VOCABULARY): "from tokenizer import Tokenizer; print(tuple(Tokenizer()(['a cat']).shape))",
+    ("clip_model.py",): "from clip_model import tiny_clip; c = tiny_clip(); "
+                        "print((1, c.context_length))",
+    ("kernels",): "import torch; from kernels import match; print(tuple(match(torch.randn(1, 8), torch.randn(77, 8), 9.)[0].shape))",
+    ("ordinalclip.py", "kernels"): "from ordinalclip import LinearPrototypes; print(tuple(LinearPrototypes(1, 77)().shape))",
+    ("data.py",): "import torch, data; print(tuple(data.normalize(torch.zeros(1, 3, 1, 77, dtype=torch.uint8), "
+                  "data.CLIP_MEAN, data.CLIP_STD)[0, :1, 0].shape))",
+    ("backbones.py",): "import torch; from backbones import VGG16\n"
+                       "with torch.device('meta'): print(tuple(VGG16(77)(torch.zeros(1, 3, 224, 224)).shape))",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("files", ALONE, ids=lambda files: files[0])
+def test_a_module_pasted_alone_works(files, tmp_path):
+    for name in files:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    done = subprocess.run([sys.executable, "-c", ALONE[files]], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "(1, 77)", done.stderr
 
 
 def test_every_command_of_the_readme_parses():

@@ -1,0 +1,63 @@
+"""python tests/bench_predict.py -- an exported model against the same image encoder with a linear head.
+
+RN50's image tower with random weights, R=101; both read the same batches in turn, in one process. Prints median
+times, their ratio, the time behind the encoder alone, and the sizes of both files.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from clip_model import ModifiedResNet
+from ordinalclip import FixedPrototypes, OrdinalCLIP
+
+RANKS, DIM, ROUNDS = 101, 1024, 15
+
+
+@torch.inference_mode()
+def main():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    encoder = ModifiedResNet((3, 4, 6, 3), DIM, 224).eval().to(device)
+    ours = OrdinalCLIP(encoder, FixedPrototypes(torch.randn(RANKS, DIM)), 4.6).eval().to(device)
+    head = torch.nn.Linear(DIM, RANKS).to(device)
+    linear = torch.nn.Sequential(encoder, head)
+    for batch in (1, 8):
+        images = torch.randn(batch, 3, 224, 224, device=device)
+        features = encoder(images)
+        alone = OrdinalCLIP(torch.nn.Identity(), ours.prototypes, 4.6).eval().to(device)
+        compare(f"batch {batch}, whole", lambda: ours.predict(images), lambda: linear(images).softmax(1))
+        compare(f"batch {batch}, behind the encoder", lambda: alone.predict(features), lambda: head(features).softmax(1))
+    print(f"file {size(ours):,} bytes, with a linear head {size(linear):,}")
+
+
+def compare(name, ours, linear):
+    for run in (ours, linear) * 2:
+        timed(run)
+    pairs = [(timed(ours), timed(linear)) for _ in range(ROUNDS)]
+    a, b = (statistics.median(column) * 1e3 for column in zip(*pairs))
+    ratios = sorted(x / y for x, y in pairs)
+    print(f"{name}: {a:.3f} ms against {b:.3f} ms, ratio {statistics.median(ratios):.3f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+
+
+def timed(run):
+    began = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def size(model):
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(model.state_dict(), Path(folder) / "x.pt")
+        return (Path(folder) / "x.pt").stat().st_size
+
+
+if __name__ == "__main__":
+    main()
