@@ -143,6 +143,22 @@ def tiny_clip(seed=0, *, vision="resnet", image_size=64, embed_dim=128, width=12
     return clip.eval()
 
 
+def image_tower(state, embed_dim, quick_gelu=True, prefix=""):
+    """The image tower, its values yet to be loaded, that the shapes in a state dict call for.
+
+    Its entries are named `prefix` + those of `clip.visual.state_dict()`. Raises KeyError where one is missing.
+    """
+    if prefix + "attnpool.positional_embedding" in state:
+        grid = math.isqrt(len(state[prefix + "attnpool.positional_embedding"]) - 1)
+        layers = [_blocks(state, f"{prefix}layer{i}.") for i in (1, 2, 3, 4)]
+        return ModifiedResNet(layers, embed_dim, 32 * grid, len(state[prefix + "layer1.0.conv1.weight"]))
+    grid = math.isqrt(len(state[prefix + "positional_embedding"]) - 1)
+    width, _, _, patch_size = state[prefix + "conv1.weight"].shape
+    mlp_width = len(state[prefix + "transformer.resblocks.0.mlp.c_fc.weight"])
+    layers = _blocks(state, prefix + "transformer.resblocks.")
+    return VisionTransformer(grid * patch_size, patch_size, width, layers, embed_dim, mlp_width, quick_gelu)
+
+
 # ------------------------------------------------------------------------------------------ towers
 class QuickGELU(nn.Module):
     def forward(self, x):
@@ -199,7 +215,7 @@ class VisionTransformer(nn.Module):
     def forward(self, images):  # (B, 3, H, W)
         _check_images(images, self.image_size)
         x = self.conv1(images).flatten(2).transpose(1, 2)  # (B, patches, W)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)  # (B, 1 + patches, W)
+        x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], 1)  # (B, 1 + patches, W)
         x = self.transformer(self.ln_pre(x + self.positional_embedding))  # (B, 1 + patches, W)
         return self.ln_post(x[:, 0]) @ self.proj  # (B, D)
 
@@ -286,28 +302,18 @@ def _check_images(images, size):
 # ---------------------------------------------------------------------------- architectures and key layouts
 def _architecture(state, quick_gelu):
     """The arguments of CLIP that the shapes in `state` call for."""
-
-    def blocks(prefix):
-        return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
-
     vocab_size, width = state["token_embedding.weight"].shape
     _, embed_dim = state["text_projection"].shape
     if vocab_size != VOCAB_SIZE:
         raise ValueError(f"a vocabulary of {vocab_size}; expected CLIP's {VOCAB_SIZE}")
-    if "visual.attnpool.positional_embedding" in state:
-        grid = math.isqrt(len(state["visual.attnpool.positional_embedding"]) - 1)
-        layers = [blocks(f"visual.layer{i}.") for i in (1, 2, 3, 4)]
-        visual = ModifiedResNet(layers, embed_dim, 32 * grid, len(state["visual.layer1.0.conv1.weight"]))
-    else:
-        grid = math.isqrt(len(state["visual.positional_embedding"]) - 1)
-        vision_width, _, _, patch_size = state["visual.conv1.weight"].shape
-        mlp_width = len(state["visual.transformer.resblocks.0.mlp.c_fc.weight"])
-        layers = blocks("visual.transformer.resblocks.")
-        visual = VisionTransformer(
-            grid * patch_size, patch_size, vision_width, layers, embed_dim, mlp_width, quick_gelu)
-    return dict(visual=visual, embed_dim=embed_dim, width=width, layers=blocks("transformer.resblocks."),
+    return dict(visual=image_tower(state, embed_dim, quick_gelu, "visual."), embed_dim=embed_dim, width=width,
+                layers=_blocks(state, "transformer.resblocks."),
                 mlp_width=len(state["transformer.resblocks.0.mlp.c_fc.weight"]),
                 context_length=len(state["positional_embedding"]), quick_gelu=quick_gelu)
+
+
+def _blocks(state, prefix):
+    return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
 
 
 _HUGGING_FACE_NAMES = {  # part of a name -> part of OpenAI's, applied in order

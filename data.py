@@ -274,11 +274,15 @@ class ImageList(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         path, label = self.samples[index]
-        image = self._crop(self._resize(read_image(self.root / path)))
+        return self.prepare(read_image(self.root / path)), label
+
+    def prepare(self, image):
+        """An RGB image of any size -> uint8 (3, S, S)."""
+        image = self._crop(self._resize(image))
         if self.train and torch.rand(()) < 0.5:
             image = ImageOps.mirror(image)
         pixels = torch.from_numpy(np.array(image))                  # (S, S, 3)
-        return pixels.permute(2, 0, 1).contiguous(), label          # (3, S, S)
+        return pixels.permute(2, 0, 1).contiguous()                 # (3, S, S)
 
     def _resize(self, image):
         side, short = round(self.image_size * 256 / 224), min(image.size)

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 import data
 from backbones import build_image_encoder
-from clip_model import MODELS, ModifiedResNet, VisionTransformer
+from clip_model import MODELS, image_tower
 from kernels import match, which_impl
 from ordinalclip import FixedPrototypes, OrdinalCLIP
 
@@ -315,31 +315,14 @@ def _read_file(path, form, keys, expected):
 
 def _image_encoder(path, content, dim):
     """The encoder that the weights of the file are for, not yet with them."""
-    name, prefix = content["image_encoder"], "image_encoder."
+    name, state = content["image_encoder"], content["state_dict"]
     if ":" in name:  # timm's and torchvision's may have constants that no state dict holds
         return build_image_encoder(name, dim)
     with torch.device("meta"):  # no time spent on initial values
         if name != "clip":
             return build_image_encoder(name, dim)
-        state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
-        return _clip_tower(state, dim, partial(_quick_gelu, path, content))
-
-
-def _clip_tower(state, dim, quick_gelu):
-    """The image tower that the shapes in its state dict call for; as `clip_model._architecture`."""
-
-    def blocks(prefix):
-        return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
-
-    if "attnpool.positional_embedding" in state:
-        grid = math.isqrt(len(state["attnpool.positional_embedding"]) - 1)
-        layers = [blocks(f"layer{i}.") for i in (1, 2, 3, 4)]
-        return ModifiedResNet(layers, dim, 32 * grid, len(state["layer1.0.conv1.weight"]))
-    grid = math.isqrt(len(state["positional_embedding"]) - 1)
-    width, _, _, patch = state["conv1.weight"].shape
-    mlp_width = len(state["transformer.resblocks.0.mlp.c_fc.weight"])
-    layers = blocks("transformer.resblocks.")
-    return VisionTransformer(grid * patch, patch, width, layers, dim, mlp_width, quick_gelu())
+        resnet = "image_encoder.attnpool.positional_embedding" in state  # which has no GELU
+        return image_tower(state, dim, resnet or _quick_gelu(path, content), "image_encoder.")
 
 
 def _quick_gelu(path, content):
@@ -373,8 +356,7 @@ def _read_pixels(preprocess, image):
         raise ValueError(f"got a {type(image).__name__} for an image; expected a path or a PIL image")
     if image.getexif().get(0x0112, 1) != 1:  # a copy loses TIFF's tags, so only where it must turn
         image = ImageOps.exif_transpose(image)
-    pixels = np.array(images._crop(images._resize(data._to_rgb(image))))  # (S, S, 3)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (3, S, S)
+    return images.prepare(data._to_rgb(image))
 
 
 def _read_list(path):
@@ -532,7 +514,8 @@ def draw_error_by_rank(rows):
     names = [row["rank"] for row in rows]
     picture = Image.new("RGB", (1000, 580), "white")
     draw = ImageDraw.Draw(picture)
-    charts = (("mae_argmax", "MAE of the test images, in ranks", 50, 290), ("train_images", "training images", 400, 510))
+    mae, images = "MAE of the test images, in ranks", "training images"
+    charts = (("mae_argmax", mae, 50, 290), ("train_images", images, 400, 510))
     for key, title, top, bottom in charts:
         values = [row[key] for row in rows]
         _text(draw, (80, top - 34), title, 18)

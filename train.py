@@ -11,7 +11,8 @@
 
 Read top to bottom: recipes, arguments, main, model, training, evaluation, report, checkpoints, distribution.
 A run writes runs/NAME/: config.json, splits/*.txt, log.csv, last.pt, best.pt, exported.pt, results.json,
-predictions-best.csv, pictures/*.png. The epoch is chosen on validation images; the test images are looked at once, at the end.
+predictions-best.csv, pictures/*.png. The epoch is chosen on validation images; the test images are looked at
+once, at the end.
 """
 
 import argparse
@@ -89,7 +90,8 @@ def parse_args(argv=None):
     add("--category", help="aesthetics: nature, animal, urban, people or all")
     add("--label-rule", help="how labels follow from the release, where it leaves a choice: see data.py")
     add("--shots", type=int, help="training images of each rank (paper: 1 2 4 8 16 32 64)")
-    add("--shift", type=ranks_and_share, metavar="K,KEEP", help="keep this share of the K most frequent ranks (paper: 10..40, 0.2 or 0.1)")
+    add("--shift", type=ranks_and_share, metavar="K,KEEP",
+        help="keep this share of the K most frequent ranks' training images (paper: 10..40, 0.2 or 0.1)")  # fmt: skip
     add("--train-list", help="list file `path label`, instead of a split made here")
     add("--val-list", help="list file of validation images; default: a tenth of the training images")
     add("--test-list", help="list file of test images")
@@ -115,7 +117,7 @@ def parse_args(argv=None):
     recipe("--batch-size", int, "images per step, over all processes")
     recipe("--lr", float, "learning rate of everything that trains")
     recipe("--weight-decay", float, "decoupled decay: p -= lr * decay * p")
-    add("--seed", type=int, default=1, help="of weights, order, augmentation, and which images --shots and --shift keep")
+    add("--seed", type=int, default=1, help="of weights, order, augmentation, --shots and --shift")
     add("--seeds", type=int, nargs="+", help="several runs (paper: 1 27 42 128 114514)")
     # where
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
@@ -124,7 +126,7 @@ def parse_args(argv=None):
     add("--out", help="folder of the run (default: runs/DATA-METHOD-...-seedS)")
     add("--resume", metavar="RUN", help="go on with the run in this folder, with its own settings")
     add("--eval", metavar="CKPT", help="only test this best.pt or last.pt, with its own settings")
-    add("--report", metavar="RUN", nargs="+", help="only print finished runs as a table, and write report.md beside them")
+    add("--report", metavar="RUN", nargs="+", help="only print finished runs as tables, and write report.md")
 
     args = parser.parse_args(argv)
     words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
@@ -313,9 +315,10 @@ def test_only(args):
     start = None if args.init else similarity_matrix(model)  # the same seed, the same start
     restore(model, load_checkpoint(path, "model"))
     _, val_loader, test_loader = loaders(args, task, preprocess, model)
-    results = test(args, task, model, preprocess, val_loader, test_loader, path.parent, began, start, f"eval-{path.stem}")
+    out, name = path.parent, f"eval-{path.stem}"
+    results = test(args, task, model, preprocess, val_loader, test_loader, out, began, start, name)
     if is_main():
-        save_json(path.parent / f"eval-{path.stem}.json", results)
+        save_json(out / f"{name}.json", results)
     return results
 
 

@@ -32,7 +32,8 @@ def main():
         features = encoder(images)
         alone = OrdinalCLIP(torch.nn.Identity(), ours.prototypes, 4.6).eval().to(device)
         compare(f"batch {batch}, whole", lambda: ours.predict(images), lambda: linear(images).softmax(1))
-        compare(f"batch {batch}, behind the encoder", lambda: alone.predict(features), lambda: head(features).softmax(1))
+        behind = f"batch {batch}, behind the encoder"
+        compare(behind, lambda: alone.predict(features), lambda: head(features).softmax(1))
     print(f"file {size(ours):,} bytes, with a linear head {size(linear):,}")
 
 
@@ -42,7 +43,8 @@ def compare(name, ours, linear):
     pairs = [(timed(ours), timed(linear)) for _ in range(ROUNDS)]
     a, b = (statistics.median(column) * 1e3 for column in zip(*pairs))
     ratios = sorted(x / y for x, y in pairs)
-    print(f"{name}: {a:.3f} ms against {b:.3f} ms, ratio {statistics.median(ratios):.3f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    ratio = f"ratio {statistics.median(ratios):.3f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    print(f"{name}: {a:.3f} ms against {b:.3f} ms, {ratio}")
 
 
 def timed(run):

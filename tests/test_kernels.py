@@ -22,14 +22,12 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 triton = pytest.importorskip("triton")
 
-import kernels  # noqa: E402
 from kernels import bench, match, matching_loss, matching_triton  # noqa: E402
 from test_reference import (  # noqa: E402
     TARGETS,
     check_two_processes,
     exact_gradients,
     exact_logits,
-    exact_loss,
     gradients,
     make_case,
     relative,
