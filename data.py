@@ -1010,7 +1010,7 @@ def main(argv=None):
     parser.add_argument("name", help=f"{', '.join(DATASETS)}, or a folder of own data")
     parser.add_argument("root", nargs="?", help="where the release lies, default data/NAME")
     parser.add_argument("--split", help="default the dataset's first: see DATASETS")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1, help="of splits made here, default 1 as in training")
     parser.add_argument("--category", help="aesthetics: all, nature, animal, urban or people")
     parser.add_argument("--label-rule",
                         help="adience: exact, merged or inside; aesthetics: median or mean")

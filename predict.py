@@ -514,7 +514,7 @@ def draw_error_by_rank(rows):
     names = [row["rank"] for row in rows]
     picture = Image.new("RGB", (1000, 580), "white")
     draw = ImageDraw.Draw(picture)
-    mae, images = "MAE of the test images, in ranks", "training images"
+    mae, images = "MAE of the most probable rank, test images", "training images"
     charts = (("mae_argmax", mae, 50, 290), ("train_images", images, 400, 510))
     for key, title, top, bottom in charts:
         values = [row[key] for row in rows]
@@ -590,6 +590,7 @@ def _name_axis(draw, names, left, top, length, title, upright=False):
     font, cell = ImageFont.load_default(14), length / len(names)
     room = 26 if upright else min(110, max(draw.textlength(name, font) for name in names)) + 14
     step = next((step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if step * cell >= room), len(names))
+    step, room = (1, cell - 4) if len(names) <= 6 else (step, 110)  # of few ranks none is left out
     for rank in range(0, len(names), step):
         middle = (rank + 0.5) * cell
         if upright:
@@ -597,7 +598,7 @@ def _name_axis(draw, names, left, top, length, title, upright=False):
             _text(draw, (left - 8, top + middle), names[rank], 14, "rm", room=92)
         else:
             draw.line((left + middle, top, left + middle, top + 4), _INK)
-            _text(draw, (left + middle, top + 8), names[rank], 14, "ma", room=110)
+            _text(draw, (left + middle, top + 8), names[rank], 14, "ma", room=room)
     if upright:
         _text(draw, (left - 112, top - 22), title, 14)
     else:
@@ -632,7 +633,7 @@ def _draw_lines(draw, epochs, lines, left, right, top, bottom):
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), ink)
         draw.line((left + i * 200, 54, left + i * 200 + 30, 54), ink, width)
         _text(draw, (left + i * 200 + 38, 54), name, 15, "lm")
-    for epoch, anchor in ((first, "la"), (last, "ra")):
+    for epoch, anchor in ((first, "la"), (last, "ra"))[: len(epochs)]:
         _text(draw, (left if epoch == first else right, bottom + 8), f"epoch {epoch:.0f}", 14, anchor)
 
 

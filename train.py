@@ -68,6 +68,7 @@ LINEAR_DIM, LINEAR_SCALE = 1024, math.log(100)  # of the baselines where no CLIP
 CUMULATIVE = 5  # ranks off that still count in the cumulative score CS(5)
 SPANS = (2, 4, 8, 16, 32)  # of the ordinality scores beside the whole one
 MANY, FEW = 100, 20  # training images above and below which a rank counts as many-, few-shot (Yang et al., ICML 2021)
+FILES = ("config.json", "splits", "log.csv", "best.pt", "best.pt.part", "predictions-best.csv", "pictures", "exported.pt")
 MACHINE = ("device", "precision", "workers", "data_root", "out", "seeds")  # settings that make no other experiment
 
 
@@ -139,22 +140,33 @@ def parse_args(argv=None):
 
 
 def fold_number(text):
+    if text != "all" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0, or all")
     return text if text == "all" else int(text)
 
 
 def ranks_and_share(text):
-    ranks, share = text.split(",")
-    return int(ranks), float(share)
+    try:
+        ranks, share = text.split(",")
+        return int(ranks), float(share)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected K,KEEP such as 10,0.2") from None
 
 
 def complete(args):
     """Fill in what the dataset, the method and the machine decide."""
     for key, value in {**PAPER, **RECIPES.get(args.data, {})}.items():
         vars(args).setdefault(key, value)
+    preset = data.DATASETS.get(args.data, {})
+    args.split = args.split or preset.get("splits", ("random",))[0]  # written out or not, the same experiment
+    args.label_rule = args.label_rule or preset.get("label_rules", (None,))[0]
+    args.category = args.category or preset.get("categories", (None,))[0]
     if args.method == "coop":
         args.interp = "none"
     if args.method == "zeroshot":
         args.epochs = 0
+        if args.image_encoder != "clip":
+            raise SystemExit("--method zeroshot needs --image-encoder clip: the last layer of the others starts at random")
     if args.rank_init is None:
         args.rank_init = "names" if args.interp == "none" else "random"
     if args.device is None:
@@ -190,6 +202,10 @@ def from_checkpoint(args, given, parser):
 
 def run_name(args):
     name = [Path(args.data).name, *([args.category] if args.category else []), method_name(args)]
+    preset = data.DATASETS.get(args.data, {})
+    name += [args.split] if args.split != preset.get("splits", ("random",))[0] else []
+    name += [args.label_rule] if args.label_rule != preset.get("label_rules", (None,))[0] else []
+    name += [f"split{args.split_seed}"] if args.split_seed != 1 else []
     name += [f"shots{args.shots}"] if args.shots else []
     name += ["shift{}-{:g}".format(*args.shift)] if args.shift else []
     return "-".join([*name, *([f"fold{args.fold}"] if args.fold else []), f"seed{args.seed}"])
@@ -205,6 +221,8 @@ def method_name(args):
     name += [f"tune-{args.tune}"] if args.tune != "both" else []
     name += ["warm"] if args.init else ["random-context"] if (args.context or "").isdigit() else []
     name += ["frozen"] if args.freeze_image else []
+    name += [args.rank_position] if getattr(args, "rank_position", "tail") != "tail" else []
+    name += ["own-words"] if args.context and not args.context.isdigit() else []
     name += ["official"] if args.official else []
     return "-".join(name)
 
@@ -241,7 +259,7 @@ def train_several(args):
             runs.append(run)
     results = [finished(run) or train(unfinished(run)) for run in runs]
     if is_main():
-        report([run.out for run in runs])
+        report([run.out for run in runs], f"report-{Path(args.data).name}-{method_name(args)}.md")
     return results
 
 
@@ -280,7 +298,7 @@ def train(args):
     model, preprocess = build_model(args, task)
     if args.init and not args.resume:
         warm_start(args, model)
-    start = similarity_matrix(model)
+    start = similarity_matrix(model) if args.epochs else None
     groups = param_groups(model)
     train_loader, val_loader, test_loader = loaders(args, task, preprocess, model)
     describe(args, task, model, groups, preprocess)
@@ -312,13 +330,15 @@ def test_only(args):
     task = load_task(args)
     torch.manual_seed(args.seed)
     model, preprocess = build_model(args, task)
-    start = None if args.init else similarity_matrix(model)  # the same seed, the same start
+    again = args.epochs and not args.init
+    start = similarity_matrix(model) if again else None  # the same seed, the same start
     restore(model, load_checkpoint(path, "model"))
     _, val_loader, test_loader = loaders(args, task, preprocess, model)
     out, name = path.parent, f"eval-{path.stem}"
     results = test(args, task, model, preprocess, val_loader, test_loader, out, began, start, name)
     if is_main():
         save_json(out / f"{name}.json", results)
+        print(f"written to {out}: {name}.json, predictions-{name}.csv, pictures-{name}/")
     return results
 
 
@@ -326,8 +346,12 @@ def refuse_to_overwrite(out, args):
     if args.resume:
         if (out / "results.json").exists():
             raise SystemExit(f"{out} is finished, see {out / 'results.json'}; --eval tests it again")
-    elif out.exists() and {path.name for path in out.iterdir()} - {"config.json", "splits"}:
+    elif (out / "results.json").exists():
+        raise SystemExit(f"{out} holds a run that is finished; --eval {out} tests it again, --out elsewhere starts anew")
+    elif (out / "last.pt").exists():
         raise SystemExit(f"{out} holds a run; --resume {out} goes on with it, --out elsewhere starts anew")
+    elif out.exists() and (others := {path.name for path in out.iterdir()} - set(FILES)):
+        raise SystemExit(f"{out} holds other files ({sorted(others)[0]} ...); give another --out")
 
 
 def load_task(args):
@@ -952,12 +976,18 @@ TABLES = (  # title, where in results, factor, digits, the paper's figures
     ("MAE, expected rank", ("test", "mae_expected"), 1, 3, PAPER_MAE),
     ("MAE, most probable rank", ("test", "mae_argmax"), 1, 3, PAPER_MAE),
     ("Accuracy, most probable rank, %", ("test", "acc_argmax"), 100, 2, PAPER_ACC),
+    (f"Cumulative score CS({CUMULATIVE}), expected rank, %", ("test", "cs_expected"), 100, 1, {}),
+    ("Quadratic weighted kappa, expected rank", ("test", "qwk_expected"), 1, 3, {}),
     ("Ordinality of the prototypes, %", ("ordinality",), 100, 1, {}),
 )
 
 
-def report(paths):
-    """Markdown tables, method x column, mean +- standard deviation over runs; written beside the runs as well."""
+def report(paths, name="report.md"):
+    """Markdown tables, method x column, mean +- standard deviation over runs; written beside the runs as well.
+
+    The paper's figure stands beside runs under its protocol (split, label rule, prompt); their encoder, epochs and
+    the size of their data are in the list of runs, and need not be the paper's.
+    """
     runs = sorted((read_run(path) for path in result_files(paths)), key=lambda run: str(run["path"]))
     if not runs:
         raise SystemExit(f"no results.json in {', '.join(map(str, paths))}; give folders of finished runs")
@@ -967,8 +997,8 @@ def report(paths):
     for key in dict.fromkeys(table_key(run["settings"]) for run in runs):
         blocks.append(report_data(key, [run for run in runs if table_key(run["settings"]) == key], place))
     text = "\n".join(blocks)
-    write(place / "report.md", lambda part: part.write_text(text))
-    print(text + f"\nwritten to {place / 'report.md'}")
+    write(place / name, lambda part: part.write_text(text))
+    print(text + f"\nwritten to {place / name}")
     return text
 
 
@@ -982,6 +1012,7 @@ def result_files(paths):
 def read_run(path):
     results = json.loads(path.read_text())
     settings = dict(init=None) | results["settings"]  # what runs of earlier versions do not hold
+    settings["split"] = settings["split"] or "random"
     return results | dict(path=path.resolve().parent, settings=settings)
 
 
@@ -1021,22 +1052,35 @@ def report_data(key, runs, place):
     columns.sort(key=lambda name: ("shift" in name, [int(number) for number in re.findall(r"\d+", name)]))
     lines = ["## " + " ".join(str(word) for word in key if word), ""]
     for title, where, factor, digits, paper in TABLES:
-        lines += [f"{title} (the paper's in brackets)", "", "| method | " + " | ".join(columns) + " |"]
+        lines += [title + " (the paper's in brackets)" * bool(paper), "", "| method | " + " | ".join(columns) + " |"]
         lines += ["|---" * (len(columns) + 1) + "|"]
         for row in rows:
             cells = []
             for column in columns:
                 values = [look_up(run, where) for run in runs if (run["row"], run["column"]) == (row, column)]
-                theirs = paper.get(key[:2], {}).get(column, {}).get(row)
+                theirs = paper.get(paper_key(key), {}).get(column, {}).get(row)
                 cells.append(cell([v * factor for v in values if v is not None], digits, theirs))
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
         lines.append("")
     for run in runs:
         link = os.path.relpath(run["path"], place)
         settings = run["settings"]
-        lines.append(f"- [{link}]({link}/results.json): seed {settings['seed']}, fold {settings['fold']}, "
-                     f"commit {run['commit']}, {run['seconds']} s; {run['protocol']}")  # fmt: skip
+        said = [f"seed {settings['seed']}", f"fold {settings['fold']}", f"commit {run['commit']}", f"{run['seconds']} s"]
+        said += [f"{word.replace('_', ' ')} {settings[word]}" for word in ("image_encoder", "clip", "epochs") if word in settings]
+        said += [f"prompt {run['prompt']!r}"] if run.get("prompt") else []
+        said += [f"ordinality by chance {run['ordinality_chance']:.0%}"] if run.get("ordinality_chance") else []
+        said += [f"MAE of ranks with {name} training images {tail['mae_argmax']:.3f}"
+                 for name, tail in run.get("long_tail", {}).items()]  # fmt: skip
+        lines.append(f"- [{link}]({link}/results.json): {', '.join(said)}; {run['protocol']}")
     return "\n".join(lines) + "\n"
+
+
+def paper_key(key):
+    """(data, category) of a table under the paper's protocol, else None."""
+    name, category, rule, split = key
+    preset = data.DATASETS.get(name, {})
+    usual = preset.get("splits", ("random",))[0], preset.get("label_rules", (None,))[0]
+    return (name, category) if (split, rule) == usual else None
 
 
 def look_up(run, where):

@@ -96,6 +96,27 @@ def test_few_shot_and_shift_reach_the_training(folder, tmp_path):
     assert thin["images"]["train"] == 30 and thin["settings"]["shift"] in ((1, 0.2), [1, 0.2])
 
 
+def test_a_default_written_out_is_the_same_experiment(folder, tmp_path):
+    argv = ["--data", str(folder), *TINY, "--out", str(tmp_path / "runs"), "--seeds", "1"]
+    assert train.main(argv)[0]["test"] == train.main([*argv, "--split", "random"])[0]["test"]
+    args = train.parse_args(["--data", "aesthetics"])
+    assert (args.split, args.label_rule, args.category) == ("random", "median", "all")
+
+
+def test_a_run_cut_off_before_its_first_last_pt_is_begun_again(folder, tmp_path):
+    argv = ["--data", str(folder), *TINY, "--out", str(tmp_path / "run")]
+    results = train.main(argv)
+    for name in ("results.json", "last.pt"):
+        (tmp_path / "run" / name).unlink()
+    assert train.main(argv)["test"] == results["test"]
+    (tmp_path / "run" / "results.json").unlink()
+    with pytest.raises(SystemExit, match="holds a run; --resume .* goes on with it, --out elsewhere"):
+        train.main(argv)
+    (tmp_path / "run" / "last.pt").rename(tmp_path / "run" / "thesis.txt")
+    with pytest.raises(SystemExit, match="holds other files .thesis.txt ....; give another --out"):
+        train.main(argv)
+
+
 # -------------------------------------------------------------------------------------------- methods
 
 
@@ -172,6 +193,7 @@ def test_features_give_the_logits_that_images_give(folder, tmp_path):
 @pytest.mark.parametrize("argv, message", [
     (["--freeze-image", "--image-encoder", "vgg16"], "--freeze-image needs --image-encoder clip"),
     (["--shots", "0"], "shots=0: expected at least 1"),
+    (["--method", "zeroshot", "--image-encoder", "vgg16"], "--method zeroshot needs --image-encoder clip"),
     (["--report", "none"], "no results.json in none"),
 ])  # fmt: skip
 def test_mistakes_are_told_plainly(folder, tmp_path, argv, message):
@@ -182,8 +204,8 @@ def test_mistakes_are_told_plainly(folder, tmp_path, argv, message):
 
 @pytest.mark.parametrize("argv, message", [
     (["--report", "x", "--lr", "1"], "--report takes no other flag"),
-    (["--fold", "some"], "invalid fold_number value: 'some'"),
-    (["--shift", "ten"], "invalid ranks_and_share value: 'ten'"),
+    (["--fold", "some"], "'some': expected a number from 0, or all"),
+    (["--shift", "ten"], "'ten': expected K,KEEP such as 10,0.2"),
 ])  # fmt: skip
 def test_wrong_flags_are_refused(capsys, argv, message):
     with pytest.raises(SystemExit):
@@ -416,7 +438,7 @@ def write_run(place, mae, **settings):
     base = dict(data="morph2", category=None, label_rule=None, split="random", method="ordinalclip", interp="linear",
                 base_ranks=3, tune="both", freeze_image=False, official=False, context=None, shots=None, shift=None,
                 seed=1, fold=0, lr=1e-4, regression_loss="l1")  # fmt: skip
-    results = dict(test=dict(mae_expected=mae, mae_argmax=mae + 0.1, acc_argmax=0.5), ordinality=0.9, commit="abc",
+    results = dict(test=dict(mae_expected=mae, mae_argmax=mae + 0.1, acc_argmax=0.5, cs_expected=0.9, qwk_expected=0.8), ordinality=0.9, commit="abc",
                    seconds=3, protocol="a protocol", settings=base | settings)  # fmt: skip
     place.mkdir(parents=True)
     (place / "results.json").write_text(json.dumps(results))
@@ -435,6 +457,14 @@ def test_the_report_has_the_papers_layout(tmp_path, capsys):
     assert lines[6] == "| ordinalclip-linear-K3 | 2.500 ± 0.500 (n=3) [2.32] | 4.000 (n=1) [3.55] | 6.000 (n=1) [2.61] |"
     assert lines[7] == "| coop | 5.000 (n=1) [2.39] | - [3.81] | - [2.71] |"
     assert "- [a27](a27/results.json): seed 27, fold 0, commit abc, 3 s; a protocol" in lines
+    assert "Cumulative score CS(5), expected rank, %" in lines and "Quadratic weighted kappa, expected rank" in lines
+
+
+def test_the_papers_figure_stands_beside_its_protocol_only(tmp_path):
+    write_run(tmp_path / "a", 2.0, split="subject-exclusive")
+    write_run(tmp_path / "b", 3.0, rank_position="front")
+    write_run(tmp_path / "c", 4.0, context="years:")
+    assert "[2.32]" not in "".join(line for line in train.report([tmp_path]).splitlines() if "(n=1)" in line)
 
 
 def test_runs_that_differ_are_not_averaged(tmp_path):

@@ -105,7 +105,7 @@ def test_eval_repeats_the_result(finished):
 
 def test_a_finished_run_is_not_written_over(finished, folder):
     out, _ = finished
-    with pytest.raises(SystemExit, match="holds a run; --resume .* goes on with it, --out elsewhere"):
+    with pytest.raises(SystemExit, match="holds a run that is finished; --eval .* tests it again, --out elsewhere"):
         train.main(["--data", str(folder), "--out", str(out), *TINY])
     with pytest.raises(SystemExit, match="is finished, see .*results.json"):
         train.main(["--resume", str(out)])
