@@ -219,7 +219,7 @@ def read_image(path):
         with Image.open(path) as image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)           # a copy would lose TIFF's tags
-            return _to_rgb(image)
+            return to_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such image") from None
     except Exception as error:              # decoders raise many kinds
@@ -489,7 +489,8 @@ def _oddities(train, val, test, untrained, names):
 # -------------------------------------------------------------------------------------- image modes
 
 
-def _to_rgb(image):
+def to_rgb(image):
+    """A PIL image of any mode -> RGB, transparency on white. Raises ValueError where white is not known."""
     if image.mode == "F":
         raise ValueError("floating point has no known white; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
@@ -611,6 +612,8 @@ def _load_release(name, root, split, fold, seed, lists, category, rule):
         raise ValueError(f"{name} has no fold {fold}; give 0 .. {preset['folds'] - 1}")
     place = _image_folder(root, preset)
     if lists:
+        if name == "aesthetics":
+            _refuse_scores(filter(None, lists))
         words = _given(lists)
         parts = [path and read_list(path, place, len(preset["rank_names"])) for path in lists]
     else:
@@ -620,6 +623,15 @@ def _load_release(name, root, split, fold, seed, lists, category, rule):
         words = ", ".join([*chosen, f"{split} split, seed {seed}, fold {fold}", *said])
     return _task(name, words, place, preset["rank_names"], preset["context"], parts,
                  f"{seed}/{fold}", preset.get("rank_values"), notes)
+
+
+def _refuse_scores(paths):
+    """Public lists of the aesthetics hold scores 1.0 .. 5.0: read as ranks, all would be one too high."""
+    for path in paths:
+        for number, line in _lines(path):
+            if score := re.search(r"[\s,](\d+\.\d+)$", line):
+                raise ValueError(f"{path}:{number}: label {score[1]} is a score of 1.0 .. 5.0; expected "
+                                 "a rank of 0 .. 4: subtract 1 and write a whole number")
 
 
 def _image_folder(root, preset):

@@ -11,10 +11,12 @@ Images are prepared as in the evaluation. Letters: B images, R ranks, S image si
 Contents: load, Predictor, prototypes alone, export_onnx, explain; command line; reading, writing, drawing; the
 pictures that train.py makes of a run (draw_matrices, draw_error_by_rank, draw_curves, draw_sheet).
 
-Copy-paste: needs ordinalclip.py, clip_model.py, backbones.py, data.py, kernels/, torch>=2.4, numpy, pillow.
+Copy-paste: needs ordinalclip.py, kernels/, torch>=2.4, numpy, pillow; clip_model.py or backbones.py, whichever the
+image encoder is from; data.py to read and prepare images (without it: predictor.model on tensors of one's own).
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import math
@@ -29,9 +31,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 
-import data
-from backbones import build_image_encoder
-from clip_model import MODELS, image_tower
 from kernels import match, which_impl
 from ordinalclip import FixedPrototypes, OrdinalCLIP
 
@@ -101,6 +100,8 @@ class Predictor:
 
     def predict(self, pixels):
         """uint8 images (B, 3, S, S) -> dict as above."""
+        import data
+
         images = data.normalize(pixels.to(self.device), self.preprocess["mean"], self.preprocess["std"])
         images = images.contiguous(memory_format=torch.channels_last)
         found = self.model.predict(images, impl=which_impl(self.device)[0])
@@ -124,7 +125,7 @@ def save_prototypes(path, prototypes, rank_names, logit_scale, rank_values=None)
         )
     prototypes = prototypes.detach().float().cpu().clone()
     found = (prototypes, list(rank_names), [float(value) for value in values], float(logit_scale))
-    _write(path, lambda part: torch.save(dict(zip(PROTOTYPES_KEYS, found), format=PROTOTYPES_FORMAT), part))
+    write(path, lambda part: torch.save(dict(zip(PROTOTYPES_KEYS, found), format=PROTOTYPES_FORMAT), part))
 
 
 def load_prototypes(path):
@@ -161,7 +162,7 @@ def export_onnx(predictor, path):
             features = model.image_encoder(images)  # (B, D)
             return match(features, model.prototypes(), model.logit_scale.exp(), impl="torch")[:2]
 
-    def write(part):
+    def save(part):
         images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
         answers = Answers().eval().cpu()
         free = ({0: torch.export.Dim("batch")},)  # also in len(images), if strict
@@ -173,7 +174,7 @@ def export_onnx(predictor, path):
             if not torch.allclose(mine, other, atol=1e-3, rtol=1e-3):
                 raise ValueError(f"the ONNX model answers {other}; PyTorch {mine}")
 
-    _write(path, write)
+    write(path, save)
     model.to(predictor.device)
 
 
@@ -232,6 +233,8 @@ def main(argv=None):
 
 def find_images(arguments):
     """The image paths behind files, folders and lists. Raises ValueError for a place without any."""
+    import data
+
     paths = []
     for place in map(Path, arguments):
         found = [place]
@@ -268,16 +271,16 @@ def report(args, predictor, answers, failed):
     rows = _rows(answers, names) if answers else []
     print_table(rows)
     if args.csv:
-        _write(args.csv, partial(_write_csv, rows))
+        write(args.csv, partial(_write_csv, rows))
     if args.json:
         probs = answers["probs"].tolist() if answers else []
         images = [dict({key: row[key] for key in COLUMNS}, probs=p) for row, p in zip(rows, probs)]
         content = dict(rank_names=names, rank_values=predictor.rank_values, images=images)
         content["not_predicted"] = [dict(file=path, error=error) for path, error in failed]
-        _write(args.json, lambda part: part.write_text(json.dumps(content, indent=1) + "\n"))
+        write(args.json, lambda part: part.write_text(json.dumps(content, indent=1) + "\n"))
     if args.explain and rows:
         pixels, _, _ = _read_batch(predictor.preprocess, list(enumerate(answers["file"][:EXPLAINED])))
-        _write(args.explain, lambda part: explain(pixels, answers, names).save(part, "PNG"))
+        write(args.explain, lambda part: explain(pixels, answers, names).save(part, "PNG"))
     for path, error in failed:
         print(_printable(f"not predicted: {error if path in error else f'{path}: {error}'}"), file=sys.stderr)
     return 1 if failed else 0
@@ -316,17 +319,23 @@ def _read_file(path, form, keys, expected):
 def _image_encoder(path, content, dim):
     """The encoder that the weights of the file are for, not yet with them."""
     name, state = content["image_encoder"], content["state_dict"]
-    if ":" in name:  # timm's and torchvision's may have constants that no state dict holds
-        return build_image_encoder(name, dim)
-    with torch.device("meta"):  # no time spent on initial values
-        if name != "clip":
+    if name != "clip":
+        from backbones import build_image_encoder
+
+        # timm's and torchvision's may have constants that no state dict holds
+        with contextlib.nullcontext() if ":" in name else torch.device("meta"):
             return build_image_encoder(name, dim)
+    from clip_model import image_tower
+
+    with torch.device("meta"):  # no time spent on initial values
         resnet = "image_encoder.attnpool.positional_embedding" in state  # which has no GELU
         return image_tower(state, dim, resnet or _quick_gelu(path, content), "image_encoder.")
 
 
 def _quick_gelu(path, content):
     """The activation of a ViT, which shapes cannot tell: as the file says, or as its run was told."""
+    from clip_model import MODELS
+
     settings = content.get("results", {}).get("settings", {})
     said = content.get("quick_gelu", settings.get("quick_gelu"))
     if said is None and settings.get("clip") not in (*MODELS, "tiny"):
@@ -348,6 +357,8 @@ def _read_batch(preprocess, items):
 
 def _read_pixels(preprocess, image):
     """A path or PIL image -> uint8 (3, S, S), as the evaluation prepares it."""
+    import data
+
     settings = {key: preprocess[key] for key in ("image_size", "squash", "resample") if key in preprocess}
     images = data.ImageList([(image, 0)], "", **settings)
     if isinstance(image, (str, os.PathLike)):
@@ -356,11 +367,13 @@ def _read_pixels(preprocess, image):
         raise ValueError(f"got a {type(image).__name__} for an image; expected a path or a PIL image")
     if image.getexif().get(0x0112, 1) != 1:  # a copy loses TIFF's tags, so only where it must turn
         image = ImageOps.exif_transpose(image)
-    return images.prepare(data._to_rgb(image))
+    return images.prepare(data.to_rgb(image))
 
 
 def _read_list(path):
     """Image paths of a list, relative to its folder; a label behind them is ignored."""
+    import data
+
     try:
         lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
@@ -405,7 +418,7 @@ def _write_csv(rows, part):
             table.writerow(f"{cell:.4f}" if isinstance(cell, float) else cell for cell in cells)
 
 
-def _write(path, writer):
+def write(path, writer):
     """A file appears under its name only when it is whole."""
     part = Path(f"{path}.part")
     try:

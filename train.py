@@ -40,6 +40,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 import data
 from backbones import build_image_encoder
 from clip_model import CLIP, MODELS, download, tiny_clip
+from kernels import unit
 from ordinalclip import (
     POSITIONS,
     FixedPrototypes,
@@ -49,8 +50,7 @@ from ordinalclip import (
     ordinality,
     ordinality_chance,
 )
-from kernels import unit
-from predict import draw_curves, draw_error_by_rank, draw_matrices, draw_sheet
+from predict import draw_curves, draw_error_by_rank, draw_matrices, draw_sheet, write
 from tokenizer import Tokenizer
 
 # xk-huang/OrdinalCLIP@ca10a20 configs/meta_cfgs/morph_compare.yaml, configs/default.yaml
@@ -111,7 +111,7 @@ def parse_args(argv=None):
     add("--trust-torchscript", action="store_true", help="open a TorchScript archive of unknown origin")
     recipe("--image-encoder", str, "clip (the tower of --clip), vgg16, timm:NAME, torchvision:NAME")
     recipe("--image-weights", str, "imagenet, none, or a state dict file; not for clip")
-    add("--freeze-image", action="store_true", help="train prompts only, on features of centre crops computed once")
+    add("--freeze-image", action="store_true", help="train prompts only, on features of centre crops, kept in ~/.cache/ordinalclip")
     add("--init", metavar="CKPT", help="start from best.pt of a run on other data: encoder, context, ranks resampled")
     # optimisation
     recipe("--epochs", int, "passes over the training images; learning rate falls by a cosine")
@@ -221,7 +221,7 @@ def method_name(args):
     name += [f"tune-{args.tune}"] if args.tune != "both" else []
     name += ["warm"] if args.init else ["random-context"] if (args.context or "").isdigit() else []
     name += ["frozen"] if args.freeze_image else []
-    name += [args.rank_position] if getattr(args, "rank_position", "tail") != "tail" else []
+    name += [args.rank_position] if args.rank_position != "tail" else []
     name += ["own-words"] if args.context and not args.context.isdigit() else []
     name += ["official"] if args.official else []
     return "-".join(name)
@@ -436,8 +436,12 @@ class Regression(nn.Module):
         """Images (B, 3, H, W) -> rank indices (B,), of any size."""
         return self.neuron(self.image_encoder(images).float())[:, 0]
 
-    def loss(self, images, labels, *, group=None, **_):
-        """-> (mean loss, the same, 0); with `group` over all its processes, gradients are each one's share."""
+    def loss(self, images, labels, *, target=None, group=None):
+        """Images (B, 3, H, W), rank indices (B,) -> (mean loss, the same, 0).
+
+        With `group` the loss is that of all its processes, and gradients are each one's share, as OrdinalCLIP's.
+        `target` is OrdinalCLIP's column target: here there are no columns.
+        """
         error = self(images) - labels
         total = (error.abs() if self.kind == "l1" else error.square()).mean() / num_processes()
         if group is not None:
@@ -1084,6 +1088,7 @@ def paper_key(key):
 
 
 def look_up(run, where):
+    """run[where[0]][where[1]]...: one figure of a run's results."""
     for key in where:
         run = run[key]
     return run
@@ -1155,16 +1160,6 @@ def save_csv(path, rows):
             table.writerows(rows)
 
     write(path, writer)
-
-
-def write(path, writer):
-    """A file appears under its name only when it is whole."""
-    part = path.with_name(path.name + ".part")
-    try:
-        writer(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def provenance():

@@ -670,7 +670,8 @@ def _answers(x, p):
 
 # --- operators for autograd and torch.compile -----------------------------------------------------
 
-_LIBRARY = torch.library.Library("ordinalclip", "FRAGMENT")
+_NAMESPACE = __name__.replace(".", "_")  # copies in two packages do not meet
+_LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 
 def _operator(signature, implementation, fake):
@@ -678,8 +679,8 @@ def _operator(signature, implementation, fake):
     _LIBRARY.define(signature)
     name = signature.split("(")[0]
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ordinalclip::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.ordinalclip, name).default
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, _NAMESPACE), name).default
 
 
 def _forward_fake(x, p, y, s, smooth, save, shared, group):
@@ -738,7 +739,7 @@ for _name, _rule, _setup in [
     ("matching_probabilities", _none, None),
 ]:
     torch.library.register_autograd(
-        f"ordinalclip::{_name}", _rule, setup_context=_setup, lib=_LIBRARY
+        f"{_NAMESPACE}::{_name}", _rule, setup_context=_setup, lib=_LIBRARY
     )
 
 

@@ -602,6 +602,14 @@ def test_aesthetics_bad_table(tmp_path, old, new, words):
         load("aesthetics", tmp_path)
 
 
+def test_aesthetics_lists_of_scores_are_refused(aesthetics, tmp_path):
+    """As published with L2RCLIP: `<id>.png 3.0`, scores from 1."""
+    path = tmp_path / "nature_train.txt"
+    path.write_text("1.jpg 1.0\n2.jpg 4.0\n")
+    with pytest.raises(ValueError, match="nature_train.txt:1: label 1.0 is a score of 1.0 .. 5.0; expected a rank"):
+        load("aesthetics", aesthetics, lists=(path, None, None))
+
+
 def test_aesthetics_repeats_and_lists(tmp_path):
     rows = aesthetic_rows()
     root = make_aesthetics(tmp_path, rows=[*rows, (rows[0][0], "animal", "5,5,5")])
@@ -1105,7 +1113,7 @@ def test_palette_with_alpha(tmp_path):
     image.putpalette([250, 0, 0, 0, 100, 250])
     image.putpixel((0, 0), (1, 255))
     image.putpixel((1, 0), (1, 51))
-    assert np.asarray(data._to_rgb(image))[0].tolist() == [[0, 100, 250], [204, 224, 254]]
+    assert np.asarray(data.to_rgb(image))[0].tolist() == [[0, 100, 250], [204, 224, 254]]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -441,7 +442,7 @@ def test_match_has_no_gradient_and_auto_knows(launches):
 def test_opcheck():
     features, prototypes, labels, scale = on_device(make_case(20, 9, 16))
     leaves = [t.clone().requires_grad_() for t in (features, prototypes, scale)]
-    ops = torch.ops.ordinalclip
+    ops = torch.ops.kernels_matching_triton
     args = (leaves[0], leaves[1], labels, leaves[2], True, True, True, "")
     torch.library.opcheck(ops.matching_forward.default, args)
     saved = ops.matching_forward(features, prototypes, labels, scale, True, True, True, "")
@@ -449,6 +450,16 @@ def test_opcheck():
     args = (one, None, features, prototypes, labels, scale, *saved[:4], True, True, True, False, True)
     torch.library.opcheck(ops.matching_backward.default, args)
     torch.library.opcheck(ops.matching_probabilities.default, (features, prototypes, scale))
+
+
+def test_two_copies_live_in_one_process(tmp_path):
+    """A paper's code may hold the folder under a name of its own, beside this one."""
+    shutil.copytree(ROOT / "kernels", tmp_path / "paper", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "import torch, kernels, paper; a = torch.randn(4, 8), torch.randn(3, 8), torch.tensor([0, 1, 2, 2]), 9.0\n"
+    code += "print(torch.equal(*[torch.stack(k.matching_loss(*a, impl='torch')) for k in (kernels, paper)]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | dict(PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}"))  # fmt: skip
+    assert done.returncode == 0 and done.stdout.strip() == "True", done.stderr
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -404,6 +404,16 @@ def test_it_runs_without_the_rest_of_the_project(run, exported, tmp_path):
     assert done.stderr == f"not predicted: {tmp_path / 'gone.png'}: there is no such image\n"
 
 
+def test_a_model_is_rebuilt_without_data_and_backbones(exported, tmp_path):
+    for name in ("predict.py", "ordinalclip.py", "clip_model.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    code = f"import torch, predict; p = predict.load({exported!r}); s = p.preprocess['image_size']\n"
+    code += "print(p.model.predict(torch.zeros(2, 3, s, s))['probs'].shape == (2, len(p.rank_names)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "True", done.stderr
+
+
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript"))
 
 

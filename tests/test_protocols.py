@@ -436,7 +436,7 @@ def test_official_takes_its_column_target(folder, tmp_path, monkeypatch):
 
 def write_run(place, mae, **settings):
     base = dict(data="morph2", category=None, label_rule=None, split="random", method="ordinalclip", interp="linear",
-                base_ranks=3, tune="both", freeze_image=False, official=False, context=None, shots=None, shift=None,
+                base_ranks=3, rank_position="tail", tune="both", freeze_image=False, official=False, context=None, shots=None, shift=None,
                 seed=1, fold=0, lr=1e-4, regression_loss="l1")  # fmt: skip
     results = dict(test=dict(mae_expected=mae, mae_argmax=mae + 0.1, acc_argmax=0.5, cs_expected=0.9, qwk_expected=0.8), ordinality=0.9, commit="abc",
                    seconds=3, protocol="a protocol", settings=base | settings)  # fmt: skip
