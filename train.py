@@ -20,6 +20,7 @@ import contextlib
 import copy
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -88,7 +89,7 @@ def parse_args(argv=None):
     add("--split", help="protocol of the split (default: the dataset's first); morph2: random, subject-exclusive")
     add("--fold", type=fold_number, default=0, help="which of the dataset's splits, or all: one run each")
     add("--split-seed", type=int, default=1, help="of splits made here, so that all --seeds share them")
-    add("--category", help="aesthetics: nature, animal, urban, people or all")
+    add("--category", help="aesthetics: nature, animal, urban, people, each (one run for each of these) or all (as one)")
     add("--label-rule", help="how labels follow from the release, where it leaves a choice: see data.py")
     add("--shots", type=int, help="training images of each rank (paper: 1 2 4 8 16 32 64)")
     add("--shift", type=ranks_and_share, metavar="K,KEEP",
@@ -180,9 +181,18 @@ def complete(args):
         raise SystemExit("--freeze-image needs --image-encoder clip: the last layer of the others starts at random")
     if args.init and args.context is None and "prototypes.context_embeds" in (state := init_state(args)):
         args.context = str(state["prototypes.context_embeds"].shape[-2])  # that many tokens, whose values are copied
-    if args.out is None and args.fold != "all" and not args.seeds:
+    if args.out is None and not several(args):
         args.out = str(Path("runs") / run_name(args))
     return args
+
+
+def several(args):
+    return args.fold == "all" or args.category == "each" or bool(args.seeds)
+
+
+def categories(name):
+    """What --category each runs through; (None,) where a dataset has none."""
+    return [kind for kind in data.DATASETS.get(name, {}).get("categories", (None,)) if kind != "all"]
 
 
 def from_checkpoint(args, given, parser):
@@ -231,7 +241,7 @@ def method_name(args):
 
 
 def main(argv=None):
-    """-> the results of the run, or a list of them with --fold all or --seeds; the table with --report."""
+    """-> results of the run; a list of them with --fold all, --category each or --seeds; tables with --report."""
     args = parse_args(argv)
     if args.report:
         return report(args.report)
@@ -239,7 +249,7 @@ def main(argv=None):
     try:
         if args.eval:
             return test_only(args)
-        if args.fold == "all" or args.seeds:
+        if several(args):
             return train_several(args)
         return train(args)
     finally:
@@ -248,15 +258,17 @@ def main(argv=None):
 
 
 def train_several(args):
-    """A run for each fold and seed. What is finished is read, what was begun goes on."""
+    """A run for each fold, category and seed. What is finished is read, what was begun goes on."""
     folds = range(data.DATASETS.get(args.data, {}).get("folds", 5)) if args.fold == "all" else [args.fold]
+    kinds = categories(args.data) if args.category == "each" else [args.category]
+    if kinds == [None] and args.category:
+        raise SystemExit(f"--category each: {args.data} has no categories; leave it out")
     runs = []
-    for fold in folds:
-        for seed in args.seeds or [args.seed]:
-            run = copy.copy(args)
-            run.fold, run.seed = fold, seed
-            run.out = str(Path(args.out or "runs") / run_name(run))
-            runs.append(run)
+    for fold, kind, seed in itertools.product(folds, kinds, args.seeds or [args.seed]):
+        run = copy.copy(args)
+        run.fold, run.category, run.seed = fold, kind, seed
+        run.out = str(Path(args.out or "runs") / run_name(run))
+        runs.append(run)
     results = [finished(run) or train(unfinished(run)) for run in runs]
     if is_main():
         report([run.out for run in runs], f"report-{Path(args.data).name}-{method_name(args)}.md")
@@ -939,11 +951,11 @@ def autocast(args):
 
 # ---------------------------------------------------------------------------------------------- report
 
-# Figures of the paper's tables, (data, category): {column: {row: figure}}; the paper does not say whether its MAE
+# Figures of the paper's tables, data: {column: {row: figure}}; the paper does not say whether its MAE
 # is that of the expected or of the most probable rank. Few-shot and shift: xk-huang/OrdinalCLIP, gh-pages, images/.
-OURS = "ordinalclip-linear-K3"
+OURS, OVERALL = "ordinalclip-linear-K3", "overall"  # the paper's plain mean over the categories
 PAPER_MAE = {
-    ("morph2", None): {
+    "morph2": {
         "all": {"linear": 2.63, "zeroshot": 14.45, "coop": 2.39, OURS: 2.32,
                 **{f"ordinalclip-linear-K{k}": mae for k, mae in
                    zip((2, 4, 5, 6, 7, 8, 9), (2.38, 2.38, 2.36, 2.39, 2.38, 2.40, 2.41))},
@@ -961,20 +973,18 @@ PAPER_MAE = {
             (20, 90, 3.68, 3.51, 3.06), (30, 80, 3.19, 3.06, 2.86), (30, 90, 4.06, 3.36, 3.21),
             (40, 80, 3.28, 2.99, 2.84), (40, 90, 3.65, 3.30, 3.12))},
     },
-    ("adience", None): {"all": {"linear": 0.56, "zeroshot": 1.50, "coop": 0.50, OURS: 0.47}},
-    ("hci", None): {"all": {"linear": 0.80, "zeroshot": 1.48, "coop": 0.76, OURS: 0.67}},
-    **{("aesthetics", category): {"all": dict(zip(("linear", "zeroshot", "coop", OURS), maes))}
-       for category, *maes in (
-           ("nature", .338, .438, .285, .273), ("animal", .381, .737, .298, .279),
-           ("urban", .364, .683, .294, .277), ("people", .377, 1.063, .330, .291))},
+    "adience": {"all": {"linear": 0.56, "zeroshot": 1.50, "coop": 0.50, OURS: 0.47}},
+    "hci": {"all": {"linear": 0.80, "zeroshot": 1.48, "coop": 0.76, OURS: 0.67}},
+    "aesthetics": {category: dict(zip(("linear", "zeroshot", "coop", OURS), maes)) for category, *maes in (
+        ("nature", .338, .438, .285, .273), ("animal", .381, .737, .298, .279), ("urban", .364, .683, .294, .277),
+        ("people", .377, 1.063, .330, .291), ("overall", .365, .730, .302, .280))},
 }  # fmt: skip
 PAPER_ACC = {
-    ("adience", None): {"all": {"linear": 56.0, "zeroshot": 25.4, "coop": 60.6, OURS: 61.2}},
-    ("hci", None): {"all": {"linear": 42.56, "zeroshot": 26.08, "coop": 51.90, OURS: 56.44}},
-    **{("aesthetics", category): {"all": dict(zip(("linear", "zeroshot", "coop", OURS), accs))}
-       for category, *accs in (
-           ("nature", 72.76, 63.33, 72.74, 73.65), ("animal", 70.44, 36.78, 71.46, 72.85),
-           ("urban", 70.12, 49.84, 72.14, 73.20), ("people", 70.80, 24.79, 69.34, 72.50))},
+    "adience": {"all": {"linear": 56.0, "zeroshot": 25.4, "coop": 60.6, OURS: 61.2}},
+    "hci": {"all": {"linear": 42.56, "zeroshot": 26.08, "coop": 51.90, OURS: 56.44}},
+    "aesthetics": {category: dict(zip(("linear", "zeroshot", "coop", OURS), accs)) for category, *accs in (
+        ("nature", 72.76, 63.33, 72.74, 73.65), ("animal", 70.44, 36.78, 71.46, 72.85), ("urban", 70.12, 49.84, 72.14, 73.20),
+        ("people", 70.80, 24.79, 69.34, 72.50), ("overall", 71.03, 43.69, 71.42, 73.05))},
 }  # fmt: skip
 TABLES = (  # title, where in results, factor, digits, the paper's figures
     ("MAE, expected rank", ("test", "mae_expected"), 1, 3, PAPER_MAE),
@@ -1021,11 +1031,12 @@ def read_run(path):
 
 
 def table_key(settings):
-    return settings["data"], settings.get("category"), settings.get("label_rule"), settings["split"]
+    return settings["data"], settings.get("label_rule"), settings["split"]
 
 
 def column_name(settings):
-    words = [f"{settings['shots']} shots"] if settings.get("shots") else []
+    words = {None: [], "all": ["all categories"]}.get(settings.get("category"), [settings.get("category")])
+    words += [f"{settings['shots']} shots"] if settings.get("shots") else []
     if settings.get("shift"):
         ranks, keep = settings["shift"]
         words += [f"shift {ranks}-{round(100 * (1 - keep))}"]
@@ -1052,8 +1063,7 @@ def name_rows(runs):
 
 def report_data(key, runs, place):
     """The tables of one dataset under one protocol, what they rest on, and a link to each run."""
-    rows, columns = (list(dict.fromkeys(run[name] for run in runs)) for name in ("row", "column"))
-    columns.sort(key=lambda name: ("shift" in name, [int(number) for number in re.findall(r"\d+", name)]))
+    rows, columns = list(dict.fromkeys(run["row"] for run in runs)), columns_of(key, runs)
     lines = ["## " + " ".join(str(word) for word in key if word), ""]
     for title, where, factor, digits, paper in TABLES:
         lines += [title + " (the paper's in brackets)" * bool(paper), "", "| method | " + " | ".join(columns) + " |"]
@@ -1061,9 +1071,9 @@ def report_data(key, runs, place):
         for row in rows:
             cells = []
             for column in columns:
-                values = [look_up(run, where) for run in runs if (run["row"], run["column"]) == (row, column)]
+                values = figures(key, [run for run in runs if run["row"] == row], column, where)
                 theirs = paper.get(paper_key(key), {}).get(column, {}).get(row)
-                cells.append(cell([v * factor for v in values if v is not None], digits, theirs))
+                cells.append(cell([v * factor for v in values], digits, theirs))
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
         lines.append("")
     for run in runs:
@@ -1079,12 +1089,41 @@ def report_data(key, runs, place):
     return "\n".join(lines) + "\n"
 
 
+def columns_of(key, runs):
+    """Columns that runs fill: all images, shots, shifts; of each the categories in the paper's order, and their mean."""
+    columns, (first, *others) = {run["column"] for run in runs}, categories(key[0])
+    order = [first, *others, OVERALL]
+    for name in [name for name in columns if others and name.split()[0] == first]:
+        if all(name.replace(first, other, 1) in columns for other in others):
+            columns.add(name.replace(first, OVERALL, 1))
+
+    def place(name):
+        kind = name.split()[0]
+        numbers = [int(number) for number in re.findall(r"\d+", name)]
+        return "shift" in name, numbers, order.index(kind) if kind in order else -1
+
+    return sorted(columns, key=place)
+
+
+def figures(key, runs, column, where):
+    """A figure of each run in the column; of the overall column, for each seed and fold the mean of its categories."""
+    overall = column.split()[0] == OVERALL
+    parts = [column.replace(OVERALL, kind, 1) for kind in categories(key[0])] if overall else [column]
+    found = {}
+    for run in runs:
+        if run["column"] in parts:
+            one = (run["settings"]["seed"], run["settings"]["fold"]) if overall else run["path"]
+            found.setdefault(one, {})[run["column"]] = look_up(run, where)
+    return [statistics.mean(values.values()) for values in found.values()
+            if len(values) == len(parts) and None not in values.values()]  # fmt: skip
+
+
 def paper_key(key):
-    """(data, category) of a table under the paper's protocol, else None."""
-    name, category, rule, split = key
+    """The dataset of a table under the paper's protocol, else None."""
+    name, rule, split = key
     preset = data.DATASETS.get(name, {})
     usual = preset.get("splits", ("random",))[0], preset.get("label_rules", (None,))[0]
-    return (name, category) if (split, rule) == usual else None
+    return name if (split, rule) == usual else None
 
 
 def look_up(run, where):
@@ -1098,7 +1137,7 @@ def cell(values, digits, theirs):
     """Mean +- sample standard deviation, number of runs, the paper's figure."""
     if not values:
         return "-" if theirs is None else f"- [{theirs}]"
-    text = f"{statistics.mean(values):.{digits}f}"
+    text = f"{round(statistics.mean(values), digits) + 0.0:.{digits}f}"  # + 0.0: no -0.000
     text += f" ± {statistics.stdev(values):.{digits}f} (n={len(values)})" if len(values) > 1 else " (n=1)"
     return text if theirs is None else f"{text} [{theirs}]"
 

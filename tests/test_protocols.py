@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -477,13 +478,55 @@ def test_runs_that_differ_are_not_averaged(tmp_path):
 
 def test_the_papers_figures_are_where_they_belong():
     """A few read off the tables again."""
-    morph = train.PAPER_MAE["morph2", None]
+    morph = train.PAPER_MAE["morph2"]
     assert morph["all"]["ordinalclip-inverse-K7"] == 2.35 and morph["all"]["ordinalclip-linear-K9"] == 2.41
     assert morph["all"]["coop-tune-rank-random-context"] == 2.58
     assert morph["all"]["ordinalclip-linear-K3-tune-context"] == 2.34
     assert morph["64 shots"][train.OURS] == 2.57 and morph["shift 40-90"]["linear"] == 3.65
-    assert train.PAPER_ACC["aesthetics", "people"]["all"]["zeroshot"] == 24.79
-    assert train.PAPER_MAE["aesthetics", "animal"]["all"]["linear"] == 0.381
+    assert train.PAPER_ACC["aesthetics"]["people"]["zeroshot"] == 24.79
+    assert train.PAPER_MAE["aesthetics"]["animal"]["linear"] == 0.381
+
+
+@pytest.mark.parametrize("figures", [train.PAPER_MAE["aesthetics"], train.PAPER_ACC["aesthetics"]])
+def test_the_papers_overall_is_the_mean_of_its_categories(figures):
+    kinds = ("nature", "animal", "urban", "people")
+    assert list(figures) == [*kinds, "overall"]
+    for row, overall in figures["overall"].items():
+        mean = sum(figures[kind][row] for kind in kinds) / 4
+        assert abs(mean - overall) < (0.011 if overall > 1 else 0.0011), row  # as rounded in print
+
+
+def test_aesthetics_is_one_table_with_the_categories_and_their_mean(tmp_path):
+    maes = dict(nature=(0.1, 0.3), animal=(0.2, 0.4), urban=(0.3, 0.3), people=(0.6, 0.8))
+    for kind, (first, second) in maes.items():
+        for fold, mae in enumerate((first, second)):
+            shared = dict(data="aesthetics", label_rule="median", category=kind)
+            write_run(tmp_path / f"{kind}{fold}", mae, fold=fold, **shared)
+            if (kind, fold) != ("people", 1):
+                write_run(tmp_path / f"coop-{kind}{fold}", mae + 1, fold=fold, method="coop", interp="none", **shared)
+    write_run(tmp_path / "few", 3.0, shots=4, **shared)
+    write_run(tmp_path / "whole", 4.0, data="aesthetics", label_rule="median", category="all")
+    lines = train.report([tmp_path]).splitlines()
+    assert [line for line in lines if line.startswith("## ")] == ["## aesthetics median random"]
+    assert lines[4] == "| method | all categories | nature | animal | urban | people | overall | people 4 shots |"
+    rows = {cells[1]: cells[2:-1] for cells in ([word.strip() for word in line.split("|")] for line in lines[6:8])}
+    assert rows["ordinalclip-linear-K3"] == [
+        "4.000 (n=1)", "0.200 ± 0.141 (n=2) [0.273]", "0.300 ± 0.141 (n=2) [0.279]", "0.300 ± 0.000 (n=2) [0.277]",
+        "0.700 ± 0.141 (n=2) [0.291]", "0.375 ± 0.106 (n=2) [0.28]", "3.000 (n=1)"]  # fmt: skip
+    assert rows["coop"][4:6] == ["1.600 (n=1) [0.33]", "1.300 (n=1) [0.302]"]  # fold 1 lacks people
+
+
+def test_category_each_runs_all_four_and_refuses_other_data(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(train, "train", lambda args: seen.append((args.category, args.fold, args.seed, args.out)))
+    monkeypatch.setattr(train, "report", lambda runs, name: seen.append(name))
+    train.main(["--data", "aesthetics", "--category", "each", "--fold", "all", "--seed", "3"])
+    kinds = ["nature", "animal", "urban", "people"]
+    assert [run[:3] for run in seen[:-1]] == [(kind, fold, 3) for fold in range(5) for kind in kinds]
+    assert seen[1][3] == str(Path("runs/aesthetics-animal-ordinalclip-linear-K3-seed3"))
+    assert len({run[3] for run in seen[:-1]}) == 20 and seen[-1] == "report-aesthetics-ordinalclip-linear-K3.md"
+    with pytest.raises(SystemExit, match="--category each: hci has no categories; leave it out"):
+        train.main(["--data", "hci", "--category", "each"])
 
 
 # ------------------------------------------------------------------------------------------- pictures
