@@ -550,9 +550,14 @@ def _on(x):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def _cdiv(a, b):
+    """a / b rounded up; triton.cdiv checks its arguments for 2 us each time."""
+    return -(-a // b)
+
+
 def _padded(R):
     """RPAD: R rounded up to whole tiles of any configuration."""
-    return 64 if R <= 64 else triton.cdiv(R, 128) * 128
+    return 64 if R <= 64 else _cdiv(R, 128) * 128
 
 
 def _sizes(x, p, config):
@@ -565,7 +570,7 @@ def _sizes(x, p, config):
 def _saved(x, R, RPAD, save):
     """COSINES, ROWS, COLUMNS, COUNTS, I2T, T2I, not filled in."""
     B, empty = len(x) if save else 0, dict(dtype=torch.float32, device=x.device)
-    shapes = ((B, triton.cdiv(R, 16) * 16), (2, B), (4, RPAD), (2,), (), ())
+    shapes = ((B, _cdiv(R, 16) * 16), (2, B), (4, RPAD), (2,), (), ())
     return tuple(torch.empty(shape, **empty) for shape in shapes)
 
 
@@ -574,8 +579,8 @@ def forward(x, p, y, s, smooth, save, shared, group):
     x, p, y = _rows(x), _rows(p), y.contiguous()
     B, R, D, BM, BR, RPAD, BK, options = _sizes(x, p, forward_config)
     saved = cosines, rows, columns, counts, i2t, t2i = _saved(x, R, RPAD, save)
-    programs = triton.cdiv(B, BM)
-    groups = triton.cdiv(programs, GROUP.value)
+    programs = _cdiv(B, BM)
+    groups = _cdiv(programs, GROUP.value)
     parts = torch.empty(programs + groups + 1, 6, RPAD, dtype=torch.float32, device=x.device)
     tiles = dict(RPAD=RPAD, BR=BR, SMOOTH=smooth)
     alone = programs == 1
@@ -616,16 +621,16 @@ def backward(g_i2t, g_t2i, x, p, y, s, cosines, rows, columns, counts, smooth, s
         return dx, dp.zero_(), ds.zero_()
 
     def launch(need_x, need_p, need_s):
-        slices = triton.cdiv(D, BD) if need_x or need_p else 1
+        slices = _cdiv(D, BD) if need_x or need_p else 1
         rank_tiles = RPAD // BR if need_p else 1
-        tiles = triton.cdiv(B, BM)
-        chunks = min(triton.cdiv(tiles, 4), PROGRAMS // (slices * rank_tiles), MOST_CHUNKS)
+        tiles = _cdiv(B, BM)
+        chunks = min(_cdiv(tiles, 4), PROGRAMS // (slices * rank_tiles), MOST_CHUNKS)
         if not (need_p or need_s):
             chunks = tiles  # nothing to add up
         elif B <= 512:
             chunks = 1
-        tiles = triton.cdiv(tiles, max(chunks, 1))  # of each chunk
-        chunks = triton.cdiv(triton.cdiv(B, BM), tiles)
+        tiles = _cdiv(tiles, max(chunks, 1))  # of each chunk
+        chunks = _cdiv(_cdiv(B, BM), tiles)
         alone = chunks == 1 or not (need_p or need_s)
         parts = s.new_empty(0 if alone else chunks * (RPAD * D + 16), dtype=torch.float32)
         counters = parts if alone else _zeros(x.device, slices * rank_tiles, shared)
@@ -655,7 +660,7 @@ def probabilities(x, p, s):
     if B:
         with _on(x):
             _launch(
-                match_kernel, (triton.cdiv(B, BM),), x, p, s, *out, B, R, x.stride(0), p.stride(0),
+                match_kernel, (_cdiv(B, BM),), x, p, s, *out, B, R, x.stride(0), p.stride(0),
                 D=D, BM=BM, BR=BR, RPAD=RPAD, BK=BK, **_dots(x, p), **options,
             )  # fmt: skip
     return out
@@ -668,7 +673,36 @@ def _answers(x, p):
     return torch.empty(B, R, **floats), torch.empty(B, **floats), argmax
 
 
-# --- operators for autograd and torch.compile -----------------------------------------------------
+# --- autograd, eagerly ----------------------------------------------------------------------------
+
+
+class _Matching(torch.autograd.Function):
+    """The launchers with nothing between: at small B the host decides, and an operator costs it twice as much."""
+
+    @staticmethod
+    def forward(ctx, x, p, y, s, *flags):
+        *saved, i2t, t2i = forward(x, p, y, s, *flags)
+        ctx.smooth, _, ctx.shared, _ = flags
+        ctx.save_for_backward(x, p, y, s, *saved)
+        ctx.set_materialize_grads(False)
+        return i2t, t2i
+
+    @staticmethod
+    def backward(ctx, g_i2t, g_t2i):
+        # with create_graph the operator, which says that it has no derivative
+        return _gradients(ctx, g_i2t, g_t2i, _backward if torch.is_grad_enabled() else backward)
+
+
+def _eager(*tensors):
+    """Nobody compiles or traces, and tensors are plain: the launchers can take them as they are."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+    )
+
+
+# --- operators, for torch.compile and whoever else traces -----------------------------------------
 
 _NAMESPACE = __name__.replace(".", "_")  # copies in two packages do not meet
 _LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
@@ -720,13 +754,17 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, _cosines, _rows, _columns, _counts, g_i2t, g_t2i):
+def _gradients(ctx, g_i2t, g_t2i, compute):
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     if g_i2t is None and g_t2i is None:
         return (None,) * 8
-    grads = _backward(g_i2t, g_t2i, *ctx.saved_tensors, ctx.smooth, ctx.shared, *needs)
+    grads = compute(g_i2t, g_t2i, *ctx.saved_tensors, ctx.smooth, ctx.shared, *needs)
     dx, dp, ds = (grad if need else None for grad, need in zip(grads, needs))
     return dx, dp, None, ds, None, None, None, None
+
+
+def _operator_gradients(ctx, _cosines, _rows, _columns, _counts, g_i2t, g_t2i):
+    return _gradients(ctx, g_i2t, g_t2i, _backward)
 
 
 def _none(ctx, *grads):
@@ -734,7 +772,7 @@ def _none(ctx, *grads):
 
 
 for _name, _rule, _setup in [
-    ("matching_forward", _gradients, _save),
+    ("matching_forward", _operator_gradients, _save),
     ("matching_backward", _none, None),  # no second derivatives
     ("matching_probabilities", _none, None),
 ]:
@@ -745,17 +783,24 @@ for _name, _rule, _setup in [
 
 def matching_loss(image_features, prototypes, labels, scale, *, target="normalized", group=None):
     """As `reference.matching_loss`, fused; see there."""
-    save = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (image_features, prototypes, scale)
-    )
+    tensors = image_features, prototypes, labels, scale
+    save = _tracked(tensors)
     name = "" if group is None else group.group_name
     if group is not None:
         _groups[name] = group
     flags = target == "softmax10", save, not torch.compiler.is_compiling(), name
-    *_, i2t, t2i = _forward(image_features, prototypes, labels, scale, *flags)
+    if _eager(*tensors):
+        return _Matching.apply(*tensors, *flags)
+    *_, i2t, t2i = _forward(*tensors, *flags)
     return i2t, t2i
 
 
 def match(image_features, prototypes, scale):
     """As `reference.match`, fused and without gradients; see there."""
-    return _match(image_features, prototypes, scale)
+    tensors = image_features, prototypes, scale
+    direct = _eager(*tensors) and not _tracked(tensors)  # else the operator, which says that it has no gradient
+    return (probabilities if direct else _match)(*tensors)
+
+
+def _tracked(tensors):
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 triton = pytest.importorskip("triton")
@@ -450,6 +451,29 @@ def test_opcheck():
     args = (one, None, features, prototypes, labels, scale, *saved[:4], True, True, True, False, True)
     torch.library.opcheck(ops.matching_backward.default, args)
     torch.library.opcheck(ops.matching_probabilities.default, (features, prototypes, scale))
+
+
+def test_plain_tensors_go_straight_to_the_launchers(launches, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("an operator was called")
+
+    for name in ("_forward", "_backward", "_match"):
+        monkeypatch.setattr(matching_triton, name, refuse)
+    features, prototypes, labels, scale = on_device(make_case(6, 4, 16))
+    sum(matching_loss(features.requires_grad_(), prototypes, labels, scale, impl="triton")).backward()
+    match(features.detach(), prototypes, scale, impl="triton")
+    assert launches == ["forward_kernel", "backward_kernel", "match_kernel"]
+
+
+def test_fake_tensors_go_to_the_operators(launches):
+    with FakeTensorMode():
+        features, prototypes = torch.empty(6, 16, requires_grad=True), torch.empty(4, 16)
+        labels, scale = torch.empty(6, dtype=torch.int64), torch.empty(())
+        i2t, t2i = matching_triton.matching_loss(features, prototypes, labels, scale)
+        (i2t + t2i).backward()
+        probs, expected, _ = matching_triton.match(features.detach(), prototypes, scale)
+    assert features.grad.shape == (6, 16) and i2t.shape == () and launches == []
+    assert probs.shape == (6, 4) and expected.shape == (6,)
 
 
 def test_two_copies_live_in_one_process(tmp_path):
