@@ -233,8 +233,10 @@ def few_shot(task, shots, seed=0):
     """
     if shots < 1:
         raise ValueError(f"shots={shots}: expected at least 1 image of each rank")
+    counts = np.bincount([sample.label for sample in task.train], minlength=task.num_ranks)
+    fewer = f" (all of the {(counts < shots).sum()} that have fewer)" if (counts < shots).any() else ""
     return _fewer(task, {rank: shots for rank in range(task.num_ranks)}, f"shots/{seed}",
-                  f"few-shot: {shots} of each rank, drawn by seed {seed}")
+                  f"few-shot: {shots} of each rank{fewer}, drawn by seed {seed}")
 
 
 def shifted(task, ranks, keep, seed=0):

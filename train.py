@@ -177,6 +177,8 @@ def complete(args):
         args.precision = "bf16" if fast else "fp32"
     if args.workers is None:
         args.workers = max(0, min(8, (os.cpu_count() or 1) - 1))
+    if args.base_ranks == 1 and args.method == "ordinalclip" and args.interp != "none":
+        raise SystemExit("--base-ranks 1 makes all ranks alike, so nothing can be told apart; give 2 or more")
     if args.freeze_image and args.image_encoder != "clip":
         raise SystemExit("--freeze-image needs --image-encoder clip: the last layer of the others starts at random")
     if args.init and args.context is None and "prototypes.context_embeds" in (state := init_state(args)):

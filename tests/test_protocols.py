@@ -50,7 +50,9 @@ def test_few_shot_draws_by_seed_and_leaves_the_rest(folder):
     assert counts(four) == [4] * 4 and four.val == task.val and four.test == task.test
     assert set(four.train) < set(task.train) and set(four.train) != set(other.train)
     assert four.train == data.few_shot(task, 4, seed=1).train
-    assert counts(data.few_shot(task, 20)) == [8, 20, 8, 8]  # where there are fewer, all
+    twenty = data.few_shot(task, 20)
+    assert counts(twenty) == [8, 20, 8, 8]  # where there are fewer, all, and it says so
+    assert "few-shot: 20 of each rank (all of the 3 that have fewer), drawn by seed 0: 44 train" in twenty.protocol
     assert "few-shot: 4 of each rank, drawn by seed 1: 16 train images" in four.protocol
     with pytest.raises(ValueError, match="shots=0: expected at least 1"):
         data.few_shot(task, 0)
@@ -194,6 +196,7 @@ def test_features_give_the_logits_that_images_give(folder, tmp_path):
 @pytest.mark.parametrize("argv, message", [
     (["--freeze-image", "--image-encoder", "vgg16"], "--freeze-image needs --image-encoder clip"),
     (["--shots", "0"], "shots=0: expected at least 1"),
+    (["--base-ranks", "1"], "--base-ranks 1 makes all ranks alike"),
     (["--method", "zeroshot", "--image-encoder", "vgg16"], "--method zeroshot needs --image-encoder clip"),
     (["--report", "none"], "no results.json in none"),
 ])  # fmt: skip
