@@ -70,6 +70,7 @@ CUMULATIVE = 5  # ranks off that still count in the cumulative score CS(5)
 SPANS = (2, 4, 8, 16, 32)  # of the ordinality scores beside the whole one
 MANY, FEW = 100, 20  # training images above and below which a rank counts as many-, few-shot (Yang et al., ICML 2021)
 FILES = ("config.json", "splits", "log.csv", "best.pt", "best.pt.part", "predictions-best.csv", "pictures", "exported.pt")
+LISTS = ("base_ranks", "shots", "shift")  # settings that may have several values: a run for each
 MACHINE = ("device", "precision", "workers", "data_root", "out", "seeds")  # settings that make no other experiment
 
 
@@ -91,16 +92,16 @@ def parse_args(argv=None):
     add("--split-seed", type=int, default=1, help="of splits made here, so that all --seeds share them")
     add("--category", help="aesthetics: nature, animal, urban, people, each (one run for each of these) or all (as one)")
     add("--label-rule", help="how labels follow from the release, where it leaves a choice: see data.py")
-    add("--shots", type=int, help="training images of each rank (paper: 1 2 4 8 16 32 64)")
-    add("--shift", type=ranks_and_share, metavar="K,KEEP",
-        help="keep this share of the K most frequent ranks' training images (paper: 10..40, 0.2 or 0.1)")  # fmt: skip
+    add("--shots", type=int, nargs="+", help="training images of each rank; several: a run for each (paper: 1 2 4 8 16 32 64)")
+    add("--shift", type=ranks_and_share, nargs="+", metavar="K,KEEP",
+        help="keep this share of the K most frequent ranks' training images; several: a run for each (paper: 10..40, 0.2 or 0.1)")
     add("--train-list", help="list file `path label`, instead of a split made here")
     add("--val-list", help="list file of validation images; default: a tenth of the training images")
     add("--test-list", help="list file of test images")
     # method
     add("--method", default="ordinalclip", choices=METHODS, help="what the rank prototypes come from")
     add("--interp", default="linear", choices=INTERPOLATIONS, help="base ranks to ranks; none: CoOp")
-    add("--base-ranks", type=int, default=3, help="number of base rank embeddings, K")
+    add("--base-ranks", type=int, nargs="+", default=3, help="number of base rank embeddings, K; several: a run for each (paper: 2..9)")
     add("--context", help="words that start the prompt, or a number of random tokens (default: the dataset's)")
     add("--rank-position", default="tail", choices=POSITIONS, help="the rank after, amid or before the context")
     add("--rank-init", choices=("random", "names"), help="(default: names for coop, else random)")
@@ -162,6 +163,9 @@ def complete(args):
     args.split = args.split or preset.get("splits", ("random",))[0]  # written out or not, the same experiment
     args.label_rule = args.label_rule or preset.get("label_rules", (None,))[0]
     args.category = args.category or preset.get("categories", (None,))[0]
+    for key in LISTS:
+        if len(values := as_list(getattr(args, key))) == 1:
+            setattr(args, key, values[0])
     if args.method == "coop":
         args.interp = "none"
     if args.method == "zeroshot":
@@ -177,7 +181,7 @@ def complete(args):
         args.precision = "bf16" if fast else "fp32"
     if args.workers is None:
         args.workers = max(0, min(8, (os.cpu_count() or 1) - 1))
-    if args.base_ranks == 1 and args.method == "ordinalclip" and args.interp != "none":
+    if 1 in as_list(args.base_ranks) and args.method == "ordinalclip" and args.interp != "none":
         raise SystemExit("--base-ranks 1 makes all ranks alike, so nothing can be told apart; give 2 or more")
     if args.freeze_image and args.image_encoder != "clip":
         raise SystemExit("--freeze-image needs --image-encoder clip: the last layer of the others starts at random")
@@ -188,8 +192,13 @@ def complete(args):
     return args
 
 
+def as_list(value):
+    return value if isinstance(value, list) else [value]
+
+
 def several(args):
-    return args.fold == "all" or args.category == "each" or bool(args.seeds)
+    lists = any(isinstance(getattr(args, key), list) for key in LISTS)
+    return args.fold == "all" or args.category == "each" or bool(args.seeds) or lists
 
 
 def categories(name):
@@ -243,7 +252,7 @@ def method_name(args):
 
 
 def main(argv=None):
-    """-> results of the run; a list of them with --fold all, --category each or --seeds; tables with --report."""
+    """-> results of the run; a list of them where there are several; tables with --report."""
     args = parse_args(argv)
     if args.report:
         return report(args.report)
@@ -260,20 +269,22 @@ def main(argv=None):
 
 
 def train_several(args):
-    """A run for each fold, category and seed. What is finished is read, what was begun goes on."""
+    """A run for each combination of what has several values. What is finished is read, what was begun goes on."""
     folds = range(data.DATASETS.get(args.data, {}).get("folds", 5)) if args.fold == "all" else [args.fold]
     kinds = categories(args.data) if args.category == "each" else [args.category]
     if kinds == [None] and args.category:
         raise SystemExit(f"--category each: {args.data} has no categories; leave it out")
-    runs = []
-    for fold, kind, seed in itertools.product(folds, kinds, args.seeds or [args.seed]):
+    lists, runs = [as_list(getattr(args, key)) for key in LISTS], []
+    for fold, kind, *chosen, seed in itertools.product(folds, kinds, *lists, args.seeds or [args.seed]):
         run = copy.copy(args)
-        run.fold, run.category, run.seed = fold, kind, seed
+        vars(run).update(zip(LISTS, chosen), fold=fold, category=kind, seed=seed)
         run.out = str(Path(args.out or "runs") / run_name(run))
         runs.append(run)
     results = [finished(run) or train(unfinished(run)) for run in runs]
     if is_main():
-        report([run.out for run in runs], f"report-{Path(args.data).name}-{method_name(args)}.md")
+        names = dict.fromkeys(map(method_name, runs))
+        name = args.method if len(names) > 1 else method_name(runs[0])
+        report([run.out for run in runs], f"report-{Path(args.data).name}-{name}.md")
     return results
 
 
@@ -1004,7 +1015,7 @@ def report(paths, name="report.md"):
     The paper's figure stands beside runs under its protocol (split, label rule, prompt); their encoder, epochs and
     the size of their data are in the list of runs, and need not be the paper's.
     """
-    runs = sorted((read_run(path) for path in result_files(paths)), key=lambda run: str(run["path"]))
+    runs = [read_run(path) for path in sorted({path.resolve() for path in result_files(paths)})]
     if not runs:
         raise SystemExit(f"no results.json in {', '.join(map(str, paths))}; give folders of finished runs")
     name_rows(runs)
@@ -1029,7 +1040,7 @@ def read_run(path):
     results = json.loads(path.read_text())
     settings = dict(init=None) | results["settings"]  # what runs of earlier versions do not hold
     settings["split"] = settings["split"] or "random"
-    return results | dict(path=path.resolve().parent, settings=settings)
+    return results | dict(path=path.parent, settings=settings)
 
 
 def table_key(settings):

@@ -196,7 +196,7 @@ def test_features_give_the_logits_that_images_give(folder, tmp_path):
 @pytest.mark.parametrize("argv, message", [
     (["--freeze-image", "--image-encoder", "vgg16"], "--freeze-image needs --image-encoder clip"),
     (["--shots", "0"], "shots=0: expected at least 1"),
-    (["--base-ranks", "1"], "--base-ranks 1 makes all ranks alike"),
+    (["--base-ranks", "4", "1"], "--base-ranks 1 makes all ranks alike"),
     (["--method", "zeroshot", "--image-encoder", "vgg16"], "--method zeroshot needs --image-encoder clip"),
     (["--report", "none"], "no results.json in none"),
 ])  # fmt: skip
@@ -517,6 +517,29 @@ def test_aesthetics_is_one_table_with_the_categories_and_their_mean(tmp_path):
         "4.000 (n=1)", "0.200 ± 0.141 (n=2) [0.273]", "0.300 ± 0.141 (n=2) [0.279]", "0.300 ± 0.000 (n=2) [0.277]",
         "0.700 ± 0.141 (n=2) [0.291]", "0.375 ± 0.106 (n=2) [0.28]", "3.000 (n=1)"]  # fmt: skip
     assert rows["coop"][4:6] == ["1.600 (n=1) [0.33]", "1.300 (n=1) [0.302]"]  # fold 1 lacks people
+
+
+def test_a_row_of_a_table_is_one_command(monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "train", lambda args: seen.append((args.shots, args.shift, args.seed, Path(args.out).name)))
+    reports = []
+    monkeypatch.setattr(train, "report", lambda runs, name: reports.append(name))
+    train.main(["--data", "morph2", "--base-ranks", "2", "9"])
+    assert [run[3] for run in seen] == [f"morph2-ordinalclip-linear-K{k}-seed1" for k in (2, 9)]
+    assert reports == ["report-morph2-ordinalclip.md"]
+    seen.clear()
+    train.main(["--data", "morph2", "--shots", "1", "4", "--seeds", "1", "27"])
+    assert [run[:3] for run in seen] == [(1, None, 1), (1, None, 27), (4, None, 1), (4, None, 27)]
+    seen.clear()
+    train.main(["--data", "morph2", "--method", "coop", "--shift", "10,0.2", "40,0.1"])
+    assert seen == [(None, (10, 0.2), 1, "morph2-coop-shift10-0.2-seed1"), (None, (40, 0.1), 1, "morph2-coop-shift40-0.1-seed1")]
+    alone = train.parse_args(["--data", "morph2", "--shots", "4", "--shift", "10,0.2", "--base-ranks", "5"])
+    assert (alone.shots, alone.shift, alone.base_ranks) == (4, (10, 0.2), 5) and not train.several(alone)
+
+
+def test_a_run_named_twice_counts_once(tmp_path):
+    write_run(tmp_path / "a", 2.0)
+    assert "(n=1)" in train.report([tmp_path, tmp_path / "a"])
 
 
 def test_category_each_runs_all_four_and_refuses_other_data(tmp_path, monkeypatch, capsys):
