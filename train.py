@@ -1,4 +1,4 @@
-"""Train, evaluate and compare: OrdinalCLIP, CoOp, linear, regression and zero-shot, on one dataset under one protocol.
+"""Train, evaluate and compare OrdinalCLIP, CoOp, linear, regression and zero-shot under one protocol.
 
     python train.py --data demo                              # generated images, minutes on a CPU
     python train.py --data morph2 --interp linear            # the paper's main run
@@ -68,15 +68,18 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LINEAR_DIM, LINEAR_SCALE = 1024, math.log(100)  # of the baselines where no CLIP is loaded
 CUMULATIVE = 5  # ranks off that still count in the cumulative score CS(5)
 SPANS = (2, 4, 8, 16, 32)  # of the ordinality scores beside the whole one
-MANY, FEW = 100, 20  # training images above and below which a rank counts as many-, few-shot (Yang et al., ICML 2021)
-FILES = ("config.json", "splits", "log.csv", "best.pt", "best.pt.part", "predictions-best.csv", "pictures", "exported.pt")
+MANY, FEW = 100, 20  # training images of a rank above, below which it is many-, few-shot (Yang et al., ICML 2021)
+FILES = (
+    "config.json", "splits", "log.csv", "best.pt", "best.pt.part", "predictions-best.csv", "pictures", "exported.pt",
+)  # fmt: skip
+NEEDS_CLIP = "needs --image-encoder clip: the last layer of the others starts at random"
 LISTS = ("base_ranks", "shots", "shift")  # settings that may have several values: a run for each
-MACHINE = ("device", "precision", "workers", "data_root", "out", "seeds")  # settings that make no other experiment
+MACHINE = ("device", "precision", "workers", "data_root", "out", "seeds")  # that make no other experiment
 
 
 def parse_args(argv=None):
-    show = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0], formatter_class=show)
+    about, show = __doc__.split("\n\n")[0], argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=about, formatter_class=show)
     add = parser.add_argument
 
     def recipe(flag, kind, meaning):  # default depends on the dataset
@@ -87,34 +90,34 @@ def parse_args(argv=None):
     # what
     add("--data", default="demo", help=f"{', '.join(data.DATASETS)}, or a folder of your own images")
     add("--data-root", help="where the release lies (default: data/NAME; the demo has a cache folder)")
-    add("--split", help="protocol of the split (default: the dataset's first); morph2: random, subject-exclusive")
+    add("--split", help="protocol of the split (default: the first); morph2: random, subject-exclusive")
     add("--fold", type=fold_number, default=0, help="which of the dataset's splits, or all: one run each")
     add("--split-seed", type=int, default=1, help="of splits made here, so that all --seeds share them")
-    add("--category", help="aesthetics: nature, animal, urban, people, each (one run for each of these) or all (as one)")
+    add("--category", help="aesthetics: nature, animal, urban, people, each (a run for each) or all (as one)")
     add("--label-rule", help="how labels follow from the release, where it leaves a choice: see data.py")
-    add("--shots", type=int, nargs="+", help="training images of each rank; several: a run for each (paper: 1 2 4 8 16 32 64)")
+    add("--shots", type=int, nargs="+", help="training images of each rank; several: a run for each")
     add("--shift", type=ranks_and_share, nargs="+", metavar="K,KEEP",
-        help="keep this share of the K most frequent ranks' training images; several: a run for each (paper: 10..40, 0.2 or 0.1)")
+        help="keep this share of the K most frequent ranks' training images; several: a run for each")
     add("--train-list", help="list file `path label`, instead of a split made here")
     add("--val-list", help="list file of validation images; default: a tenth of the training images")
     add("--test-list", help="list file of test images")
     # method
     add("--method", default="ordinalclip", choices=METHODS, help="what the rank prototypes come from")
     add("--interp", default="linear", choices=INTERPOLATIONS, help="base ranks to ranks; none: CoOp")
-    add("--base-ranks", type=int, nargs="+", default=3, help="number of base rank embeddings, K; several: a run for each (paper: 2..9)")
+    add("--base-ranks", type=int, nargs="+", default=3, help="base rank embeddings, K; several: a run for each")
     add("--context", help="words that start the prompt, or a number of random tokens (default: the dataset's)")
     add("--rank-position", default="tail", choices=POSITIONS, help="the rank after, amid or before the context")
     add("--rank-init", choices=("random", "names"), help="(default: names for coop, else random)")
     recipe("--clip", str, f"{', '.join(MODELS)}, tiny, or a weights file")
-    add("--tune", default="both", choices=("both", "rank", "context"), help="which prompt embeddings are learnt")
+    add("--tune", default="both", choices=("both", "rank", "context"), help="prompt embeddings that learn")
     add("--regression-loss", default="l1", choices=("l1", "l2"), help="of --method regression")
-    add("--official", action="store_true", help="the official code's column target, pixels and ordinality: see README")
-    add("--quick-gelu", action=argparse.BooleanOptionalAction, help="activation, where a weights file does not say")
+    add("--official", action="store_true", help="the official code's target, pixels and ordinality: see README")
+    add("--quick-gelu", action=argparse.BooleanOptionalAction, help="where a weights file does not say")
     add("--trust-torchscript", action="store_true", help="open a TorchScript archive of unknown origin")
     recipe("--image-encoder", str, "clip (the tower of --clip), vgg16, timm:NAME, torchvision:NAME")
     recipe("--image-weights", str, "imagenet, none, or a state dict file; not for clip")
-    add("--freeze-image", action="store_true", help="train prompts only, on features of centre crops, kept in ~/.cache/ordinalclip")
-    add("--init", metavar="CKPT", help="start from best.pt of a run on other data: encoder, context, ranks resampled")
+    add("--freeze-image", action="store_true", help="train prompts only, on cached features of centre crops")
+    add("--init", metavar="CKPT", help="start from a run on other data: encoder, context, ranks resampled")
     # optimisation
     recipe("--epochs", int, "passes over the training images; learning rate falls by a cosine")
     recipe("--batch-size", int, "images per step, over all processes")
@@ -171,7 +174,7 @@ def complete(args):
     if args.method == "zeroshot":
         args.epochs = 0
         if args.image_encoder != "clip":
-            raise SystemExit("--method zeroshot needs --image-encoder clip: the last layer of the others starts at random")
+            raise SystemExit(f"--method zeroshot {NEEDS_CLIP}")
     if args.rank_init is None:
         args.rank_init = "names" if args.interp == "none" else "random"
     if args.device is None:
@@ -184,9 +187,9 @@ def complete(args):
     if 1 in as_list(args.base_ranks) and args.method == "ordinalclip" and args.interp != "none":
         raise SystemExit("--base-ranks 1 makes all ranks alike, so nothing can be told apart; give 2 or more")
     if args.freeze_image and args.image_encoder != "clip":
-        raise SystemExit("--freeze-image needs --image-encoder clip: the last layer of the others starts at random")
+        raise SystemExit(f"--freeze-image {NEEDS_CLIP}")
     if args.init and args.context is None and "prototypes.context_embeds" in (state := init_state(args)):
-        args.context = str(state["prototypes.context_embeds"].shape[-2])  # that many tokens, whose values are copied
+        args.context = str(state["prototypes.context_embeds"].shape[-2])  # so many tokens; values are copied
     if args.out is None and not several(args):
         args.out = str(Path("runs") / run_name(args))
     return args
@@ -269,7 +272,7 @@ def main(argv=None):
 
 
 def train_several(args):
-    """A run for each combination of what has several values. What is finished is read, what was begun goes on."""
+    """A run for each combination of values. What is finished is read, what was begun goes on."""
     folds = range(data.DATASETS.get(args.data, {}).get("folds", 5)) if args.fold == "all" else [args.fold]
     kinds = categories(args.data) if args.category == "each" else [args.category]
     if kinds == [None] and args.category:
@@ -372,7 +375,7 @@ def refuse_to_overwrite(out, args):
         if (out / "results.json").exists():
             raise SystemExit(f"{out} is finished, see {out / 'results.json'}; --eval tests it again")
     elif (out / "results.json").exists():
-        raise SystemExit(f"{out} holds a run that is finished; --eval {out} tests it again, --out elsewhere starts anew")
+        raise SystemExit(f"{out} holds a run that is finished; --eval {out} tests it again, --out starts anew elsewhere")
     elif (out / "last.pt").exists():
         raise SystemExit(f"{out} holds a run; --resume {out} goes on with it, --out elsewhere starts anew")
     elif out.exists() and (others := {path.name for path in out.iterdir()} - set(FILES)):
@@ -534,13 +537,14 @@ def warm_start(args, model):
     if "prototypes.context_embeds" in state and "prototypes.context_embeds" in own:
         taken["prototypes.context_embeds"] = state["prototypes.context_embeds"]
         ranks, (num_base, *_) = state["prototypes.rank_embeds"], own["prototypes.rank_embeds"].shape
-        resampled = nn.functional.interpolate(ranks.permute(1, 2, 0), num_base, mode="linear", align_corners=True)
-        taken["prototypes.rank_embeds"] = resampled.permute(2, 0, 1)  # (T, W, K) -> (K, T, W)
+        rows = ranks.permute(1, 2, 0)  # (K, T, W) -> (T, W, K)
+        rows = nn.functional.interpolate(rows, num_base, mode="linear", align_corners=True)
+        taken["prototypes.rank_embeds"] = rows.permute(2, 0, 1)
     for key, value in taken.items():
         if key not in own or own[key].shape != value.shape:
             found = tuple(own[key].shape) if key in own else "nothing of that name"
-            raise SystemExit(f"--init {args.init}: {key} is {tuple(value.shape)} there, here {found}; use the same "
-                             "--image-encoder, --clip and number of context tokens")  # fmt: skip
+            raise SystemExit(f"--init {args.init}: {key} is {tuple(value.shape)} there, here {found}; "
+                             "use the same --image-encoder, --clip and number of context tokens")  # fmt: skip
     model.load_state_dict(own | taken)
     if is_main():
         prompts = " and prompts" if "prototypes.rank_embeds" in taken else ""
@@ -635,7 +639,8 @@ def print_epoch(row, epochs, eta, best):
     clear = "\r\033[K" if sys.stderr.isatty() else ""
     print(clear, end="", file=sys.stderr, flush=True)
     print(
-        f"epoch {row['epoch']:3d}/{epochs}  loss {row['loss']:.3f} (i2t {row['i2t']:.3f} t2i {row['t2i']:.3f})  "
+        f"epoch {row['epoch']:3d}/{epochs}  "
+        f"loss {row['loss']:.3f} (i2t {row['i2t']:.3f} t2i {row['t2i']:.3f})  "
         f"val MAE {row['val_mae_expected']:.3f} expected {row['val_mae_argmax']:.3f} argmax  "
         f"acc {row['val_acc_argmax']:.1%}  {row['images_per_s']:.0f} img/s  {row['peak_mb']:.0f} MB  "
         f"eta {eta // 60:.0f}:{eta % 60:02.0f}{'  *' if best else ''}",
@@ -826,7 +831,7 @@ def similarity_matrix(model):
 
 
 def save_pictures(folder, task, model, preprocess, start, probs, labels, per_rank, log):
-    """similarity, confusion, distribution, error, sheet and curves as PNG; start: similarity before training."""
+    """similarity, confusion, distribution, error, sheet, curves as PNG; start: similarity before training."""
     folder.mkdir(exist_ok=True)
     names, axes = task.rank_names, ("predicted rank", "true rank")
     pictures = dict(
@@ -837,7 +842,8 @@ def save_pictures(folder, task, model, preprocess, start, probs, labels, per_ran
     )
     end = similarity_matrix(model)
     if end is not None:
-        both = [(start, "similarity before training")] * (start is not None) + [(end, "similarity of the prototypes")]
+        both = [(start, "similarity before training")] if start is not None else []
+        both += [(end, "similarity of the prototypes")]
         pictures["similarity"] = draw_matrices(*zip(*both), names, ("rank", "rank"))
     if log:
         pictures["curves"] = draw_curves(log)
@@ -912,7 +918,7 @@ def loaders(args, task, preprocess, model):
 
 
 def cached_features(args, images, preprocess, model):
-    """The frozen encoder's features of all the images, [(feature (D,), label)]; computed once per encoder and list."""
+    """The frozen encoder's [(feature (D,), label)] of all the images; computed once per encoder and list."""
     encoder, digest = model.image_encoder, hashlib.sha256()
     for key, value in encoder.state_dict().items():
         digest.update(key.encode() + value.detach().cpu().float().numpy().tobytes())
@@ -964,8 +970,8 @@ def autocast(args):
 
 # ---------------------------------------------------------------------------------------------- report
 
-# Figures of the paper's tables, data: {column: {row: figure}}; the paper does not say whether its MAE
-# is that of the expected or of the most probable rank. Few-shot and shift: xk-huang/OrdinalCLIP, gh-pages, images/.
+# Figures of the paper's tables, data: {column: {row: figure}}; the paper does not say whether its MAE is that
+# of the expected or of the most probable rank. Few-shot and shift: xk-huang/OrdinalCLIP, gh-pages, images/.
 OURS, OVERALL = "ordinalclip-linear-K3", "overall"  # the paper's plain mean over the categories
 PAPER_MAE = {
     "morph2": {
@@ -989,15 +995,17 @@ PAPER_MAE = {
     "adience": {"all": {"linear": 0.56, "zeroshot": 1.50, "coop": 0.50, OURS: 0.47}},
     "hci": {"all": {"linear": 0.80, "zeroshot": 1.48, "coop": 0.76, OURS: 0.67}},
     "aesthetics": {category: dict(zip(("linear", "zeroshot", "coop", OURS), maes)) for category, *maes in (
-        ("nature", .338, .438, .285, .273), ("animal", .381, .737, .298, .279), ("urban", .364, .683, .294, .277),
-        ("people", .377, 1.063, .330, .291), ("overall", .365, .730, .302, .280))},
+        ("nature", .338, .438, .285, .273), ("animal", .381, .737, .298, .279),
+        ("urban", .364, .683, .294, .277), ("people", .377, 1.063, .330, .291),
+        ("overall", .365, .730, .302, .280))},
 }  # fmt: skip
 PAPER_ACC = {
     "adience": {"all": {"linear": 56.0, "zeroshot": 25.4, "coop": 60.6, OURS: 61.2}},
     "hci": {"all": {"linear": 42.56, "zeroshot": 26.08, "coop": 51.90, OURS: 56.44}},
     "aesthetics": {category: dict(zip(("linear", "zeroshot", "coop", OURS), accs)) for category, *accs in (
-        ("nature", 72.76, 63.33, 72.74, 73.65), ("animal", 70.44, 36.78, 71.46, 72.85), ("urban", 70.12, 49.84, 72.14, 73.20),
-        ("people", 70.80, 24.79, 69.34, 72.50), ("overall", 71.03, 43.69, 71.42, 73.05))},
+        ("nature", 72.76, 63.33, 72.74, 73.65), ("animal", 70.44, 36.78, 71.46, 72.85),
+        ("urban", 70.12, 49.84, 72.14, 73.20), ("people", 70.80, 24.79, 69.34, 72.50),
+        ("overall", 71.03, 43.69, 71.42, 73.05))},
 }  # fmt: skip
 TABLES = (  # title, where in results, factor, digits, the paper's figures
     ("MAE, expected rank", ("test", "mae_expected"), 1, 3, PAPER_MAE),
@@ -1062,7 +1070,8 @@ def name_rows(runs):
     Within a cell epochs and the like agree; from column to column they may change (fewer shots, more epochs).
     """
     for run in runs:
-        run["row"], run["column"] = method_name(argparse.Namespace(**run["settings"])), column_name(run["settings"])
+        run["row"] = method_name(argparse.Namespace(**run["settings"]))
+        run["column"] = column_name(run["settings"])
     cells = {}
     for run in runs:
         cells.setdefault((table_key(run["settings"]), run["row"], run["column"]), []).append(run)
@@ -1079,8 +1088,8 @@ def report_data(key, runs, place):
     rows, columns = list(dict.fromkeys(run["row"] for run in runs)), columns_of(key, runs)
     lines = ["## " + " ".join(str(word) for word in key if word), ""]
     for title, where, factor, digits, paper in TABLES:
-        lines += [title + " (the paper's in brackets)" * bool(paper), "", "| method | " + " | ".join(columns) + " |"]
-        lines += ["|---" * (len(columns) + 1) + "|"]
+        lines += [title + " (the paper's in brackets)" * bool(paper), ""]
+        lines += ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
         for row in rows:
             cells = []
             for column in columns:
@@ -1089,21 +1098,23 @@ def report_data(key, runs, place):
                 cells.append(cell([v * factor for v in values], digits, theirs))
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
         lines.append("")
-    for run in runs:
-        link = os.path.relpath(run["path"], place)
-        settings = run["settings"]
-        said = [f"seed {settings['seed']}", f"fold {settings['fold']}", f"commit {run['commit']}", f"{run['seconds']} s"]
-        said += [f"{word.replace('_', ' ')} {settings[word]}" for word in ("image_encoder", "clip", "epochs") if word in settings]
-        said += [f"prompt {run['prompt']!r}"] if run.get("prompt") else []
-        said += [f"ordinality by chance {run['ordinality_chance']:.0%}"] if run.get("ordinality_chance") else []
-        said += [f"MAE of ranks with {name} training images {tail['mae_argmax']:.3f}"
-                 for name, tail in run.get("long_tail", {}).items()]  # fmt: skip
-        lines.append(f"- [{link}]({link}/results.json): {', '.join(said)}; {run['protocol']}")
+    lines += [describe_run(run, os.path.relpath(run["path"], place)) for run in runs]
     return "\n".join(lines) + "\n"
 
 
+def describe_run(run, link):
+    settings, shown = run["settings"], ("seed", "fold", "image_encoder", "clip", "epochs")
+    said = [f"{word.replace('_', ' ')} {settings[word]}" for word in shown if word in settings]
+    said += [f"commit {run['commit']}", f"{run['seconds']} s"]
+    said += [f"prompt {run['prompt']!r}"] if run.get("prompt") else []
+    said += [f"ordinality by chance {run['ordinality_chance']:.0%}"] if run.get("ordinality_chance") else []
+    said += [f"MAE of ranks with {name} training images {tail['mae_argmax']:.3f}"
+             for name, tail in run.get("long_tail", {}).items()]  # fmt: skip
+    return f"- [{link}]({link}/results.json): {', '.join(said)}; {run['protocol']}"
+
+
 def columns_of(key, runs):
-    """Columns that runs fill: all images, shots, shifts; of each the categories in the paper's order, and their mean."""
+    """Columns that runs fill: all images, shots, shifts; of each the categories as in the paper, and their mean."""
     columns, (first, *others) = {run["column"] for run in runs}, categories(key[0])
     order = [first, *others, OVERALL]
     for name in [name for name in columns if others and name.split()[0] == first]:
@@ -1119,7 +1130,7 @@ def columns_of(key, runs):
 
 
 def figures(key, runs, column, where):
-    """A figure of each run in the column; of the overall column, for each seed and fold the mean of its categories."""
+    """A figure of each run in the column; overall: of each seed and fold, the mean over the categories."""
     overall = column.split()[0] == OVERALL
     parts = [column.replace(OVERALL, kind, 1) for kind in categories(key[0])] if overall else [column]
     found = {}
@@ -1234,7 +1245,8 @@ def describe(args, task, model, groups, preprocess):
     print(
         f"{task.protocol}\n"
         f"method {run_name(args)}   ranks {task.num_ranks}   context {args.context or task.context!r}\n"
-        f"image encoder {args.image_encoder} {preprocess['image_size']} px   clip {args.clip}   trains {trained}\n"
+        f"image encoder {args.image_encoder} {preprocess['image_size']} px   clip {args.clip}   "
+        f"trains {trained}\n"
         f"{args.device} {args.precision}, {num_processes()} process(es)   -> {args.out}"
     )
 
