@@ -78,8 +78,8 @@ MACHINE = ("device", "precision", "workers", "data_root", "out", "seeds")  # tha
 
 
 def parse_args(argv=None):
-    about, show = __doc__.split("\n\n")[0], argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=about, formatter_class=show)
+    about = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=about, formatter_class=ShowDefaults)
     add = parser.add_argument
 
     def recipe(flag, kind, meaning):  # default depends on the dataset
@@ -117,7 +117,7 @@ def parse_args(argv=None):
     recipe("--image-encoder", str, "clip (the tower of --clip), vgg16, timm:NAME, torchvision:NAME")
     recipe("--image-weights", str, "imagenet, none, or a state dict file; not for clip")
     add("--freeze-image", action="store_true", help="train prompts only, on cached features of centre crops")
-    add("--init", metavar="CKPT", help="start from a run on other data: encoder, context, ranks resampled")
+    add("--init", metavar="CKPT", help="start from best.pt of another run: its encoder, context, resampled ranks")
     # optimisation
     recipe("--epochs", int, "passes over the training images; learning rate falls by a cosine")
     recipe("--batch-size", int, "images per step, over all processes")
@@ -142,6 +142,13 @@ def parse_args(argv=None):
     if args.report and given - {"report"}:
         parser.error("--report takes no other flag")
     return complete(args)
+
+
+class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Those that are values; "(default: None)" says nothing."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def fold_number(text):
