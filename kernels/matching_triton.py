@@ -4,7 +4,7 @@ Formulas, and the symbols B, R, D, x_i, p_c, y_i, s, A_ic, lse, n_c, hi_c, lo_c,
 
 Forward. One program per tile of BM images; it walks over all ranks in tiles of BR. Along D it accumulates
 <x_i, p_c>, |x_i|^2 and |p_c|^2 together, so normalising costs no pass of its own. It leaves behind the row
-lse, the logits divided by s, and a few numbers per column (PARTS). Whoever arrives last of GROUP programs
+lse, the logits divided by s, and a few numbers per column (PARTS). Whoever arrives last of a group of programs
 merges their columns in index order; whoever arrives last of these merges the groups and writes both losses.
 
 Backward, from the stored C_ic = A_ic / s (a gradient for s then needs no division by s):
@@ -25,6 +25,7 @@ Copy-paste: needs torch>=2.4, triton>=3.6 (run with 3.6 and 3.9); formulas in ke
 
 import contextlib
 import functools
+import math
 
 import torch
 import torch.distributed as dist
@@ -33,8 +34,7 @@ import triton.language as tl
 
 ZERO = tl.constexpr(1e-24)  # squared length below which a vector counts as zero: reference.EPS ** 2
 E10 = tl.constexpr(22026.465794806718)  # e^10 of target="softmax10"
-GROUP = tl.constexpr(32)  # programs whose columns one of them merges
-CHUNK = tl.constexpr(4)  # parts read at once while merging
+CHUNK = tl.constexpr(32)  # parts whose two row sums are read at once while merging
 FP16_ROOM = tl.constexpr(3e4)  # G is scaled to stay below this, fp16 ends at 65504
 
 # --- kernels: shared pieces -----------------------------------------------------------------------
@@ -77,6 +77,10 @@ def _cosines(X, P, rows, ranks, B, R, x_stride, p_stride, D: tl.constexpr, BM: t
         xx += tl.sum(x32 * x32, 1)
         pp += tl.sum(p32 * p32, 1)
         acc = _dot(x, tl.trans(p), acc, PRECISION, UPCAST)
+        if BM >= 64:
+            # The norms read x and p too, and Triton then gives their buffers no third place for the wgmma that is
+            # still reading (triton-lang/triton#6691). Touching acc makes it wait; the compile gate looks for that.
+            acc = tl.where(k < D, acc, 0.0)
     rx = tl.where(xx > ZERO, tl.rsqrt(xx), 0.0)
     rp = tl.where(pp > ZERO, tl.rsqrt(pp), 0.0)
     return acc * rx[:, None] * rp[None, :], rx, rp
@@ -99,20 +103,18 @@ def _merge_column(PARTS, first, count, ranks, RPAD: tl.constexpr, SMOOTH: tl.con
     """Column statistics (BR,) of parts first .. first + count - 1, added up in index order."""
     zero = ranks.to(tl.float32) * 0.0
     m, l, positive, n, total = zero - float("inf"), zero, zero, zero, zero
-    for i in range(0, count, CHUNK):
-        part = i + tl.arange(0, CHUNK)
-        inside = (part < count)[:, None]
-        at = PARTS + (first + part).to(tl.int64)[:, None] * (6 * RPAD) + ranks[None, :]
-        part_m = tl.load(at, mask=inside, other=float("-inf"), cache_modifier=".cg")
-        part_l = tl.load(at + RPAD, mask=inside, other=0.0, cache_modifier=".cg")
-        new = tl.maximum(m, tl.max(part_m, 0))
-        shift = tl.where(new == float("-inf"), 0.0, new)  # parts of processes without images
-        l = l * tl.exp(m - shift) + tl.sum(part_l * tl.exp(part_m - shift[None, :]), 0)
-        m = new
-        positive += tl.sum(tl.load(at + 2 * RPAD, mask=inside, other=0.0, cache_modifier=".cg"), 0)
-        n += tl.sum(tl.load(at + 3 * RPAD, mask=inside, other=0.0, cache_modifier=".cg"), 0)
+    for i in tl.range(0, count, loop_unroll_factor=4):  # loads of four at once, and no barrier between
+        at = PARTS + (first + i).to(tl.int64) * (6 * RPAD) + ranks
+        part_m = tl.load(at, cache_modifier=".cg")
+        part_l = tl.load(at + RPAD, cache_modifier=".cg")
+        positive += tl.load(at + 2 * RPAD, cache_modifier=".cg")
+        n += tl.load(at + 3 * RPAD, cache_modifier=".cg")
         if SMOOTH:
-            total += tl.sum(tl.load(at + 4 * RPAD, mask=inside, other=0.0, cache_modifier=".cg"), 0)
+            total += tl.load(at + 4 * RPAD, cache_modifier=".cg")
+        new = tl.maximum(m, part_m)
+        shift = tl.where(new == float("-inf"), 0.0, new)  # parts of processes without images
+        l = l * tl.exp(m - shift) + part_l * tl.exp(part_m - shift)
+        m = new
     return m, l, positive, n, total
 
 
@@ -192,7 +194,7 @@ def _finish(PARTS, COLUMNS, COUNTS, I2T, T2I, first, count, R, RPAD: tl.constexp
 # --- kernels --------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "group_size"])
 def forward_kernel(
     X,  # (B, D) features, rows x_stride apart
     P,  # (R, D) prototypes, same dtype or another
@@ -207,7 +209,7 @@ def forward_kernel(
     PARTS,  # (programs + groups + 1, 6, RPAD) fp32 scratch, a part: column max, sum of exp(A - max),
     #         sum of positives, count, sum (SMOOTH), [row loss, images]; programs first, then groups
     COUNTERS,  # (1 + groups,) int32, zero before and after
-    B, R, x_stride, p_stride, cosine_stride,
+    B, R, x_stride, p_stride, cosine_stride, group_size,
     D: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, RPAD: tl.constexpr, BK: tl.constexpr,
     SMOOTH: tl.constexpr, SAVE: tl.constexpr, ALONE: tl.constexpr, FINISH: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -217,8 +219,6 @@ def forward_kernel(
     rows = program * BM + tl.arange(0, BM)
     inside = rows < B
     s = tl.load(S).to(tl.float32)
-    y = tl.load(Y + rows, mask=inside, other=-1)
-    y = tl.where((y >= 0) & (y < R), y, -1).to(tl.int32)  # anything else counts for no rank
 
     m = tl.full([BM], float("-inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
@@ -234,6 +234,8 @@ def forward_kernel(
             tl.store(ROWS + B + rows, rx, mask=inside)
         if program == 0:
             tl.store(COLUMNS + 3 * RPAD + ranks, rp)
+        label = tl.load(Y + rows, mask=inside, other=0)  # here, where it takes no register from the dot
+        y = tl.where(inside & (label >= 0) & (label < R), label.to(tl.int32), -1)  # else of no rank
         a = cosines * s
         hit = y[:, None] == ranks[None, :]
         positive = tl.where(hit, a, 0.0)
@@ -255,10 +257,10 @@ def forward_kernel(
     tl.store(at, tl.sum(tl.where(inside, lse - own, 0.0)))
     tl.store(at + 1, tl.sum(inside.to(tl.float32)))
 
-    groups = tl.cdiv(programs, GROUP)
-    group = program // GROUP
-    first = group * GROUP
-    count = tl.minimum(GROUP, programs - first)
+    groups = tl.cdiv(programs, group_size)
+    group = program // group_size
+    first = group * group_size
+    count = tl.minimum(group_size, programs - first)
     if ALONE:
         tl.debug_barrier()
         last = program == 0
@@ -289,7 +291,8 @@ def finish_kernel(
     count, R, RPAD: tl.constexpr, BR: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """The end of forward_kernel, after the parts of all processes were gathered. One program."""
-    _finish(PARTS, COLUMNS, COUNTS, I2T, T2I, 0, count, R, RPAD, BR, SMOOTH)
+    first = tl.full([], 0, tl.int32)
+    _finish(PARTS, COLUMNS, COUNTS, I2T, T2I, first, count, R, RPAD, BR, SMOOTH)
 
 
 @triton.jit(do_not_specialize=["B", "tiles"])
@@ -344,7 +347,7 @@ def backward_kernel(
     for t in range(0, tiles):
         rows = (chunk * tiles + t) * BM + tl.arange(0, BM)
         inside = rows < B
-        y = tl.load(Y + rows, mask=inside, other=-1).to(tl.int32)
+        y = tl.load(Y + rows, mask=inside, other=0).to(tl.int32)
         lse_i = tl.load(ROWS + rows, mask=inside, other=0.0)
         gap = tl.load(COLUMNS + RPAD + y, mask=(y >= 0) & (y < R), other=0.0)  # hi - lo
         own = by_row + by_column * gap
@@ -462,7 +465,7 @@ def match_kernel(
 
 INTERPRET = not isinstance(forward_kernel, triton.JITFunction)
 PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
-PROGRAMS = 128  # backward programs to aim for: one takes most registers of a multiprocessor
+MOST_PROGRAMS = 65535  # along an axis of the grid other than the first
 MOST_CHUNKS = 32  # of images, whose dP and ds the last program adds up one by one
 _counters = {}  # (device, stream) -> int32 zeros
 _groups = {}  # name -> process group: an operator takes strings, not groups
@@ -496,6 +499,12 @@ def backward_config(B, R, D, kind, hopper):
 @functools.cache
 def _hopper(device):
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@functools.cache
+def _multiprocessors(device):
+    """Backward programs to aim for: one takes most registers of a multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _launch(kernel, grid, *args, warps, stages, **constants):
@@ -569,7 +578,7 @@ def _sizes(x, p, config):
 
 def _saved(x, R, RPAD, save):
     """COSINES, ROWS, COLUMNS, COUNTS, I2T, T2I, not filled in."""
-    B, empty = len(x) if save else 0, dict(dtype=torch.float32, device=x.device)
+    B, empty = x.shape[0] if save else 0, dict(dtype=torch.float32, device=x.device)
     shapes = ((B, _cdiv(R, 16) * 16), (2, B), (4, RPAD), (2,), (), ())
     return tuple(torch.empty(shape, **empty) for shape in shapes)
 
@@ -580,7 +589,8 @@ def forward(x, p, y, s, smooth, save, shared, group):
     B, R, D, BM, BR, RPAD, BK, options = _sizes(x, p, forward_config)
     saved = cosines, rows, columns, counts, i2t, t2i = _saved(x, R, RPAD, save)
     programs = _cdiv(B, BM)
-    groups = _cdiv(programs, GROUP.value)
+    group_size = max(programs, 1) if programs <= 16 else triton.next_power_of_2(math.isqrt(programs))
+    groups = _cdiv(programs, group_size)
     parts = torch.empty(programs + groups + 1, 6, RPAD, dtype=torch.float32, device=x.device)
     tiles = dict(RPAD=RPAD, BR=BR, SMOOTH=smooth)
     alone = programs == 1
@@ -589,7 +599,7 @@ def forward(x, p, y, s, smooth, save, shared, group):
             _launch(
                 forward_kernel, (programs,), x, p, y, s, *saved, parts,
                 parts if alone else _zeros(x.device, 1 + groups, shared),
-                B, R, x.stride(0), p.stride(0), cosines.stride(0), D=D, BM=BM, BK=BK, SAVE=save,
+                B, R, x.stride(0), p.stride(0), cosines.stride(0), group_size, D=D, BM=BM, BK=BK, SAVE=save,
                 ALONE=alone, FINISH=not group, **tiles, **_dots(x, p), **options,
             )  # fmt: skip
         else:  # the part of no images
@@ -624,11 +634,10 @@ def backward(g_i2t, g_t2i, x, p, y, s, cosines, rows, columns, counts, smooth, s
         slices = _cdiv(D, BD) if need_x or need_p else 1
         rank_tiles = RPAD // BR if need_p else 1
         tiles = _cdiv(B, BM)
-        chunks = min(_cdiv(tiles, 4), PROGRAMS // (slices * rank_tiles), MOST_CHUNKS)
-        if not (need_p or need_s):
-            chunks = tiles  # nothing to add up
-        elif B <= 512:
-            chunks = 1
+        if need_p or need_s:
+            chunks = min(tiles, _multiprocessors(x.device) // (slices * rank_tiles), MOST_CHUNKS)
+        else:
+            chunks = min(tiles, MOST_PROGRAMS)  # nothing to add up
         tiles = _cdiv(tiles, max(chunks, 1))  # of each chunk
         chunks = _cdiv(_cdiv(B, BM), tiles)
         alone = chunks == 1 or not (need_p or need_s)
@@ -667,7 +676,7 @@ def probabilities(x, p, s):
 
 
 def _answers(x, p):
-    B, R = len(x), len(p)
+    B, R = x.shape[0], p.shape[0]  # len() would fix them under torch.compile
     floats = dict(dtype=torch.float32, device=x.device)
     argmax = torch.empty(B, dtype=torch.int64, device=x.device)
     return torch.empty(B, R, **floats), torch.empty(B, **floats), argmax
@@ -689,8 +698,9 @@ class _Matching(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g_i2t, g_t2i):
-        # with create_graph the operator, which says that it has no derivative
-        return _gradients(ctx, g_i2t, g_t2i, _backward if torch.is_grad_enabled() else backward)
+        # with create_graph the operator, which says that it has no derivative; compiled autograd traces
+        direct = not torch.is_grad_enabled() and _eager(*ctx.saved_tensors)
+        return _gradients(ctx, g_i2t, g_t2i, backward if direct else _backward)
 
 
 def _eager(*tensors):
