@@ -62,7 +62,7 @@ PAPER = dict(
 RECIPES = {  # what differs from the paper's
     "demo": dict(clip="tiny", image_encoder="clip", epochs=9, lr=3e-3),
 }
-METHODS = ("ordinalclip", "coop", "linear", "regression", "zeroshot")
+METHODS = ("ordinalclip", "coop", "zeroshot", "regression", "linear")  # paper: from the last row up
 INTERPOLATIONS = ("linear", "inverse", "none")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LINEAR_DIM, LINEAR_SCALE = 1024, math.log(100)  # of the baselines where no CLIP is loaded
@@ -977,6 +977,10 @@ def autocast(args):
 
 # ---------------------------------------------------------------------------------------------- report
 
+def few_shots(number):
+    return f"{number} shot" + "s" * (number > 1)
+
+
 # Figures of the paper's tables, data: {column: {row: figure}}; the paper does not say whether its MAE is that
 # of the expected or of the most probable rank. Few-shot and shift: xk-huang/OrdinalCLIP, gh-pages, images/.
 OURS, OVERALL = "ordinalclip-linear-K3", "overall"  # the paper's plain mean over the categories
@@ -991,7 +995,7 @@ PAPER_MAE = {
                    (("coop", (2.58, 2.44, 2.39, 2.41, 2.39)), (OURS, (2.38, 2.37, 2.36, 2.34, 2.34)))
                    for tuned, mae in zip(("tune-rank-random-context", "tune-context-random-context",
                                           "random-context", "tune-rank", "tune-context"), figures)}},
-        **{f"{shots} shots": dict(zip(("linear", "coop", OURS), maes)) for shots, *maes in (
+        **{few_shots(shots): dict(zip(("linear", "coop", OURS), maes)) for shots, *maes in (
             (1, 8.04, 5.09, 4.94), (2, 6.00, 4.50, 4.36), (4, 4.66, 3.81, 3.55), (8, 3.91, 3.57, 3.31),
             (16, 3.57, 3.23, 3.07), (32, 3.06, 2.87, 2.76), (64, 2.84, 2.61, 2.57))},
         **{f"shift {ranks}-{gone}": dict(zip(("linear", "coop", OURS), maes)) for ranks, gone, *maes in (
@@ -1064,7 +1068,7 @@ def table_key(settings):
 
 def column_name(settings):
     words = {None: [], "all": ["all categories"]}.get(settings.get("category"), [settings.get("category")])
-    words += [f"{settings['shots']} shots"] if settings.get("shots") else []
+    words += [few_shots(settings["shots"])] if settings.get("shots") else []
     if settings.get("shift"):
         ranks, keep = settings["shift"]
         words += [f"shift {ranks}-{round(100 * (1 - keep))}"]
@@ -1092,17 +1096,18 @@ def name_rows(runs):
 
 def report_data(key, runs, place):
     """The tables of one dataset under one protocol, what they rest on, and a link to each run."""
-    rows, columns = list(dict.fromkeys(run["row"] for run in runs)), columns_of(key, runs)
+    ordered = sorted(runs, key=lambda run: -METHODS.index(run["settings"]["method"]))
+    rows, columns = list(dict.fromkeys(run["row"] for run in ordered)), columns_of(key, runs)
     lines = ["## " + " ".join(str(word) for word in key if word), ""]
     for title, where, factor, digits, paper in TABLES:
+        paper = paper.get(paper_key(key), {})
         lines += [title + " (the paper's in brackets)" * bool(paper), ""]
         lines += ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
         for row in rows:
             cells = []
             for column in columns:
                 values = figures(key, [run for run in runs if run["row"] == row], column, where)
-                theirs = paper.get(paper_key(key), {}).get(column, {}).get(row)
-                cells.append(cell([v * factor for v in values], digits, theirs))
+                cells.append(cell([v * factor for v in values], digits, paper.get(column, {}).get(row)))
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
         lines.append("")
     lines += [describe_run(run, os.path.relpath(run["path"], place)) for run in runs]

@@ -458,8 +458,8 @@ def test_the_report_has_the_papers_layout(tmp_path, capsys):
     assert text in capsys.readouterr().out and (tmp_path / "report.md").read_text() == text
     lines = text.splitlines()
     assert lines[4] == "| method | all | 4 shots | shift 10-80 |"
-    assert lines[6] == "| ordinalclip-linear-K3 | 2.500 ± 0.500 (n=3) [2.32] | 4.000 (n=1) [3.55] | 6.000 (n=1) [2.61] |"
-    assert lines[7] == "| coop | 5.000 (n=1) [2.39] | - [3.81] | - [2.71] |"
+    assert lines[7] == "| ordinalclip-linear-K3 | 2.500 ± 0.500 (n=3) [2.32] | 4.000 (n=1) [3.55] | 6.000 (n=1) [2.61] |"
+    assert lines[6] == "| coop | 5.000 (n=1) [2.39] | - [3.81] | - [2.71] |"
     assert "- [a27](a27/results.json): seed 27, fold 0, commit abc, 3 s; a protocol" in lines
     assert "Cumulative score CS(5), expected rank, %" in lines and "Quadratic weighted kappa, expected rank" in lines
 
