@@ -225,6 +225,8 @@ def forward_kernel(
     own = tl.zeros([BM], tl.float32)
     for c in range(0, RPAD, BR):
         ranks = c + tl.arange(0, BR)
+        label = tl.load(Y + rows, mask=inside, other=0)
+        y = tl.where((label >= 0) & (label < R), label.to(tl.int32), -1)  # anything else is of no rank
         cosines, rx, rp = _cosines(
             X, P, rows, ranks, B, R, x_stride, p_stride, D, BM, BR, BK, PRECISION, UPCAST
         )
@@ -234,10 +236,8 @@ def forward_kernel(
             tl.store(ROWS + B + rows, rx, mask=inside)
         if program == 0:
             tl.store(COLUMNS + 3 * RPAD + ranks, rp)
-        label = tl.load(Y + rows, mask=inside, other=0)  # here, where it takes no register from the dot
-        y = tl.where(inside & (label >= 0) & (label < R), label.to(tl.int32), -1)  # else of no rank
         a = cosines * s
-        hit = y[:, None] == ranks[None, :]
+        hit = (y[:, None] == ranks[None, :]) & inside[:, None]
         positive = tl.where(hit, a, 0.0)
         own += tl.sum(positive, 1)
         by_row = tl.where((ranks < R)[None, :], a, float("-inf"))
