@@ -27,8 +27,10 @@ published, and opens every image; `--out FOLDER` writes FOLDER/fold_K/{train,val
 Copy-paste: needs only this file, torch>=2.4, numpy, pillow.
 """
 import argparse
+import contextvars
 import csv
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -373,6 +375,10 @@ def _read_table(path, delimiter, columns):
             for number, line in lines]
 
 
+# `check` lists images that are not there, and counts on; whoever wants the data is refused.
+_missing_listed = contextvars.ContextVar("missing_listed", default=False)
+
+
 def _integer(text):
     """3 for '3' and '3.0', None for what is not a whole number."""
     return int(float(text)) if re.fullmatch(r"-?\d{1,9}(\.0*)?", text) else None
@@ -380,18 +386,20 @@ def _integer(text):
 
 def _on_disk(root, samples, source):
     """The samples with paths as on disk (.JPG may be .jpg there); all missing ones in one error."""
-    folders, found, missing = {}, [], []
+    folders, found, missing = {}, [], {}
     for path, label in samples:
         folder, name = os.path.split(path)
         if folder not in folders:
             listed = os.listdir(Path(root, folder)) if Path(root, folder).is_dir() else []
             folders[folder] = {_plain(entry): entry for entry in listed} | dict(zip(listed, listed))
         entry = folders[folder].get(name) or folders[folder].get(_plain(name))
-        (found if entry else missing).append(Sample(os.path.join(folder, entry or name), label))
-    if missing:
-        first = ", ".join(repr(sample.path) for sample in missing[:3])
-        raise FileNotFoundError(f"{source}: {len(missing)} of {len(samples)} images are not under "
-                                f"{root}, the first: {first}")
+        found.append(Sample(os.path.join(folder, entry or name), label))
+        if not entry:
+            missing[path] = None
+    if missing and not _missing_listed.get():
+        total = len({path for path, _ in samples})
+        raise FileNotFoundError(f"{source}: {len(missing)} of {total} images are not under "
+                                f"{root}, the first: {', '.join(map(repr, list(missing)[:3]))}")
     return found
 
 
@@ -544,7 +552,7 @@ def _read_morph2(table, preset):
     """({photo: age}, {photo: race}, notes) of the release; photos are relative to its root."""
     if not table.is_file():
         raise _absent(preset, table, table.parent)
-    ages, races, rows = {}, {}, _read_table(table, ",", ("race", "age", "photo"))
+    ages, races, wrong, rows = {}, {}, [], _read_table(table, ",", ("race", "age", "photo"))
     for number, row in rows:
         photo, age = row["photo"], _integer(row["age"])
         name = re.fullmatch(r"\d+_\d+[MF](\d+)\.jpg", os.path.basename(photo), re.IGNORECASE)
@@ -552,9 +560,17 @@ def _read_morph2(table, preset):
             raise ValueError(f"{table}:{number}: expected an age of 0 .. 100 and a photo such as "
                              f"Album2/009055_1M54.JPG, got {row['age']!r} and {photo!r}")
         if int(name[1]) != age:
-            raise ValueError(f"{table}:{number}: age {age}, but the name of {photo} says {name[1]}")
+            wrong.append(f"{table}:{number}: age {age}, but the name of {photo} says {name[1]}")
         ages[photo], races[photo] = age, row["race"].upper()
+    _refuse(wrong)
     return ages, races, [*_doubts([row for _, row in rows])]
+
+
+def _refuse(wrong):
+    """All wrong lines in one error, up to twenty of them in full."""
+    if wrong:
+        more = [f"... and {len(wrong) - 20:,} more such lines"] * (len(wrong) > 20)
+        raise ValueError("\n".join(wrong[:20] + more))
 
 
 def _doubts(rows):
@@ -678,8 +694,9 @@ def _read_adience(root, place, preset):
 
 def _label_adience(rows, rule, preset):
     """([(fold, Sample)], notes). Images may have several rows; only "merged" drops the repeats."""
-    kept, left, ranks, repeats = [], Counter(), {}, 0
+    kept, left, ranks, repeats, people = [], Counter(), {}, 0, {}
     for fold, path, age in rows:
+        people.setdefault(path.split("/")[0], set()).add(fold)
         rank = _adience_rank(age, rule, preset)
         if rank is None:
             left[age or "empty"] += 1
@@ -691,9 +708,17 @@ def _label_adience(rows, rule, preset):
     ages = ", ".join(f"{age} x {count:,}" for age, count in left.most_common())
     return kept, [
         *_unlike("rows", len(rows), preset["rows"]), *_uncommon(kept, rule, preset),
-        f"{repeats:,} rows repeat an image, {'left out' if rule == 'merged' else 'kept'}",
-        f"{sum(len(each) > 1 for each in ranks.values()):,} images have rows of different ranks",
+        *[f"{repeats:,} rows repeat an image, {'left out' if rule == 'merged' else 'kept'}"] * (repeats > 0),
+        *_several("image has rows", "images have rows", "of different ranks", ranks),
+        *_several("person is", "people are", "in more than one fold", people),
         f"{sum(left.values()):,} rows left out, by age: {ages}"]
+
+
+def _several(one, many, what, found):
+    """A note that names whatever has several values, up to three of them."""
+    odd = sorted(name for name, values in found.items() if len(values) > 1)
+    some = ", ".join(odd[:3]) + ", ..." * (len(odd) > 3)
+    return [f"{len(odd):,} {one if len(odd) == 1 else many} {what}: {some}"] * bool(odd)
 
 
 def _adience_rank(age, rule, preset):
@@ -755,21 +780,25 @@ def _cut_aesthetics(photos, salt):
 
 def _read_aesthetics(table, rule, preset):
     """({photo id: (category, rank)}, notes)"""
-    columns, rows, repeats = ("flickr_photo_id", "category", "beauty_scores"), {}, 0
+    columns, rows, all_rows, wrong = ("flickr_photo_id", "category", "beauty_scores"), {}, {}, []
     lines = _read_table(table, "\t", columns)
     for number, row in lines:
         photo, kind, scores = (row[column] for column in columns)
         kind = {"animals": "animal"}.get(kind, kind)
         rated = re.fullmatch("[1-5](, ?[1-5])*", scores)
         if not (photo and rated) or kind not in preset["counts"]:
-            raise ValueError(f"{table}:{number}: expected a photo id, a category (nature, people, "
-                             f"animals, urban) and scores such as 3,2,4 of 1 .. 5, got {photo!r}, "
-                             f"{row['category']!r}, {scores!r}")
-        repeats += photo in rows
+            wrong.append(f"{table}:{number}: expected a photo id, a category (nature, people, "
+                         f"animals, urban) and scores such as 3,2,4 of 1 .. 5, got {photo!r}, "
+                         f"{row['category']!r}, {scores!r}")
+            continue
         rank = _aesthetic_rank([int(score) for score in scores.split(",")], rule)
         rows.setdefault(photo, (kind, rank))
+        all_rows.setdefault(photo, set()).add((kind, rank))
+    _refuse(wrong)
+    repeats = len(lines) - len(rows)
     notes = _unlike("rows", len(lines), sum(preset["counts"].values()))
-    return rows, notes + [f"{repeats:,} rows repeat a photo; its first row counts"] * bool(repeats)
+    notes += [f"{repeats:,} rows repeat a photo; its first row counts"] * bool(repeats)
+    return rows, notes + _several("photo has rows", "photos have rows", "that contradict", all_rows)
 
 
 def _aesthetic_rank(scores, rule):
@@ -792,6 +821,10 @@ def _split_hci(root, place, preset, fold, salt, category, rule):
         for part, some in zip(parts, (order[test + val:], order[test:test + val], order[:test])):
             part += [Sample(path, rank) for path in some]
         notes += _unlike(f"images of the {decade}", len(images), published)
+    decades = {}
+    for sample in itertools.chain(*parts):
+        decades.setdefault(os.path.basename(sample.path), set()).add(sample.label)
+    notes += _several("file name is", "file names are", "in more than one decade", decades)
     found, published = sum(map(len, parts)), sum(preset["counts"])
     said = [f"release of {found:,} images where {published:,} are expected"] * (found != published)
     return parts, said, notes
@@ -996,14 +1029,14 @@ def _toward(length, rng):
 
 
 def _check(task):
-    """Count a dataset and open all its images; the number of those that cannot be read."""
+    """Count a dataset and open all its images; the number of those missing or unreadable."""
     print(task.protocol, *(f"note: {note}" for note in task.notes), sep="\n")
     labels = [[sample.label for sample in getattr(task, part)] for part in PARTS]
     counts = [np.bincount(part, minlength=task.num_ranks) for part in labels]
-    print(f"{'rank':>12} {'train':>7} {'val':>7} {'test':>7}")
+    print(f"{'rank':>12} {'train':>7} {'val':>7} {'test':>7} {'all':>7}")
     for name, *row in zip(task.rank_names, *counts):
         if any(row):
-            print(f"{name:>12} {row[0]:7} {row[1]:7} {row[2]:7}")
+            print(f"{name:>12} {row[0]:7} {row[1]:7} {row[2]:7} {sum(row):7}")
     paths = sorted({task.root / sample.path for part in PARTS for sample in getattr(task, part)})
     with ThreadPoolExecutor() as pool:
         errors = [error for error in pool.map(_read_error, paths) if error]
@@ -1033,7 +1066,12 @@ def main(argv=None):
     options = dict(split=args.split, seed=args.seed, category=args.category,
                    label_rule=args.label_rule)
     try:
-        unread = _check(load(args.name, args.root, **options))
+        told = _missing_listed.set(True)
+        try:
+            task = load(args.name, args.root, **options)
+        finally:
+            _missing_listed.reset(told)
+        unread = _check(task)
         for fold in range(DATASETS.get(args.name, {}).get("folds", 1)) if args.out else ():
             folder = Path(args.out, f"fold_{fold}")
             load(args.name, args.root, fold=fold, **options).write_lists(folder)

@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -402,11 +403,11 @@ def test_adience_notes(adience):
         "rank 0-2: 30 of 2,519 published",
         "fold 1: 41 of 3,101 published",
         "5 rows repeat an image, kept",
-        "0 images have rows of different ranks",
         "40 rows left out, by age: None x 5, 35 x 5, 13 x 5, (25, 23) x 5, (27, 32) x 5, "
         "(8, 23) x 5, 3 x 5, 2 x 5",
     ):
         assert note in notes
+    assert not any("different ranks" in note or "more than one fold" in note for note in notes)
     merged = load("adience", adience, label_rule="merged").notes
     assert "images: 210 of 17,470 published" in merged
 
@@ -426,12 +427,14 @@ def test_adience_contradictions_and_missing_images(tmp_path):
     lines = table.read_text().split("\n")
     lines[-2] = lines[-2].replace("(0, 2)", "(4, 6)")
     table.write_text("\n".join(lines))
+    (root / "fold_4_data.txt").write_text((root / "fold_4_data.txt").read_text().rstrip("\n") + "\n" + lines[1] + "\n")
     notes = load("adience", root).notes
-    assert "1 images have rows of different ranks" in notes
+    assert any(re.fullmatch("1 image has rows of different ranks: 3.@N03/landmark.*", note) for note in notes)
+    assert f"1 person is in more than one fold: {lines[1].split(chr(9))[0]}" in notes
     first, second, *_ = sorted((root / "aligned" / "30@N03").iterdir())
     first.unlink()
     second.unlink()
-    with pytest.raises(FileNotFoundError, match=r"\d of 205 images are not under .*'30@N03/land"):
+    with pytest.raises(FileNotFoundError, match=r"2 of 200 images are not under .*'30@N03/land"):
         load("adience", root)
 
 
@@ -602,6 +605,16 @@ def test_aesthetics_bad_table(tmp_path, old, new, words):
         load("aesthetics", tmp_path)
 
 
+def test_all_wrong_lines_are_told_at_once(tmp_path):
+    root, _ = edited(tmp_path, lambda lines: [re.sub(r"([MF])\d\d\.JPG", r"\g<1>99.JPG", line) for line in lines])
+    with pytest.raises(ValueError, match=r"csv:2: age 16, .*\n.*csv:3: age \d+, but the name of"):
+        load("morph2", root)
+    root = make_aesthetics(tmp_path / "a", rows=[(str(i), "sea", "3") for i in range(25)])
+    with pytest.raises(ValueError, match=r"'sea'.*\n\.\.\. and 5 more such lines") as error:
+        load("aesthetics", root)
+    assert str(error.value).count("expected a photo id") == 20
+
+
 def test_aesthetics_lists_of_scores_are_refused(aesthetics, tmp_path):
     """As published with L2RCLIP: `<id>.png 3.0`, scores from 1."""
     path = tmp_path / "nature_train.txt"
@@ -615,6 +628,7 @@ def test_aesthetics_repeats_and_lists(tmp_path):
     root = make_aesthetics(tmp_path, rows=[*rows, (rows[0][0], "animal", "5,5,5")])
     task = load("aesthetics", root)
     assert "1 rows repeat a photo; its first row counts" in task.notes
+    assert f"1 photo has rows that contradict: {rows[0][0]}" in task.notes
     assert sum(map(len, parts_of(task))) == 223
     task.write_lists(tmp_path / "lists")
     lists = [tmp_path / "lists" / f"{part}.txt" for part in data.PARTS]
@@ -1484,7 +1498,7 @@ def test_check(demo, tmp_path, capsys):
     assert data.main(["check", "demo", str(demo)]) == 0
     out = capsys.readouterr().out
     assert "60 train / 30 val / 30 test" in out and "120 of 120 images can be read" in out
-    assert re.search(r"^ +30 +\d+ +\d+ +\d+$", out, re.MULTILINE)
+    assert re.search(r"^ +30 +\d+ +\d+ +\d+ +\d+$", out, re.MULTILINE)
     root = make_lists(tmp_path / "own")
     (root / "some images" / "val 3.jpg").write_bytes(b"no")
     done = run_check(root)
@@ -1505,7 +1519,7 @@ def test_check_says_what_differs_and_writes_the_lists(adience, hci, aesthetics, 
     assert "adience: label rule merged, five-fold split, seed 1, fold 0: " in out
     assert "note: images: 210 of 17,470 published\n" in out and "210 of 210 images can be" in out
     assert "note: 30 rows left out, by age: None x 5, " in out
-    assert re.search(r"^ +60-100 +\d+ +\d+ +5$", out, re.MULTILINE)
+    assert re.search(r"^ +60-100 +\d+ +\d+ +5 +25$", out, re.MULTILINE)
     assert sorted(os.listdir(tmp_path / "adience")) == [f"fold_{fold}" for fold in range(5)]
     lists = [tmp_path / "adience" / "fold_3" / f"{part}.txt" for part in data.PARTS]
     task = load("adience", adience, fold=3, seed=1, label_rule="merged")
@@ -1518,7 +1532,7 @@ def test_check_says_what_differs_and_writes_the_lists(adience, hci, aesthetics, 
     assert len((tmp_path / "urban" / "fold_4" / "test.txt").read_text().splitlines()) == 5
     assert data.main(["check", "hci", str(hci)]) == 0
     out = capsys.readouterr().out
-    assert "note" not in out and re.search("^ +1930s +210 +5 +50$", out, re.MULTILINE)
+    assert "note" not in out and re.search("^ +1930s +210 +5 +50 +265$", out, re.MULTILINE)
     assert data.main(["check", "hci", str(hci), "--category", "urban"]) == 1
     assert "error: hci has no category, got 'urban'" in capsys.readouterr().err
 
@@ -1532,6 +1546,27 @@ def test_check_names_broken_images_of_a_release(tmp_path, capsys):
     assert f"{broken} cannot be read as an image" in out and "279 of 280 images can be read" in out
     assert "note: images of the 1960s: 56 of 265 published" in out
     assert (tmp_path / "lists" / "fold_9" / "val.txt").is_file()
+
+
+def test_check_lists_missing_images_and_counts_on(tmp_path, capsys):
+    root = make_adience(tmp_path)
+    gone = sorted((root / "aligned" / "30@N03").iterdir())[:2]
+    for path in gone:
+        path.unlink()
+    assert data.main(["check", "adience", str(root), "--out", str(tmp_path / "lists")]) == 1
+    out, err = capsys.readouterr()
+    assert "198 of 200 images can be read" in out and "note: rows: 245 of 19,487 published" in out
+    assert all(f"{path}: there is no such image" in out for path in gone)
+    assert "2 of 200 images are not under" in err and not (tmp_path / "lists").exists()
+    with pytest.raises(FileNotFoundError, match="are not under"):  # only check goes on without them
+        load("adience", root)
+
+
+def test_hci_tells_of_a_name_in_two_decades(tmp_path):
+    root = make_hci(tmp_path, counts=(56,) * 5)
+    image = sorted((root / HCI / "1930s").glob("decade_*"))[0]
+    shutil.copy(image, root / HCI / "1970s" / image.name)
+    assert f"1 file name is in more than one decade: {image.name}" in load("hci", root).notes
 
 
 def test_imports():
