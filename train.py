@@ -139,6 +139,8 @@ def parse_args(argv=None):
     given = {action.dest for action in parser._actions if words & {*action.option_strings}}
     if args.resume or args.eval:
         return from_checkpoint(args, given, parser)
+    if {"seed", "seeds"} <= given:
+        parser.error("--seed and --seeds: give one of them")
     if args.report and given - {"report"}:
         parser.error("--report takes no other flag")
     return complete(args)
@@ -176,6 +178,9 @@ def complete(args):
     for key in LISTS:
         if len(values := as_list(getattr(args, key))) == 1:
             setattr(args, key, values[0])
+    if args.method == "ordinalclip" and args.interp == "none":
+        args.method = "coop"
+    refuse_idle(args)
     if args.method == "coop":
         args.interp = "none"
     if args.method == "zeroshot":
@@ -202,13 +207,32 @@ def complete(args):
     return args
 
 
+def refuse_idle(args):
+    """Flags that would change nothing, yet make another experiment by name."""
+    prompts, ours = args.method in ("ordinalclip", "coop"), args.method == "ordinalclip"
+    for flag, idle in (
+        ("--tune", args.tune != "both" and not prompts),
+        ("--interp", args.interp == "inverse" and not ours),
+        ("--base-ranks", args.base_ranks != 3 and not ours),
+    ):
+        if idle:
+            raise SystemExit(f"{flag} says nothing to --method {args.method}; leave it out")
+    if args.fold and args.train_list:
+        raise SystemExit(f"--fold {args.fold} says nothing to given lists; leave it out")
+    if args.epochs < 1 and args.method != "zeroshot":
+        raise SystemExit(f"--epochs {args.epochs}: expected at least 1; --method zeroshot does without training")
+
+
 def as_list(value):
     return value if isinstance(value, list) else [value]
 
 
 def several(args):
-    lists = any(isinstance(getattr(args, key), list) for key in LISTS)
-    return args.fold == "all" or args.category == "each" or bool(args.seeds) or lists
+    return args.fold == "all" or args.category == "each" or bool(args.seeds) or several_values(args)
+
+
+def several_values(args):
+    return any(isinstance(getattr(args, key), list) for key in LISTS)
 
 
 def categories(name):
@@ -232,21 +256,30 @@ def from_checkpoint(args, given, parser):
 
 
 def run_name(args):
+    return f"{table_name(args)}-seed{args.seed}"
+
+
+def table_name(args):
+    """What the runs of one command have in common."""
     name = [Path(args.data).name, *([args.category] if args.category else []), method_name(args)]
     preset = data.DATASETS.get(args.data, {})
     name += [args.split] if args.split != preset.get("splits", ("random",))[0] else []
     name += [args.label_rule] if args.label_rule != preset.get("label_rules", (None,))[0] else []
     name += [f"split{args.split_seed}"] if args.split_seed != 1 else []
-    name += [f"shots{args.shots}"] if args.shots else []
-    name += ["shift{}-{:g}".format(*args.shift)] if args.shift else []
-    return "-".join([*name, *([f"fold{args.fold}"] if args.fold else []), f"seed{args.seed}"])
+    name += ["shots" + joined(args.shots)] if args.shots else []
+    name += ["shift" + "+".join("{}-{:g}".format(*shift) for shift in as_list(args.shift))] if args.shift else []
+    return "-".join([*name, *([f"fold{args.fold}"] if args.fold else [])])
+
+
+def joined(values):
+    return "-".join(map(str, as_list(values)))
 
 
 def method_name(args):
     """What differs between the rows of a table."""
     name = [args.method]
     if args.method == "ordinalclip":
-        name += [args.interp] + ([f"K{args.base_ranks}"] if args.interp != "none" else [])
+        name += [args.interp] + (["K" + joined(args.base_ranks)] if args.interp != "none" else [])
     if args.method == "regression":
         name += [args.regression_loss]
     name += [f"tune-{args.tune}"] if args.tune != "both" else []
@@ -290,11 +323,14 @@ def train_several(args):
         vars(run).update(zip(LISTS, chosen), fold=fold, category=kind, seed=seed)
         run.out = str(Path(args.out or "runs") / run_name(run))
         runs.append(run)
+    if several_values(args):  # a wrong value is told before the first run, not after it
+        for run in {joined([run.base_ranks, run.shots, run.shift]): run for run in runs}.values():
+            num_ranks = load_task(run).num_ranks
+            if run.method == "ordinalclip" and run.base_ranks > num_ranks:
+                raise SystemExit(f"--base-ranks {run.base_ranks}, but {args.data} has {num_ranks} ranks; give fewer")
     results = [finished(run) or train(unfinished(run)) for run in runs]
     if is_main():
-        names = dict.fromkeys(map(method_name, runs))
-        name = args.method if len(names) > 1 else method_name(runs[0])
-        report([run.out for run in runs], f"report-{Path(args.data).name}-{name}.md")
+        report([run.out for run in runs], f"report-{table_name(args)}.md")
     return results
 
 
@@ -304,13 +340,17 @@ def finished(args):
     if not path.exists():
         return None
     results = json.loads(path.read_text())
+    refuse_other_settings(args, results)
+    if is_main():
+        print(f"{args.out} is finished, its results are read")
+    return results
+
+
+def refuse_other_settings(args, results):
     wanted, found = comparable(json.loads(json.dumps(settings_of(args)))), comparable(results["settings"])
     if differing := [key for key in wanted if wanted[key] != found.get(key)]:
         raise SystemExit(f"{args.out} is finished, but with another --{differing[0].replace('_', '-')}: "
                          f"{found.get(differing[0])!r}, not {wanted[differing[0]]!r}; give another --out")
-    if is_main():
-        print(f"{args.out} is finished, its results are read")
-    return results
 
 
 def unfinished(args):
@@ -382,6 +422,7 @@ def refuse_to_overwrite(out, args):
         if (out / "results.json").exists():
             raise SystemExit(f"{out} is finished, see {out / 'results.json'}; --eval tests it again")
     elif (out / "results.json").exists():
+        refuse_other_settings(args, json.loads((out / "results.json").read_text()))
         raise SystemExit(f"{out} holds a run that is finished; --eval {out} tests it again, --out starts anew elsewhere")
     elif (out / "last.pt").exists():
         raise SystemExit(f"{out} holds a run; --resume {out} goes on with it, --out elsewhere starts anew")
@@ -530,7 +571,8 @@ def zeroshot_prompt(args, task, name):
 
 
 def init_state(args):
-    return load_checkpoint(args.init, "model")["model"]
+    path = Path(args.init)
+    return load_checkpoint(path / "best.pt" if path.is_dir() else path, "model")["model"]
 
 
 def warm_start(args, model):
@@ -1018,6 +1060,7 @@ PAPER_ACC = {
         ("urban", 70.12, 49.84, 72.14, 73.20), ("people", 70.80, 24.79, 69.34, 72.50),
         ("overall", 71.03, 43.69, 71.42, 73.05))},
 }  # fmt: skip
+PAPER_DIGITS = {1: {"aesthetics": 3}, 100: {"adience": 1}}  # that the paper prints of MAE, of accuracy; else 2
 TABLES = (  # title, where in results, factor, digits, the paper's figures
     ("MAE, expected rank", ("test", "mae_expected"), 1, 3, PAPER_MAE),
     ("MAE, most probable rank", ("test", "mae_argmax"), 1, 3, PAPER_MAE),
@@ -1063,7 +1106,8 @@ def read_run(path):
 
 
 def table_key(settings):
-    return settings["data"], settings.get("label_rule"), settings["split"]
+    split = "given lists" if settings.get("train_list") else settings["split"]
+    return settings["data"], settings.get("label_rule"), split
 
 
 def column_name(settings):
@@ -1101,13 +1145,16 @@ def report_data(key, runs, place):
     lines = ["## " + " ".join(str(word) for word in key if word), ""]
     for title, where, factor, digits, paper in TABLES:
         paper = paper.get(paper_key(key), {})
-        lines += [title + " (the paper's in brackets)" * bool(paper), ""]
+        known = any(row in paper.get(column, ()) for row in rows for column in columns)
+        lines += [title + " (the paper's in brackets)" * known, ""]
         lines += ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
         for row in rows:
             cells = []
             for column in columns:
                 values = figures(key, [run for run in runs if run["row"] == row], column, where)
-                cells.append(cell([v * factor for v in values], digits, paper.get(column, {}).get(row)))
+                theirs = paper.get(column, {}).get(row)
+                theirs = theirs and f"{theirs:.{PAPER_DIGITS[factor].get(key[0], 2)}f}"
+                cells.append(cell([v * factor for v in values], digits, theirs))
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
         lines.append("")
     lines += [describe_run(run, os.path.relpath(run["path"], place)) for run in runs]
@@ -1120,7 +1167,9 @@ def describe_run(run, link):
     said += [f"commit {run['commit']}", f"{run['seconds']} s"]
     said += [f"prompt {run['prompt']!r}"] if run.get("prompt") else []
     said += [f"ordinality by chance {run['ordinality_chance']:.0%}"] if run.get("ordinality_chance") else []
-    said += [f"MAE of ranks with {name} training images {tail['mae_argmax']:.3f}"
+    if majority := run.get("majority"):
+        said += [f"always {majority['rank']!r} MAE {majority['mae']:.3f} accuracy {majority['acc']:.1%}"]
+    said += [f"MAE (argmax) of ranks with {name} training images {tail['mae_argmax']:.3f}"
              for name, tail in run.get("long_tail", {}).items()]  # fmt: skip
     return f"- [{link}]({link}/results.json): {', '.join(said)}; {run['protocol']}"
 
@@ -1253,7 +1302,7 @@ def describe(args, task, model, groups, preprocess):
     if not is_main():
         return
     counts = {group["name"]: sum(p.numel() for p in group["params"]) for group in groups}
-    trained = ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "nothing"
+    trained = ", ".join(f"{name} {count:,}" for name, count in counts.items() if args.epochs) or "nothing"
     print(
         f"{task.protocol}\n"
         f"method {run_name(args)}   ranks {task.num_ranks}   context {args.context or task.context!r}\n"
@@ -1343,4 +1392,9 @@ def all_processes(rows):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted; --resume RUN goes on after its last epoch, and so does the same command with --seeds",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(130)

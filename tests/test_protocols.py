@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -196,6 +197,13 @@ def test_features_give_the_logits_that_images_give(folder, tmp_path):
 @pytest.mark.parametrize("argv, message", [
     (["--freeze-image", "--image-encoder", "vgg16"], "--freeze-image needs --image-encoder clip"),
     (["--shots", "0"], "shots=0: expected at least 1"),
+    (["--base-ranks", "2", "9"], "--base-ranks 9, but .* has 4 ranks; give fewer"),
+    (["--shots", "1", "-1"], "shots=-1: expected at least 1"),
+    (["--method", "coop", "--base-ranks", "2", "4"], "--base-ranks says nothing to --method coop"),
+    (["--method", "linear", "--interp", "inverse"], "--interp says nothing to --method linear"),
+    (["--method", "regression", "--tune", "rank"], "--tune says nothing to --method regression"),
+    (["--train-list", "x.txt", "--fold", "all"], "--fold all says nothing to given lists"),
+    (["--epochs", "0"], "--epochs 0: expected at least 1"),
     (["--base-ranks", "4", "1"], "--base-ranks 1 makes all ranks alike"),
     (["--method", "zeroshot", "--image-encoder", "vgg16"], "--method zeroshot needs --image-encoder clip"),
     (["--report", "none"], "no results.json in none"),
@@ -208,6 +216,7 @@ def test_mistakes_are_told_plainly(folder, tmp_path, argv, message):
 
 @pytest.mark.parametrize("argv, message", [
     (["--report", "x", "--lr", "1"], "--report takes no other flag"),
+    (["--seed", "1", "--seeds", "1", "2"], "--seed and --seeds: give one of them"),
     (["--fold", "some"], "'some': expected a number from 0, or all"),
     (["--shift", "ten"], "'ten': expected K,KEEP such as 10,0.2"),
 ])  # fmt: skip
@@ -468,6 +477,7 @@ def test_the_papers_figure_stands_beside_its_protocol_only(tmp_path):
     write_run(tmp_path / "a", 2.0, split="subject-exclusive")
     write_run(tmp_path / "b", 3.0, rank_position="front")
     write_run(tmp_path / "c", 4.0, context="years:")
+    write_run(tmp_path / "d", 5.0, train_list="train.txt")
     assert "[2.32]" not in "".join(line for line in train.report([tmp_path]).splitlines() if "(n=1)" in line)
 
 
@@ -515,18 +525,19 @@ def test_aesthetics_is_one_table_with_the_categories_and_their_mean(tmp_path):
     rows = {cells[1]: cells[2:-1] for cells in ([word.strip() for word in line.split("|")] for line in lines[6:8])}
     assert rows["ordinalclip-linear-K3"] == [
         "4.000 (n=1)", "0.200 ± 0.141 (n=2) [0.273]", "0.300 ± 0.141 (n=2) [0.279]", "0.300 ± 0.000 (n=2) [0.277]",
-        "0.700 ± 0.141 (n=2) [0.291]", "0.375 ± 0.106 (n=2) [0.28]", "3.000 (n=1)"]  # fmt: skip
-    assert rows["coop"][4:6] == ["1.600 (n=1) [0.33]", "1.300 (n=1) [0.302]"]  # fold 1 lacks people
+        "0.700 ± 0.141 (n=2) [0.291]", "0.375 ± 0.106 (n=2) [0.280]", "3.000 (n=1)"]  # fmt: skip
+    assert rows["coop"][4:6] == ["1.600 (n=1) [0.330]", "1.300 (n=1) [0.302]"]  # fold 1 lacks people
 
 
 def test_a_row_of_a_table_is_one_command(monkeypatch):
     seen = []
     monkeypatch.setattr(train, "train", lambda args: seen.append((args.shots, args.shift, args.seed, Path(args.out).name)))
     reports = []
+    monkeypatch.setattr(train, "load_task", lambda run: SimpleNamespace(num_ranks=101))
     monkeypatch.setattr(train, "report", lambda runs, name: reports.append(name))
     train.main(["--data", "morph2", "--base-ranks", "2", "9"])
     assert [run[3] for run in seen] == [f"morph2-ordinalclip-linear-K{k}-seed1" for k in (2, 9)]
-    assert reports == ["report-morph2-ordinalclip.md"]
+    assert reports.pop() == "report-morph2-ordinalclip-linear-K2-9.md"
     seen.clear()
     train.main(["--data", "morph2", "--shots", "1", "4", "--seeds", "1", "27"])
     assert [run[:3] for run in seen] == [(1, None, 1), (1, None, 27), (4, None, 1), (4, None, 27)]
@@ -550,7 +561,7 @@ def test_category_each_runs_all_four_and_refuses_other_data(tmp_path, monkeypatc
     kinds = ["nature", "animal", "urban", "people"]
     assert [run[:3] for run in seen[:-1]] == [(kind, fold, 3) for fold in range(5) for kind in kinds]
     assert seen[1][3] == str(Path("runs/aesthetics-animal-ordinalclip-linear-K3-seed3"))
-    assert len({run[3] for run in seen[:-1]}) == 20 and seen[-1] == "report-aesthetics-ordinalclip-linear-K3.md"
+    assert len({run[3] for run in seen[:-1]}) == 20 and seen[-1] == "report-aesthetics-each-ordinalclip-linear-K3-foldall.md"
     with pytest.raises(SystemExit, match="--category each: hci has no categories; leave it out"):
         train.main(["--data", "hci", "--category", "each"])
 

@@ -105,8 +105,10 @@ def test_eval_repeats_the_result(finished):
 
 def test_a_finished_run_is_not_written_over(finished, folder):
     out, _ = finished
-    with pytest.raises(SystemExit, match="holds a run that is finished; --eval .* tests it again, --out elsewhere"):
-        train.main(["--data", str(folder), "--out", str(out), *TINY])
+    with pytest.raises(SystemExit, match="is finished, but with another --epochs: 3, not 5; give another --out"):
+        train.main(["--data", str(folder), "--out", str(out), *TINY, "--epochs", "5"])
+    with pytest.raises(SystemExit, match="holds a run that is finished; --eval .* tests it again, --out starts"):
+        train.main(["--data", str(folder), "--out", str(out), *TINY, "--epochs", "3"])
     with pytest.raises(SystemExit, match="is finished, see .*results.json"):
         train.main(["--resume", str(out)])
 
