@@ -557,8 +557,9 @@ def _read_morph2(table, preset):
         photo, age = row["photo"], _integer(row["age"])
         name = re.fullmatch(r"\d+_\d+[MF](\d+)\.jpg", os.path.basename(photo), re.IGNORECASE)
         if name is None or age is None or not 0 <= age < len(preset["rank_names"]):
-            raise ValueError(f"{table}:{number}: expected an age of 0 .. 100 and a photo such as "
-                             f"Album2/009055_1M54.JPG, got {row['age']!r} and {photo!r}")
+            wrong.append(f"{table}:{number}: expected an age of 0 .. 100 and a photo such as "
+                         f"Album2/009055_1M54.JPG, got {row['age']!r} and {photo!r}")
+            continue
         if int(name[1]) != age:
             wrong.append(f"{table}:{number}: age {age}, but the name of {photo} says {name[1]}")
         ages[photo], races[photo] = age, row["race"].upper()
@@ -678,7 +679,7 @@ def _read_adience(root, place, preset):
     """[(fold, path under place, age as written)] of the five tables, and the folder they lie in."""
     folders = [root / folder for folder in preset["tables"]]
     tables = next((folder for folder in folders if (folder / "fold_0_data.txt").is_file()), root)
-    rows, columns = [], ("user_id", "original_image", "face_id", "age")
+    rows, wrong, columns = [], [], ("user_id", "original_image", "face_id", "age")
     for fold in range(preset["folds"]):
         table = tables / f"fold_{fold}_data.txt"
         if not table.is_file():
@@ -686,9 +687,10 @@ def _read_adience(root, place, preset):
         for number, row in _read_table(table, "\t", columns):
             user, image, face, age = (row[column] for column in columns)
             if not (user and image and face):
-                raise ValueError(f"{table}:{number}: expected {', '.join(columns)}, got {user!r}, "
-                                 f"{image!r}, {face!r}, {age!r}")
+                wrong.append(f"{table}:{number}: expected {', '.join(columns)}, got {user!r}, "
+                             f"{image!r}, {face!r}, {age!r}")
             rows.append((fold, f"{user}/{preset['images'][place.name]}.{face}.{image}", age))
+    _refuse(wrong)
     return rows, tables
 
 

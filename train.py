@@ -62,7 +62,7 @@ PAPER = dict(
 RECIPES = {  # what differs from the paper's
     "demo": dict(clip="tiny", image_encoder="clip", epochs=9, lr=3e-3),
 }
-METHODS = ("ordinalclip", "coop", "zeroshot", "regression", "linear")  # paper: from the last row up
+METHODS = ("linear", "regression", "zeroshot", "coop", "ordinalclip")  # in the order of the paper's rows
 INTERPOLATIONS = ("linear", "inverse", "none")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LINEAR_DIM, LINEAR_SCALE = 1024, math.log(100)  # of the baselines where no CLIP is loaded
@@ -309,6 +309,14 @@ def main(argv=None):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def command_line():
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; --resume RUN goes on after its last whole epoch, and so does the same "
+                         "command where it was of several runs") from None  # fmt: skip
 
 
 def train_several(args):
@@ -1019,48 +1027,56 @@ def autocast(args):
 
 # ---------------------------------------------------------------------------------------------- report
 
+
 def few_shots(number):
     return f"{number} shot" + "s" * (number > 1)
 
 
-# Figures of the paper's tables, data: {column: {row: figure}}; the paper does not say whether its MAE is that
-# of the expected or of the most probable rank. Few-shot and shift: xk-huang/OrdinalCLIP, gh-pages, images/.
+def printed(rows, figures, digits=2):
+    """{row: figure as the paper prints it}; of a pair the second is the deviation over folds."""
+    pairs = (figure if isinstance(figure, tuple) else (figure,) for figure in figures)
+    return {row: " ± ".join(f"{number:.{digits}f}" for number in pair) for row, pair in zip(rows, pairs)}
+
+
+# The paper's tables, data: {column: {row: figure}}; the paper does not say whether its MAE is that of the expected
+# or of the most probable rank. All tables: xk-huang/OrdinalCLIP, branch gh-pages, images/image*.png.
 OURS, OVERALL = "ordinalclip-linear-K3", "overall"  # the paper's plain mean over the categories
+TUNED = ("tune-rank-random-context", "tune-context-random-context", "random-context", "tune-rank", "tune-context")
+ROWS, FEW_ROWS = ("linear", "zeroshot", "coop", OURS), ("linear", "coop", OURS)
 PAPER_MAE = {
     "morph2": {
-        "all": {"linear": 2.63, "zeroshot": 14.45, "coop": 2.39, OURS: 2.32,
-                **{f"ordinalclip-linear-K{k}": mae for k, mae in
-                   zip((2, 4, 5, 6, 7, 8, 9), (2.38, 2.38, 2.36, 2.39, 2.38, 2.40, 2.41))},
-                **{f"ordinalclip-inverse-K{k}": mae for k, mae in
-                   zip(range(2, 10), (2.39, 2.38, 2.39, 2.40, 2.39, 2.35, 2.38, 2.38))},
-                **{f"{row}-{tuned}": mae for row, figures in
-                   (("coop", (2.58, 2.44, 2.39, 2.41, 2.39)), (OURS, (2.38, 2.37, 2.36, 2.34, 2.34)))
-                   for tuned, mae in zip(("tune-rank-random-context", "tune-context-random-context",
-                                          "random-context", "tune-rank", "tune-context"), figures)}},
-        **{few_shots(shots): dict(zip(("linear", "coop", OURS), maes)) for shots, *maes in (
+        "all": {
+            **printed(ROWS, (2.63, 14.45, 2.39, 2.32)),
+            **printed([f"ordinalclip-linear-K{k}" for k in (2, 4, 5, 6, 7, 8, 9)],
+                      (2.38, 2.38, 2.36, 2.39, 2.38, 2.40, 2.41)),
+            **printed([f"ordinalclip-inverse-K{k}" for k in range(2, 10)],
+                      (2.39, 2.38, 2.39, 2.40, 2.39, 2.35, 2.38, 2.38)),
+            **printed([f"coop-{tuned}" for tuned in TUNED], (2.58, 2.44, 2.39, 2.41, 2.39)),
+            **printed([f"{OURS}-{tuned}" for tuned in TUNED], (2.38, 2.37, 2.36, 2.34, 2.34)),
+        },
+        **{few_shots(shots): printed(FEW_ROWS, maes) for shots, *maes in (
             (1, 8.04, 5.09, 4.94), (2, 6.00, 4.50, 4.36), (4, 4.66, 3.81, 3.55), (8, 3.91, 3.57, 3.31),
             (16, 3.57, 3.23, 3.07), (32, 3.06, 2.87, 2.76), (64, 2.84, 2.61, 2.57))},
-        **{f"shift {ranks}-{gone}": dict(zip(("linear", "coop", OURS), maes)) for ranks, gone, *maes in (
+        **{f"shift {ranks}-{gone}": printed(FEW_ROWS, maes) for ranks, gone, *maes in (
             (10, 80, 2.88, 2.71, 2.61), (10, 90, 2.98, 2.85, 2.67), (20, 80, 3.46, 2.98, 2.77),
             (20, 90, 3.68, 3.51, 3.06), (30, 80, 3.19, 3.06, 2.86), (30, 90, 4.06, 3.36, 3.21),
             (40, 80, 3.28, 2.99, 2.84), (40, 90, 3.65, 3.30, 3.12))},
     },
-    "adience": {"all": {"linear": 0.56, "zeroshot": 1.50, "coop": 0.50, OURS: 0.47}},
-    "hci": {"all": {"linear": 0.80, "zeroshot": 1.48, "coop": 0.76, OURS: 0.67}},
-    "aesthetics": {category: dict(zip(("linear", "zeroshot", "coop", OURS), maes)) for category, *maes in (
+    "adience": {"all": printed(ROWS, ((0.56, 0.09), (1.50, 0.20), (0.50, 0.08), (0.47, 0.06)))},
+    "hci": {"all": printed(ROWS, ((0.80, 0.03), (1.48, 0.03), (0.76, 0.06), (0.67, 0.03)))},
+    "aesthetics": {category: printed(ROWS, maes, 3) for category, *maes in (
         ("nature", .338, .438, .285, .273), ("animal", .381, .737, .298, .279),
         ("urban", .364, .683, .294, .277), ("people", .377, 1.063, .330, .291),
         ("overall", .365, .730, .302, .280))},
 }  # fmt: skip
 PAPER_ACC = {
-    "adience": {"all": {"linear": 56.0, "zeroshot": 25.4, "coop": 60.6, OURS: 61.2}},
-    "hci": {"all": {"linear": 42.56, "zeroshot": 26.08, "coop": 51.90, OURS: 56.44}},
-    "aesthetics": {category: dict(zip(("linear", "zeroshot", "coop", OURS), accs)) for category, *accs in (
+    "adience": {"all": printed(ROWS, ((56.0, 5.9), (25.4, 3.5), (60.6, 5.5), (61.2, 4.2)), 1)},
+    "hci": {"all": printed(ROWS, ((42.56, 3.04), (26.08, 0.56), (51.90, 2.60), (56.44, 1.66)))},
+    "aesthetics": {category: printed(ROWS, accs) for category, *accs in (
         ("nature", 72.76, 63.33, 72.74, 73.65), ("animal", 70.44, 36.78, 71.46, 72.85),
         ("urban", 70.12, 49.84, 72.14, 73.20), ("people", 70.80, 24.79, 69.34, 72.50),
         ("overall", 71.03, 43.69, 71.42, 73.05))},
 }  # fmt: skip
-PAPER_DIGITS = {1: {"aesthetics": 3}, 100: {"adience": 1}}  # that the paper prints of MAE, of accuracy; else 2
 TABLES = (  # title, where in results, factor, digits, the paper's figures
     ("MAE, expected rank", ("test", "mae_expected"), 1, 3, PAPER_MAE),
     ("MAE, most probable rank", ("test", "mae_argmax"), 1, 3, PAPER_MAE),
@@ -1140,7 +1156,7 @@ def name_rows(runs):
 
 def report_data(key, runs, place):
     """The tables of one dataset under one protocol, what they rest on, and a link to each run."""
-    ordered = sorted(runs, key=lambda run: -METHODS.index(run["settings"]["method"]))
+    ordered = sorted(runs, key=lambda run: METHODS.index(run["settings"]["method"]))
     rows, columns = list(dict.fromkeys(run["row"] for run in ordered)), columns_of(key, runs)
     lines = ["## " + " ".join(str(word) for word in key if word), ""]
     for title, where, factor, digits, paper in TABLES:
@@ -1152,9 +1168,7 @@ def report_data(key, runs, place):
             cells = []
             for column in columns:
                 values = figures(key, [run for run in runs if run["row"] == row], column, where)
-                theirs = paper.get(column, {}).get(row)
-                theirs = theirs and f"{theirs:.{PAPER_DIGITS[factor].get(key[0], 2)}f}"
-                cells.append(cell([v * factor for v in values], digits, theirs))
+                cells.append(cell([v * factor for v in values], digits, paper.get(column, {}).get(row)))
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
         lines.append("")
     lines += [describe_run(run, os.path.relpath(run["path"], place)) for run in runs]
@@ -1302,7 +1316,7 @@ def describe(args, task, model, groups, preprocess):
     if not is_main():
         return
     counts = {group["name"]: sum(p.numel() for p in group["params"]) for group in groups}
-    trained = ", ".join(f"{name} {count:,}" for name, count in counts.items() if args.epochs) or "nothing"
+    trained = ", ".join(f"{name} {count:,}" for name, count in counts.items()) if args.epochs else "nothing"
     print(
         f"{task.protocol}\n"
         f"method {run_name(args)}   ranks {task.num_ranks}   context {args.context or task.context!r}\n"
@@ -1392,9 +1406,4 @@ def all_processes(rows):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\ninterrupted; --resume RUN goes on after its last epoch, and so does the same command with --seeds",
-              file=sys.stderr)  # fmt: skip
-        sys.exit(130)
+    command_line()

@@ -7,7 +7,8 @@ Forward. One program per tile of BM images; it walks over all ranks in tiles of 
 lse, the logits divided by s, and a few numbers per column (PARTS). Whoever arrives last of a group of programs
 merges their columns in index order; whoever arrives last of these merges the groups and writes both losses.
 
-Backward, from the stored C_ic = A_ic / s (a gradient for s then needs no division by s):
+Backward, from the stored C_ic = A_ic / s (a gradient for s then needs no division by s). A column keeps its
+maximum and exp(max - lse_c) apart: the rounding of lse_c itself would be one error shared by all images.
 
     G_ic = B dL/dA_ic = g_i2t (exp(A_ic - lse_i) - [y_i=c])
                       + g_t2i B/|V| [c in V] (exp(A_ic - lse_c) - lo_c - [y_i=c] (hi_c - lo_c))
@@ -178,7 +179,8 @@ def _finish(PARTS, COLUMNS, COUNTS, I2T, T2I, first, count, R, RPAD: tl.constexp
             divergence = lse - tl.log(n) - hi * positive
         t2i += tl.sum(tl.where(here, divergence, 0.0))
         present += tl.sum(here.to(tl.float32))
-        tl.store(COLUMNS + ranks, tl.where(here, lse, float("inf")))
+        tl.store(COLUMNS + ranks, tl.where(here, m, float("inf")))
+        tl.store(COLUMNS + 4 * RPAD + ranks, tl.where(here, 1.0 / tl.where(here, l, 1.0), 0.0))
         tl.store(COLUMNS + RPAD + ranks, tl.where(here, hi - lo, 0.0))
         tl.store(COLUMNS + 2 * RPAD + ranks, tl.where(here, lo, 0.0))
     valid = labelled == images  # the assertion reports it, NaN keeps it from passing where it is off
@@ -202,7 +204,7 @@ def forward_kernel(
     S,  # () scale, any float dtype
     COSINES,  # (B, cosine_stride) fp32 out, columns R.. unspecified; written if SAVE
     ROWS,  # (2, B) fp32 out: lse_i, 1/|x_i|
-    COLUMNS,  # (4, RPAD) fp32 out: lse_c (inf where c not in V), hi_c - lo_c, lo_c, 1/|p_c|
+    COLUMNS,  # (5, RPAD) fp32 out: max_c (inf where c not in V), hi_c - lo_c, lo_c, 1/|p_c|, exp(max_c - lse_c)
     COUNTS,  # (2,) fp32 out: B, |V|, over all processes
     I2T,  # () fp32 out
     T2I,  # () fp32 out
@@ -284,7 +286,7 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["count"])
 def finish_kernel(
     PARTS,  # (count, 6, RPAD) fp32, one part of each process, see forward_kernel
-    COLUMNS,  # (4, RPAD) fp32 out, row 3 excepted
+    COLUMNS,  # (5, RPAD) fp32 out, row 3 excepted
     COUNTS,  # (2,) fp32 out
     I2T,  # () fp32 out
     T2I,  # () fp32 out
@@ -303,7 +305,7 @@ def backward_kernel(
     S,  # ()
     COSINES,  # (B, cosine_stride) fp32
     ROWS,  # (2, B) fp32: lse_i, 1/|x_i|
-    COLUMNS,  # (4, RPAD) fp32, see forward_kernel
+    COLUMNS,  # (5, RPAD) fp32, see forward_kernel
     COUNTS,  # (2,) fp32: B, |V|
     G_I2T,  # () fp32 gradient of i2t, read if HAS_I2T
     G_T2I,  # () fp32 gradient of t2i, read if HAS_T2I
@@ -359,9 +361,9 @@ def backward_kernel(
             at = COSINES + rows.to(tl.int64)[:, None] * cosine_stride + ranks[None, :]
             mask = inside[:, None] & (ranks < cosine_stride)[None, :]
             cosines = tl.load(at, mask=mask, other=0.0)
-            lse_c = tl.load(COLUMNS + ranks)
+            top_c, share_c = tl.load(COLUMNS + ranks), tl.load(COLUMNS + 4 * RPAD + ranks)
             g = by_row * tl.exp(cosines * s - lse_i[:, None])
-            g += by_column * tl.exp(cosines * s - lse_c[None, :])
+            g += (by_column * share_c)[None, :] * tl.exp(cosines * s - top_c[None, :])
             if SMOOTH:
                 g -= (by_column * tl.load(COLUMNS + 2 * RPAD + ranks))[None, :]
             g -= tl.where(y[:, None] == ranks[None, :], own[:, None], 0.0)
@@ -475,23 +477,23 @@ def forward_config(B, R, D, kind, hopper):
     """(BM, BR, BK, num_warps, num_stages) of forward_kernel and match_kernel; kind: see _kind."""
     BR = 64 if R <= 64 else 128
     if kind != "half":
-        return 32, BR, 16, 8, 2
+        return 16 if kind == "tf32" else 32, BR, 16, 8, 2
     if D % 64:  # rows that cannot be copied 16 bytes at a time
         return 16, BR, 32, 8, 3
     if B <= 2048:  # many small programs
         return 16, BR, 64, 8, 3
     if R <= 128:
-        return 64, BR, 64, BR // 16, 3
+        return 64, BR, 64 if hopper else 32, BR // 16, 3
     return (64, 128, 32, 8, 3) if hopper else (64, 64, 64, 8, 3)
 
 
 def backward_config(B, R, D, kind, hopper):
     """(BM, BR, BD, num_warps, num_stages) of backward_kernel."""
     BR = 64 if R <= 64 else 128
-    if kind == "tf32x3" and R > 64:
+    if kind != "half" and R > (64 if kind == "tf32x3" else 128):
         return 16, 64, 32, 8, 1
     if kind != "half":
-        return (32, 64, 32, 8, 1) if R > 128 else (16, BR, 16, 8, 1)
+        return 16, BR, 16, 8, 1
     BM = 32 if B <= 2048 and (R <= 128 or hopper) else 64
     return (BM, BR, 64, 8, 1) if hopper and D % 64 == 0 else (BM, BR, 32, 8, 2)
 
@@ -579,7 +581,7 @@ def _sizes(x, p, config):
 def _saved(x, R, RPAD, save):
     """COSINES, ROWS, COLUMNS, COUNTS, I2T, T2I, not filled in."""
     B, empty = x.shape[0] if save else 0, dict(dtype=torch.float32, device=x.device)
-    shapes = ((B, _cdiv(R, 16) * 16), (2, B), (4, RPAD), (2,), (), ())
+    shapes = ((B, _cdiv(R, 16) * 16), (2, B), (5, RPAD), (2,), (), ())
     return tuple(torch.empty(shape, **empty) for shape in shapes)
 
 

@@ -34,7 +34,6 @@ from test_reference import (  # noqa: E402
     gradients,
     make_case,
     relative,
-    size_of_scale_terms,
 )
 
 CUDA = torch.cuda.is_available()
@@ -67,8 +66,6 @@ def check(case, target="normalized", weights=(0.7, 1.9), gate=None, **options):
     for i, (ours, exact) in enumerate(zip(grads, exact_grads)):
         assert torch.isfinite(ours).all(), i
         error = relative(ours, exact)
-        if gate < error < 0.1 and i == 2:  # a sum that cancels: its error goes by the size of what is summed
-            error *= float(exact.abs()) / size_of_scale_terms(case, target, weights)
         if error > gate:  # where all is learnt, exp(A - lse) - 1 cancels: PyTorch's float32 errs as much
             floor = relative(gradients(case, target, weights, impl="torch")[1][i], exact)
             assert error <= 2 * floor and error <= 1e-2, (i, error, floor)
@@ -723,9 +720,8 @@ def compile_shipped(batches, folder):
 
 
 def check_report(report):
-    # With registers left, ptxas may move a few values out of the way to fit another program on the multiprocessor.
-    traded = report["registers"] in (80, 128)
-    assert report["stack"] <= (24 if traded else 0), f"spills registers: {report}"
+    older = triton.__version__ < "3.7" and report["registers"] == 80  # 2 values outside loops, (256, 101, 1024), sm_90
+    assert report["stack"] <= (8 if older else 0), f"spills registers: {report}"
     assert report["shared"] <= SHARED[report["capability"]], f"does not fit: {report}"
     assert report["pending"] == 0, f"a wgmma may read a buffer that is being filled again: {report}"
     if report["kernel"] in ("forward_kernel", "backward_kernel", "match_kernel"):

@@ -23,13 +23,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def exact_logits(features, prototypes, scale):
-    """Cosines times scale (0-dim, or one for each pair) in float64; a zero vector has cosine 0 to everything."""
+    """Cosines times scale in float64; a zero vector has cosine 0 to everything."""
 
     def direction(v):
         length = v.norm(dim=1, keepdim=True)
         return torch.where(length > 0, v / length.clamp_min(1e-300), 0.0)
 
-    return scale * (direction(features) @ direction(prototypes).T)
+    return scale * direction(features) @ direction(prototypes).T
 
 
 def exact_loss(features, prototypes, labels, scale, target="normalized"):
@@ -51,15 +51,6 @@ def exact_gradients(case, target="normalized", weights=(1.0, 1.0)):
     losses = exact_loss(leaves[0], leaves[1], labels.cpu(), leaves[2], target)
     total = weights[0] * losses[0] + weights[1] * losses[1]
     return torch.stack(losses).detach(), torch.autograd.grad(total, leaves)
-
-
-def size_of_scale_terms(case, target="normalized", weights=(1.0, 1.0)):
-    """Sum of |dL/dA_ic C_ic|, whose sum without the bars is the gradient to the scale."""
-    features, prototypes, labels, scale = case
-    scales = scale.double().expand(len(features), len(prototypes)).clone().requires_grad_()
-    i2t, t2i = exact_loss(features.double(), prototypes.double(), labels, scales, target)
-    (terms,) = torch.autograd.grad(weights[0] * i2t + weights[1] * t2i, scales)
-    return float(terms.abs().sum())
 
 
 def gradients(case, target="normalized", weights=(1.0, 1.0), autocast=None, **options):
