@@ -1,4 +1,4 @@
-"""The matching op as fused Triton kernels: one launch forward, one backward (two for more than 128 ranks).
+"""The matching op as fused Triton kernels: one launch forward; one backward, or four where there is much to do.
 
 Formulas, and the symbols B, R, D, x_i, p_c, y_i, s, A_ic, lse, n_c, hi_c, lo_c, V: `reference.py`.
 
@@ -16,8 +16,10 @@ maximum and exp(max - lse_c) apart: the rounding of lse_c itself would be one er
     dx_i = s / (B |x_i|) (sum_c G_ic p^_c - r_i x^_i)       x^, p^: divided by their length
     dp_c = s / (B |p_c|) (sum_i G_ic x^_i - q_c p^_c)       ds = 1/B sum_i r_i
 
-Since r and q do not sum over D, a program finishes its own slice of BD dimensions alone. Its dP stays in
-registers over a chunk of images; whoever arrives last adds the chunks up in index order.
+At most 4,096 images and 128 ranks: since r and q do not sum over D, a program finishes its own slice of BD
+dimensions alone. Its dP stays in registers over a chunk of images; whoever arrives last adds the chunks up in
+index order. Each slice computes G again, which is cheap where launches are what costs. Beyond: G is computed
+once and stored, then come two products with it (image_gradient_kernel, rank_sums_kernel), then the sum over chunks.
 
 Only counters are atomic, so results repeat bit for bit. Saved for backward: 4 B R + 8 B bytes.
 
@@ -35,6 +37,7 @@ import triton.language as tl
 
 ZERO = tl.constexpr(1e-24)  # squared length below which a vector counts as zero: reference.EPS ** 2
 E10 = tl.constexpr(22026.465794806718)  # e^10 of target="softmax10"
+LOG2E = tl.constexpr(1.4426950408889634)
 CHUNK = tl.constexpr(32)  # parts whose two row sums are read at once while merging
 FP16_ROOM = tl.constexpr(3e4)  # G is scaled to stay below this, fp16 ends at 65504
 
@@ -46,6 +49,12 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     if UPCAST:  # X and P of different dtypes; bfloat16 in the interpreter, which multiplies its bits
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _exp(x):
+    """tl.exp also takes care of results below 1e-38, at three instructions more."""
+    return tl.exp2(x * LOG2E)
 
 
 @triton.jit
@@ -114,7 +123,7 @@ def _merge_column(PARTS, first, count, ranks, RPAD: tl.constexpr, SMOOTH: tl.con
             total += tl.load(at + 4 * RPAD, cache_modifier=".cg")
         new = tl.maximum(m, part_m)
         shift = tl.where(new == float("-inf"), 0.0, new)  # parts of processes without images
-        l = l * tl.exp(m - shift) + part_l * tl.exp(part_m - shift)
+        l = l * _exp(m - shift) + part_l * _exp(part_m - shift)
         m = new
     return m, l, positive, n, total
 
@@ -228,7 +237,7 @@ def forward_kernel(
     for c in range(0, RPAD, BR):
         ranks = c + tl.arange(0, BR)
         label = tl.load(Y + rows, mask=inside, other=0)
-        y = tl.where((label >= 0) & (label < R), label.to(tl.int32), -1)  # anything else is of no rank
+        y = tl.where(inside & (label >= 0) & (label < R), label.to(tl.int32), -1)  # anything else is of no rank
         cosines, rx, rp = _cosines(
             X, P, rows, ranks, B, R, x_stride, p_stride, D, BM, BR, BK, PRECISION, UPCAST
         )
@@ -239,18 +248,18 @@ def forward_kernel(
         if program == 0:
             tl.store(COLUMNS + 3 * RPAD + ranks, rp)
         a = cosines * s
-        hit = (y[:, None] == ranks[None, :]) & inside[:, None]
-        positive = tl.where(hit, a, 0.0)
+        positive = tl.where(y[:, None] == ranks[None, :], a, 0.0)
         own += tl.sum(positive, 1)
         by_row = tl.where((ranks < R)[None, :], a, float("-inf"))
         new = tl.maximum(m, tl.max(by_row, 1))
-        l = l * tl.exp(m - new) + tl.sum(tl.exp(by_row - new[:, None]), 1)
+        l = l * _exp(m - new) + tl.sum(_exp(by_row - new[:, None]), 1)
         m = new
         by_column = tl.where(inside[:, None], a, float("-inf"))
         top = tl.max(by_column, 0)
+        count = tl.histogram(y - c, BR, mask=(y >= c) & (y < c + BR))  # a sum of hits would keep them in registers
         _store_part(
-            PARTS, program, ranks, top, tl.sum(tl.exp(by_column - top[None, :]), 0),
-            tl.sum(positive, 0), tl.sum(hit.to(tl.float32), 0), tl.sum(a, 0), RPAD, SMOOTH,
+            PARTS, program, ranks, top, tl.sum(_exp(by_column - top[None, :]), 0), tl.sum(positive, 0),
+            count.to(tl.float32), tl.sum(a, 0), RPAD, SMOOTH,
         )  # fmt: skip
     lse = m + tl.log(l)
     if SAVE:
@@ -297,6 +306,55 @@ def finish_kernel(
     _finish(PARTS, COLUMNS, COUNTS, I2T, T2I, first, count, R, RPAD, BR, SMOOTH)
 
 
+@triton.jit
+def _upstream(COUNTS, G_I2T, G_T2I, HAS_I2T: tl.constexpr, HAS_T2I: tl.constexpr):
+    """What multiplies the two halves of G, and what undoes their scaling.
+
+    |G| stays below FP16_ROOM + 1 whatever the upstream gradients are.
+    """
+    images = tl.load(COUNTS)
+    per_rank = images / tl.load(COUNTS + 1)  # B / |V|
+    i2t, t2i = 0.0, 0.0
+    if HAS_I2T:
+        i2t = tl.load(G_I2T).to(tl.float32)
+    if HAS_T2I:
+        t2i = tl.load(G_T2I).to(tl.float32)
+    top = tl.maximum(tl.abs(i2t), tl.abs(t2i))
+    top = tl.where(top > 0, top, 1.0)
+    shrink = 1.0 / tl.maximum(per_rank / FP16_ROOM, 1.0)
+    return i2t / top * shrink, t2i / top * shrink * per_rank, top / shrink / images
+
+
+@triton.jit
+def _row_values(Y, ROWS, COLUMNS, rows, inside, B, R, by_row, by_column, RPAD: tl.constexpr):
+    """y_i, lse_i and what G has less at y_i, all (BM,)."""
+    y = tl.load(Y + rows, mask=inside, other=0).to(tl.int32)
+    lse_i = tl.load(ROWS + rows, mask=inside, other=0.0)
+    gap = tl.load(COLUMNS + RPAD + y, mask=(y >= 0) & (y < R), other=0.0)  # hi - lo
+    return y, lse_i, by_row + by_column * gap
+
+
+@triton.jit
+def _residual(COSINES, COLUMNS, rows, ranks, inside, y, lse_i, own, s, R, cosine_stride, by_row, by_column,
+              RPAD: tl.constexpr, SMOOTH: tl.constexpr):  # fmt: skip
+    """G and C (BM, BR), zero outside."""
+    at = COSINES + rows.to(tl.int64)[:, None] * cosine_stride + ranks[None, :]
+    cosines = tl.load(at, mask=inside[:, None] & (ranks < cosine_stride)[None, :], other=0.0)
+    top_c, share_c = tl.load(COLUMNS + ranks), tl.load(COLUMNS + 4 * RPAD + ranks)
+    g = by_row * _exp(cosines * s - lse_i[:, None])
+    g += (by_column * share_c)[None, :] * _exp(cosines * s - top_c[None, :])
+    if SMOOTH:
+        g -= (by_column * tl.load(COLUMNS + 2 * RPAD + ranks))[None, :]
+    g = tl.where(y[:, None] == ranks[None, :], g - own[:, None], g)
+    return tl.where(inside[:, None] & (ranks < R)[None, :], g, 0.0), cosines
+
+
+@triton.jit
+def _unit(X, rows, columns, lengths, B, stride, D: tl.constexpr, BD: tl.constexpr):
+    """Tile of x^ or p^, fp32; lengths (BM,): 1/|x_i| or 1/|p_c|."""
+    return _load(X, rows, columns, B, stride, D, D % BD == 0).to(tl.float32) * lengths[:, None]
+
+
 @triton.jit(do_not_specialize=["B", "tiles"])
 def backward_kernel(
     X,  # (B, D)
@@ -313,82 +371,49 @@ def backward_kernel(
     DP,  # (R, D) out, dtype of P
     DS,  # () out, dtype of S
     PARTS,  # (chunks, RPAD D + 16) fp32 scratch: dP, then ds, of each chunk of images
-    COUNTERS,  # (programs in axes 0 and 2,) int32, zero before and after
+    COUNTERS,  # (programs in axis 0,) int32, zero before and after
     B, R, x_stride, p_stride, cosine_stride, tiles,
-    D: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, RPAD: tl.constexpr, BD: tl.constexpr,
-    WIDTH: tl.constexpr, NEED_X: tl.constexpr, NEED_P: tl.constexpr, NEED_S: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, RPAD: tl.constexpr, BD: tl.constexpr,
+    NEED_X: tl.constexpr, NEED_P: tl.constexpr, NEED_S: tl.constexpr,
     HAS_I2T: tl.constexpr, HAS_T2I: tl.constexpr, SMOOTH: tl.constexpr, ALONE: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Program (j, i, k): dimensions j BD .., `tiles` tiles of BM images from i on, ranks k BR .. + WIDTH.
-
-    NEED_P holds dP in registers and so takes one tile of ranks, WIDTH = BR; dX alone sums over all.
-    """
+    """Program (j, i): dimensions j BD .., `tiles` tiles of BM images from i on, all ranks."""
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
-    first_rank = tl.program_id(2) * BR
+    ranks = tl.arange(0, RPAD)
     columns = tl.program_id(0) * BD + tl.arange(0, BD)
     s = tl.load(S).to(tl.float32)
-    images = tl.load(COUNTS)
-    per_rank = images / tl.load(COUNTS + 1)  # B / |V|
-    i2t, t2i = 0.0, 0.0
-    if HAS_I2T:
-        i2t = tl.load(G_I2T).to(tl.float32)
-    if HAS_T2I:
-        t2i = tl.load(G_T2I).to(tl.float32)
-    # G is scaled to |G| <= FP16_ROOM + 1 whatever the upstream gradients are, `back` undoes it
-    top = tl.maximum(tl.abs(i2t), tl.abs(t2i))
-    top = tl.where(top > 0, top, 1.0)
-    shrink = 1.0 / tl.maximum(per_rank / FP16_ROOM, 1.0)
-    by_row = i2t / top * shrink
-    by_column = t2i / top * shrink * per_rank
-    back = top / shrink / images
+    by_row, by_column, back = _upstream(COUNTS, G_I2T, G_T2I, HAS_I2T, HAS_T2I)
 
-    q = tl.zeros([BR], tl.float32)
-    dp = tl.zeros([BR, BD], tl.float32)
+    q = tl.zeros([RPAD], tl.float32)
+    dp = tl.zeros([RPAD, BD], tl.float32)
     ds = 0.0
     for t in range(0, tiles):
         rows = (chunk * tiles + t) * BM + tl.arange(0, BM)
         inside = rows < B
-        y = tl.load(Y + rows, mask=inside, other=0).to(tl.int32)
-        lse_i = tl.load(ROWS + rows, mask=inside, other=0.0)
-        gap = tl.load(COLUMNS + RPAD + y, mask=(y >= 0) & (y < R), other=0.0)  # hi - lo
-        own = by_row + by_column * gap
+        y, lse_i, own = _row_values(Y, ROWS, COLUMNS, rows, inside, B, R, by_row, by_column, RPAD)
         rx = tl.load(ROWS + B + rows, mask=inside, other=0.0)
-        r = tl.zeros([BM], tl.float32)
-        dx = tl.zeros([BM, BD], tl.float32)
-        for c in range(0, WIDTH, BR):
-            ranks = first_rank + c + tl.arange(0, BR)
-            at = COSINES + rows.to(tl.int64)[:, None] * cosine_stride + ranks[None, :]
-            mask = inside[:, None] & (ranks < cosine_stride)[None, :]
-            cosines = tl.load(at, mask=mask, other=0.0)
-            top_c, share_c = tl.load(COLUMNS + ranks), tl.load(COLUMNS + 4 * RPAD + ranks)
-            g = by_row * tl.exp(cosines * s - lse_i[:, None])
-            g += (by_column * share_c)[None, :] * tl.exp(cosines * s - top_c[None, :])
-            if SMOOTH:
-                g -= (by_column * tl.load(COLUMNS + 2 * RPAD + ranks))[None, :]
-            g -= tl.where(y[:, None] == ranks[None, :], own[:, None], 0.0)
-            g = tl.where(inside[:, None] & (ranks < R)[None, :], g, 0.0)
-            r += tl.sum(g * cosines, 1)
-            narrow = _operand(g, X, UPCAST)
-            if NEED_X:
-                p = _load(P, ranks, columns, R, p_stride, D, D % BD == 0).to(tl.float32)
-                p *= tl.load(COLUMNS + 3 * RPAD + ranks)[:, None]
-                dx = _dot(narrow, _operand(p, X, UPCAST), dx, PRECISION, UPCAST)
-            if NEED_P:
-                q += tl.sum(g * cosines, 0)
-                x = _load(X, rows, columns, B, x_stride, D, D % BD == 0).to(tl.float32) * rx[:, None]
-                dp = _dot(tl.trans(narrow), _operand(x, X, UPCAST), dp, PRECISION, UPCAST)
+        g, cosines = _residual(
+            COSINES, COLUMNS, rows, ranks, inside, y, lse_i, own, s, R, cosine_stride, by_row, by_column, RPAD, SMOOTH
+        )
+        r = tl.sum(g * cosines, 1)
         ds += tl.sum(r)
+        narrow = _operand(g, X, UPCAST)
         if NEED_X:
-            x = _load(X, rows, columns, B, x_stride, D, D % BD == 0).to(tl.float32) * rx[:, None]
+            p = _unit(P, ranks, columns, tl.load(COLUMNS + 3 * RPAD + ranks), R, p_stride, D, BD)
+            dx = _dot(narrow, _operand(p, X, UPCAST), tl.zeros([BM, BD], tl.float32), PRECISION, UPCAST)
+            x = _unit(X, rows, columns, rx, B, x_stride, D, BD)
             dx = (dx - r[:, None] * x) * (rx * (s * back))[:, None]
             at = DX + rows.to(tl.int64)[:, None] * D + columns[None, :]
             tl.store(at, dx.to(DX.dtype.element_ty), mask=inside[:, None] & (columns < D)[None, :])
+        if NEED_P:
+            q += tl.sum(g * cosines, 0)
+            x = _unit(X, rows, columns, rx, B, x_stride, D, BD)
+            dp = _dot(tl.trans(narrow), _operand(x, X, UPCAST), dp, PRECISION, UPCAST)
 
     if NEED_P:
-        ranks = first_rank + tl.arange(0, BR)
         rp = tl.load(COLUMNS + 3 * RPAD + ranks)
-        p = _load(P, ranks, columns, R, p_stride, D, D % BD == 0).to(tl.float32) * rp[:, None]
+        p = _unit(P, ranks, columns, rp, R, p_stride, D, BD)
         dp = (dp - q[:, None] * p) * (rp * (s * back))[:, None]
         at_dp = ranks[:, None] * D + columns[None, :]
         inside_dp = (ranks < R)[:, None] & (columns < D)[None, :]
@@ -400,11 +425,11 @@ def backward_kernel(
             tl.store(at + at_dp, dp, mask=inside_dp)
         if NEED_S:  # the same in all programs of a chunk but for rounding: that of program 0 counts
             tl.store(at + RPAD * D, ds, mask=tl.program_id(0) == 0)
-        counter = COUNTERS + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        counter = COUNTERS + tl.program_id(0)
         last = _arrive(counter) == chunks - 1
         if last:
             tl.store(counter, 0)
-            dp = tl.zeros([BR, BD], tl.float32)
+            dp = tl.zeros([RPAD, BD], tl.float32)
             ds = 0.0
             for i in tl.range(0, chunks, loop_unroll_factor=4):
                 at = PARTS + i * (RPAD * D + 16)
@@ -417,6 +442,139 @@ def backward_kernel(
             tl.store(DP + at_dp, dp.to(DP.dtype.element_ty), mask=inside_dp)
         if NEED_S:
             tl.store(DS, ds.to(DS.dtype.element_ty), mask=tl.program_id(0) == 0)
+
+
+@triton.jit(do_not_specialize=["B"])
+def residual_kernel(
+    Y,  # (B,)
+    S,  # ()
+    COSINES,  # (B, cosine_stride) fp32
+    ROWS,  # (2, B) fp32: lse_i, 1/|x_i|
+    COLUMNS,  # (5, RPAD) fp32, see forward_kernel
+    COUNTS,  # (2,) fp32: B, |V|
+    G_I2T,  # () fp32, read if HAS_I2T
+    G_T2I,  # () fp32, read if HAS_T2I
+    G,  # (B, RPAD) out, dtype of the operands, scaled, see _upstream; written if STORE
+    R_SUMS,  # (B,) fp32 out: r_i
+    DS_PARTS,  # (1 + programs,) fp32 out: what undoes the scaling, then sum of r_i of each program
+    B, R, cosine_stride,
+    BM: tl.constexpr, BR: tl.constexpr, RPAD: tl.constexpr, HAS_I2T: tl.constexpr, HAS_T2I: tl.constexpr,
+    SMOOTH: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
+    """Program i owns images i BM .. and all ranks."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    inside = rows < B
+    s = tl.load(S).to(tl.float32)
+    by_row, by_column, back = _upstream(COUNTS, G_I2T, G_T2I, HAS_I2T, HAS_T2I)
+    y, lse_i, own = _row_values(Y, ROWS, COLUMNS, rows, inside, B, R, by_row, by_column, RPAD)
+    r = tl.zeros([BM], tl.float32)
+    for c in range(0, RPAD, BR):
+        ranks = c + tl.arange(0, BR)
+        g, cosines = _residual(
+            COSINES, COLUMNS, rows, ranks, inside, y, lse_i, own, s, R, cosine_stride, by_row, by_column, RPAD, SMOOTH
+        )
+        r += tl.sum(g * cosines, 1)
+        if STORE:
+            at = G + rows.to(tl.int64)[:, None] * RPAD + ranks[None, :]
+            tl.store(at, g.to(G.dtype.element_ty), mask=inside[:, None])
+    tl.store(R_SUMS + rows, r, mask=inside)
+    tl.store(DS_PARTS + 1 + tl.program_id(0), tl.sum(r))
+    if tl.program_id(0) == 0:
+        tl.store(DS_PARTS, back)
+
+
+@triton.jit(do_not_specialize=["B"])
+def image_gradient_kernel(
+    X,  # (B, D)
+    P,  # (R, D)
+    S,  # ()
+    ROWS,  # (2, B) fp32
+    COLUMNS,  # (5, RPAD) fp32
+    G,  # (B, RPAD), see residual_kernel
+    R_SUMS,  # (B,) fp32
+    DS_PARTS,  # its first: what undoes the scaling
+    DX,  # (B, D) out, dtype of X
+    B, R, x_stride, p_stride,
+    D: tl.constexpr, RPAD: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program i: tile of BM images by BD dimensions; those of one tile of images follow each other."""
+    slices: tl.constexpr = (D + BD - 1) // BD
+    rows = tl.program_id(0) // slices * BM + tl.arange(0, BM)
+    columns = tl.program_id(0) % slices * BD + tl.arange(0, BD)
+    inside = rows < B
+    dx = tl.zeros([BM, BD], tl.float32)
+    for c in range(0, RPAD, BK):
+        ranks = c + tl.arange(0, BK)
+        g = tl.load(G + rows.to(tl.int64)[:, None] * RPAD + ranks[None, :], mask=inside[:, None], other=0.0)
+        p = _unit(P, ranks, columns, tl.load(COLUMNS + 3 * RPAD + ranks), R, p_stride, D, BD)
+        dx = tl.dot(g, p.to(g.dtype), dx, input_precision=PRECISION)
+    rx = tl.load(ROWS + B + rows, mask=inside, other=0.0)
+    x = _unit(X, rows, columns, rx, B, x_stride, D, BD)
+    r = tl.load(R_SUMS + rows, mask=inside, other=0.0)
+    dx = (dx - r[:, None] * x) * (rx * (tl.load(S).to(tl.float32) * tl.load(DS_PARTS)))[:, None]
+    at = DX + rows.to(tl.int64)[:, None] * D + columns[None, :]
+    tl.store(at, dx.to(DX.dtype.element_ty), mask=inside[:, None] & (columns < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["B", "tiles"])
+def rank_sums_kernel(
+    X,  # (B, D)
+    ROWS,  # (2, B) fp32
+    G,  # (B, RPAD), see residual_kernel
+    SUMS,  # (chunks, RPAD, D) fp32 out: sum_i G_ic x^_i over each chunk of images
+    B, x_stride, tiles,
+    D: tl.constexpr, RPAD: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (j, i, k): dimensions j BD .., `tiles` tiles of BK images from i on, ranks k BR ..."""
+    columns = tl.program_id(0) * BD + tl.arange(0, BD)
+    ranks = tl.program_id(2) * BR + tl.arange(0, BR)
+    sums = tl.zeros([BR, BD], tl.float32)
+    for t in range(0, tiles):
+        rows = (tl.program_id(1) * tiles + t) * BK + tl.arange(0, BK)
+        g = tl.load(G + rows.to(tl.int64)[:, None] * RPAD + ranks[None, :], mask=(rows < B)[:, None], other=0.0)
+        rx = tl.load(ROWS + B + rows, mask=rows < B, other=0.0)
+        x = _unit(X, rows, columns, rx, B, x_stride, D, BD)
+        sums = tl.dot(tl.trans(g), x.to(g.dtype), sums, input_precision=PRECISION)
+    at = SUMS + (tl.program_id(1) * RPAD + ranks)[:, None] * D + columns[None, :]
+    tl.store(at, sums, mask=(columns < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["chunks", "programs"])
+def prototype_gradient_kernel(
+    P,  # (R, D)
+    S,  # ()
+    COLUMNS,  # (5, RPAD) fp32
+    SUMS,  # (chunks, RPAD, D) fp32, see rank_sums_kernel; read if NEED_P
+    DS_PARTS,  # (1 + programs,) fp32, see residual_kernel
+    DP,  # (R, D) out, dtype of P
+    DS,  # () out, dtype of S
+    R, p_stride, chunks, programs,
+    D: tl.constexpr, RPAD: tl.constexpr, BR: tl.constexpr, DPAD: tl.constexpr,
+    NEED_P: tl.constexpr, NEED_S: tl.constexpr,
+):  # fmt: skip
+    """Program k owns ranks k BR .., whole, so that q_c = <sum_i G_ic x^_i, p^_c> costs nothing more."""
+    back = tl.load(DS_PARTS)
+    if NEED_P:
+        ranks = tl.program_id(0) * BR + tl.arange(0, BR)
+        columns = tl.arange(0, DPAD)
+        inside = (columns < D)[None, :]
+        sums = tl.zeros([BR, DPAD], tl.float32)
+        for i in tl.range(0, chunks, loop_unroll_factor=4):
+            at = SUMS + (i * RPAD + ranks).to(tl.int64)[:, None] * D + columns[None, :]
+            sums += tl.load(at, mask=inside, other=0.0)
+        rp = tl.load(COLUMNS + 3 * RPAD + ranks)
+        p = _unit(P, ranks, columns, rp, R, p_stride, D, DPAD)
+        q = tl.sum(sums * p, 1)
+        dp = (sums - q[:, None] * p) * (rp * (tl.load(S).to(tl.float32) * back))[:, None]
+        at = DP + ranks[:, None] * D + columns[None, :]
+        tl.store(at, dp.to(DP.dtype.element_ty), mask=inside & (ranks < R)[:, None])
+    if NEED_S:
+        if tl.program_id(0) == 0:
+            ds = tl.zeros([1024], tl.float32)
+            for i in range(0, programs, 1024):
+                part = i + tl.arange(0, 1024)
+                ds += tl.load(DS_PARTS + 1 + part, mask=part < programs, other=0.0)
+            tl.store(DS, (tl.sum(ds) * back).to(DS.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -449,9 +607,9 @@ def match_kernel(
         top = tl.max(a, 1)
         best = tl.where(top > m, c + tl.argmax(a, 1), best)
         new = tl.maximum(m, top)
-        e = tl.exp(a - new[:, None])
-        l = l * tl.exp(m - new) + tl.sum(e, 1)
-        mean = mean * tl.exp(m - new) + tl.sum(e * ranks.to(tl.float32)[None, :], 1)
+        e = _exp(a - new[:, None])
+        l = l * _exp(m - new) + tl.sum(e, 1)
+        mean = mean * _exp(m - new) + tl.sum(e * ranks.to(tl.float32)[None, :], 1)
         m = new
     tl.store(EXPECTED + rows, mean / l, mask=rows < B)
     tl.store(ARGMAX + rows, best.to(tl.int64), mask=rows < B)
@@ -460,15 +618,16 @@ def match_kernel(
         ranks = c + tl.arange(0, BR)
         mask = (rows < B)[:, None] & (ranks < R)[None, :]
         a = tl.load(at + ranks[None, :], mask=mask, other=0.0)
-        tl.store(at + ranks[None, :], tl.exp(a - m[:, None]) / l[:, None], mask=mask)
+        tl.store(at + ranks[None, :], _exp(a - m[:, None]) / l[:, None], mask=mask)
 
 
 # --- launchers ------------------------------------------------------------------------------------
 
 INTERPRET = not isinstance(forward_kernel, triton.JITFunction)
 PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
-MOST_PROGRAMS = 65535  # along an axis of the grid other than the first
-MOST_CHUNKS = 32  # of images, whose dP and ds the last program adds up one by one
+AT_ONCE = 4096  # images up to which the backward is one launch
+MOST_CHUNKS = 32  # of images, whose dP and ds the last program of that launch adds up one by one
+RESIDUAL_TILE = 32, 128  # BM and at most BR of residual_kernel
 _counters = {}  # (device, stream) -> int32 zeros
 _groups = {}  # name -> process group: an operator takes strings, not groups
 
@@ -477,25 +636,34 @@ def forward_config(B, R, D, kind, hopper):
     """(BM, BR, BK, num_warps, num_stages) of forward_kernel and match_kernel; kind: see _kind."""
     BR = 64 if R <= 64 else 128
     if kind != "half":
-        return 16 if kind == "tf32" else 32, BR, 16, 8, 2
+        return 16, BR, 32 if kind == "ieee" else 16, 8, 2
     if D % 64:  # rows that cannot be copied 16 bytes at a time
         return 16, BR, 32, 8, 3
     if B <= 2048:  # many small programs
-        return 16, BR, 64, 8, 3
+        return 16 if R <= 128 else 32, BR, 64, 8, 3
     if R <= 128:
-        return 64, BR, 64 if hopper else 32, BR // 16, 3
+        return 64, BR, 64, BR // 16, 3
     return (64, 128, 32, 8, 3) if hopper else (64, 64, 64, 8, 3)
 
 
 def backward_config(B, R, D, kind, hopper):
-    """(BM, BR, BD, num_warps, num_stages) of backward_kernel."""
-    BR = 64 if R <= 64 else 128
-    if kind != "half" and R > (64 if kind == "tf32x3" else 128):
-        return 16, 64, 32, 8, 1
+    """(BM, BD, num_warps, num_stages) of backward_kernel."""
     if kind != "half":
-        return 16, BR, 16, 8, 1
-    BM = 32 if B <= 2048 and (R <= 128 or hopper) else 64
-    return (BM, BR, 64, 8, 1) if hopper and D % 64 == 0 else (BM, BR, 32, 8, 2)
+        return 16, 16, 8, 1
+    BM = 32 if B <= 2048 else 64
+    return (BM, 64, 8, 1) if hopper and D % 64 == 0 else (BM, 32, 8, 2)
+
+
+def image_gradient_config(R, kind):
+    """(BM, BD, BK, num_warps, num_stages) of image_gradient_kernel."""
+    if kind != "half":
+        return 64, 128, 16, 8, 2
+    return (128, 64, 64, 4, 3) if R <= 128 else (128, 128, 64, 8, 2)
+
+
+def rank_sums_config(kind):
+    """(BR at most, BD, BK, num_warps, num_stages) of rank_sums_kernel."""
+    return (128, 128, 64, 8, 3) if kind == "half" else (64, 128, 16, 8, 2)
 
 
 @functools.cache
@@ -566,16 +734,21 @@ def _cdiv(a, b):
     return -(-a // b)
 
 
+def _split(tiles, most):
+    """(chunks, tiles of each)."""
+    each = _cdiv(tiles, max(min(tiles, most), 1))
+    return _cdiv(tiles, each), each
+
+
 def _padded(R):
     """RPAD: R rounded up to whole tiles of any configuration."""
     return 64 if R <= 64 else _cdiv(R, 128) * 128
 
 
-def _sizes(x, p, config):
-    """B, R, D, the configuration and RPAD, R rounded up to whole tiles."""
-    B, D, R = len(x), x.shape[1], int(p.shape[0])
-    BM, BR, depth, warps, stages = config(B, R, D, _kind(x, p), _hopper(x.device))
-    return B, R, D, BM, BR, _padded(R), depth, dict(warps=warps, stages=stages)
+def _sizes(x, p):
+    """B, R, D, RPAD, and what tiles go by besides: kind of dots, generation of GPU."""
+    R = int(p.shape[0])
+    return len(x), R, x.shape[1], _padded(R), _kind(x, p), _hopper(x.device)
 
 
 def _saved(x, R, RPAD, save):
@@ -588,13 +761,14 @@ def _saved(x, R, RPAD, save):
 def forward(x, p, y, s, smooth, save, shared, group):
     """(cosines, rows, columns, counts, i2t, t2i), see forward_kernel; group: a key of _groups or ""."""
     x, p, y = _rows(x), _rows(p), y.contiguous()
-    B, R, D, BM, BR, RPAD, BK, options = _sizes(x, p, forward_config)
+    B, R, D, RPAD, kind, hopper = _sizes(x, p)
+    BM, BR, BK, warps, stages = forward_config(B, R, D, kind, hopper)
     saved = cosines, rows, columns, counts, i2t, t2i = _saved(x, R, RPAD, save)
     programs = _cdiv(B, BM)
     group_size = max(programs, 1) if programs <= 16 else triton.next_power_of_2(math.isqrt(programs))
     groups = _cdiv(programs, group_size)
     parts = torch.empty(programs + groups + 1, 6, RPAD, dtype=torch.float32, device=x.device)
-    tiles = dict(RPAD=RPAD, BR=BR, SMOOTH=smooth)
+    options = dict(RPAD=RPAD, BR=BR, SMOOTH=smooth, warps=warps, stages=stages)
     alone = programs == 1
     with _on(x):
         if B:
@@ -602,7 +776,7 @@ def forward(x, p, y, s, smooth, save, shared, group):
                 forward_kernel, (programs,), x, p, y, s, *saved, parts,
                 parts if alone else _zeros(x.device, 1 + groups, shared),
                 B, R, x.stride(0), p.stride(0), cosines.stride(0), group_size, D=D, BM=BM, BK=BK, SAVE=save,
-                ALONE=alone, FINISH=not group, **tiles, **_dots(x, p), **options,
+                ALONE=alone, FINISH=not group, **_dots(x, p), **options,
             )  # fmt: skip
         else:  # the part of no images
             parts.zero_()[:, 0] = float("-inf")
@@ -611,7 +785,7 @@ def forward(x, p, y, s, smooth, save, shared, group):
             parts = _gather(parts[-1], _groups[group])
         if group or not B:
             outputs = columns, counts, i2t, t2i
-            _launch(finish_kernel, (1,), parts, *outputs, len(parts), R, **tiles, **options)
+            _launch(finish_kernel, (1,), parts, *outputs, len(parts), R, **options)
     return saved
 
 
@@ -624,55 +798,95 @@ def _gather(part, group):
 
 def backward(g_i2t, g_t2i, x, p, y, s, cosines, rows, columns, counts, smooth, shared,
              need_x, need_p, need_s):  # fmt: skip
-    """(dx, dp, ds), see backward_kernel; empty where not needed."""
+    """(dx, dp, ds), empty where not needed."""
     x, p, y = _rows(x), _rows(p), y.contiguous()
-    B, R, D, BM, BR, RPAD, BD, options = _sizes(x, p, backward_config)
     needs = (x, need_x), (p, need_p), (s, need_s)
-    dx, dp, ds = (t.new_empty(t.shape if need else 0) for t, need in needs)
-    if not B:
+    grads = dx, dp, ds = tuple(t.new_empty(t.shape if need else 0) for t, need in needs)
+    if not len(x):
         return dx, dp.zero_(), ds.zero_()
-
-    def launch(need_x, need_p, need_s):
-        slices = _cdiv(D, BD) if need_x or need_p else 1
-        rank_tiles = RPAD // BR if need_p else 1
-        tiles = _cdiv(B, BM)
-        if need_p or need_s:
-            chunks = min(tiles, _multiprocessors(x.device) // (slices * rank_tiles), MOST_CHUNKS)
-        else:
-            chunks = min(tiles, MOST_PROGRAMS)  # nothing to add up
-        tiles = _cdiv(tiles, max(chunks, 1))  # of each chunk
-        chunks = _cdiv(_cdiv(B, BM), tiles)
-        alone = chunks == 1 or not (need_p or need_s)
-        parts = s.new_empty(0 if alone else chunks * (RPAD * D + 16), dtype=torch.float32)
-        counters = parts if alone else _zeros(x.device, slices * rank_tiles, shared)
-        _launch(
-            backward_kernel, (slices, chunks, rank_tiles), x, p, y, s, cosines, rows, columns, counts,
-            g_i2t, g_t2i, dx, dp, ds, parts, counters, B, R, x.stride(0), p.stride(0),
-            cosines.stride(0), tiles, D=D, BM=BM, BR=BR, RPAD=RPAD, BD=BD, WIDTH=BR if need_p else RPAD,
-            NEED_X=need_x, NEED_P=need_p, NEED_S=need_s, HAS_I2T=g_i2t is not None,
-            HAS_T2I=g_t2i is not None, SMOOTH=smooth, ALONE=alone, **_dots(x, p), **options,
-        )  # fmt: skip
-
+    flags = dict(HAS_I2T=g_i2t is not None, HAS_T2I=g_t2i is not None, SMOOTH=smooth)
+    inputs = x, p, y, s, cosines, rows, columns, counts, g_i2t, g_t2i
+    at_once = len(x) <= AT_ONCE and len(p) <= (64 if _kind(x, p) == "tf32x3" else 128)
     with _on(x):
-        if RPAD == BR or not need_p:
-            launch(need_x, need_p, need_s)
+        if at_once:
+            _backward_at_once(inputs, grads, flags, shared, need_x, need_p, need_s)
         else:
-            if need_x or need_s:
-                launch(need_x, False, need_s)
-            launch(False, True, False)
-    return dx, dp, ds
+            _backward_in_steps(inputs, grads, flags, need_x, need_p, need_s)
+    return grads
+
+
+def _backward_at_once(inputs, grads, flags, shared, need_x, need_p, need_s):
+    """One launch; each slice of D computes G again."""
+    x, p, _, s, cosines, *_ = inputs
+    B, R, D, RPAD, kind, hopper = _sizes(x, p)
+    BM, BD, warps, stages = backward_config(B, R, D, kind, hopper)
+    slices = _cdiv(D, BD) if need_x or need_p else 1
+    chunks, tiles = _split(_cdiv(B, BM), min(_multiprocessors(x.device) // slices, MOST_CHUNKS))
+    alone = chunks == 1
+    parts = s.new_empty(0 if alone else chunks * (RPAD * D + 16), dtype=torch.float32)
+    counters = parts if alone else _zeros(x.device, slices, shared)
+    _launch(
+        backward_kernel, (slices, chunks), *inputs, *grads, parts, counters, B, R, x.stride(0), p.stride(0),
+        cosines.stride(0), tiles, D=D, BM=BM, RPAD=RPAD, BD=BD, NEED_X=need_x, NEED_P=need_p, NEED_S=need_s,
+        ALONE=alone, **flags, **_dots(x, p), warps=warps, stages=stages,
+    )  # fmt: skip
+
+
+def _backward_in_steps(inputs, grads, flags, need_x, need_p, need_s):
+    """G once, in memory, then the two products with it."""
+    x, p, y, s, cosines, rows, columns, counts, g_i2t, g_t2i = inputs
+    dx, dp, ds = grads
+    B, R, D, RPAD, kind, _ = _sizes(x, p)
+    dots = _dots(x, p)
+    dtype = torch.float32 if dots["UPCAST"] else x.dtype
+    shape, strides = dict(D=D, RPAD=RPAD), (x.stride(0), p.stride(0))
+
+    BM, BR = RESIDUAL_TILE
+    programs, store = _cdiv(B, BM), need_x or need_p
+    g = x.new_empty(B * store, RPAD, dtype=dtype)
+    r_sums, ds_parts = (s.new_empty(count, dtype=torch.float32) for count in (B, 1 + programs))
+    _launch(
+        residual_kernel, (programs,), *inputs[2:], g, r_sums, ds_parts, B, R, cosines.stride(0),
+        BM=BM, BR=min(RPAD, BR), RPAD=RPAD, STORE=store, **flags, warps=8, stages=1,
+    )  # fmt: skip
+    if need_x:
+        BM, BD, BK, warps, stages = image_gradient_config(R, kind)
+        _launch(
+            image_gradient_kernel, (_cdiv(B, BM) * _cdiv(D, BD),), x, p, s, rows, columns, g, r_sums, ds_parts, dx,
+            B, R, *strides, BM=BM, BD=BD, BK=BK, **shape, PRECISION=dots["PRECISION"], warps=warps, stages=stages,
+        )  # fmt: skip
+    chunks, sums = 0, ds_parts
+    if need_p:
+        BR, BD, BK, warps, stages = rank_sums_config(kind)
+        BR = min(BR, RPAD)
+        slices, rank_tiles = _cdiv(D, BD), RPAD // BR
+        chunks, tiles = _split(_cdiv(B, BK), _multiprocessors(x.device) // (slices * rank_tiles))
+        sums = s.new_empty(chunks, RPAD, D, dtype=torch.float32)
+        _launch(
+            rank_sums_kernel, (slices, chunks, rank_tiles), x, rows, g, sums, B, x.stride(0), tiles,
+            BR=BR, BD=BD, BK=BK, **shape, PRECISION=dots["PRECISION"], warps=warps, stages=stages,
+        )  # fmt: skip
+    if need_p or need_s:
+        DPAD = triton.next_power_of_2(D)
+        BR = min(max(1024 // DPAD, 1), 16)
+        _launch(
+            prototype_gradient_kernel, (RPAD // BR if need_p else 1,), p, s, columns, sums, ds_parts, dp, ds,
+            R, p.stride(0), chunks, programs, BR=BR, DPAD=DPAD, **shape, NEED_P=need_p, NEED_S=need_s,
+            warps=4, stages=1,
+        )  # fmt: skip
 
 
 def probabilities(x, p, s):
     """(probs, expected, argmax), see match_kernel."""
     x, p = _rows(x), _rows(p)
-    B, R, D, BM, BR, RPAD, BK, options = _sizes(x, p, forward_config)
+    B, R, D, RPAD, kind, hopper = _sizes(x, p)
+    BM, BR, BK, warps, stages = forward_config(B, R, D, kind, hopper)
     out = _answers(x, p)
     if B:
         with _on(x):
             _launch(
                 match_kernel, (_cdiv(B, BM),), x, p, s, *out, B, R, x.stride(0), p.stride(0),
-                D=D, BM=BM, BR=BR, RPAD=RPAD, BK=BK, **_dots(x, p), **options,
+                D=D, BM=BM, BR=BR, RPAD=RPAD, BK=BK, **_dots(x, p), warps=warps, stages=stages,
             )  # fmt: skip
     return out
 
