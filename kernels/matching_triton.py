@@ -635,8 +635,10 @@ _groups = {}  # name -> process group: an operator takes strings, not groups
 def forward_config(B, R, D, kind, hopper):
     """(BM, BR, BK, num_warps, num_stages) of forward_kernel and match_kernel; kind: see _kind."""
     BR = 64 if R <= 64 else 128
+    if kind == "ieee":
+        return (16, BR, 16, 4, 2) if R <= 128 else (16, BR, 32, 8, 2)
     if kind != "half":
-        return 16, BR, 32 if kind == "ieee" else 16, 8, 2
+        return 16, BR, 16, 8, 2
     if D % 64:  # rows that cannot be copied 16 bytes at a time
         return 16, BR, 32, 8, 3
     if B <= 2048:  # many small programs
