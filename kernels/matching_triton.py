@@ -1,4 +1,4 @@
-"""The matching op as fused Triton kernels: one launch forward; one backward, or four where there is much to do.
+"""The matching op as fused Triton kernels: one launch forward; one backward, or four for many images or ranks.
 
 Formulas, and the symbols B, R, D, x_i, p_c, y_i, s, A_ic, lse, n_c, hi_c, lo_c, V: `reference.py`.
 
@@ -16,10 +16,11 @@ maximum and exp(max - lse_c) apart: the rounding of lse_c itself would be one er
     dx_i = s / (B |x_i|) (sum_c G_ic p^_c - r_i x^_i)       x^, p^: divided by their length
     dp_c = s / (B |p_c|) (sum_i G_ic x^_i - q_c p^_c)       ds = 1/B sum_i r_i
 
-At most 4,096 images and 128 ranks: since r and q do not sum over D, a program finishes its own slice of BD
-dimensions alone. Its dP stays in registers over a chunk of images; whoever arrives last adds the chunks up in
-index order. Each slice computes G again, which is cheap where launches are what costs. Beyond: G is computed
-once and stored, then come two products with it (image_gradient_kernel, rank_sums_kernel), then the sum over chunks.
+At most 4,096 images and 128 ranks (64 in tf32x3): since r and q do not sum over D, a program finishes its own
+slice of BD dimensions alone. Its dP stays in registers over a chunk of images; whoever arrives last adds the
+chunks up in index order. Each slice computes G again, which is cheap where launches are what costs.
+Beyond: G is computed once and kept (B RPAD elements, for the time of the backward), then come two products with
+it (image_gradient_kernel, rank_sums_kernel), then the sum over chunks.
 
 Only counters are atomic, so results repeat bit for bit. Saved for backward: 4 B R + 8 B bytes.
 
@@ -326,7 +327,7 @@ def _upstream(COUNTS, G_I2T, G_T2I, HAS_I2T: tl.constexpr, HAS_T2I: tl.constexpr
 
 
 @triton.jit
-def _row_values(Y, ROWS, COLUMNS, rows, inside, B, R, by_row, by_column, RPAD: tl.constexpr):
+def _row_values(Y, ROWS, COLUMNS, rows, inside, R, by_row, by_column, RPAD: tl.constexpr):
     """y_i, lse_i and what G has less at y_i, all (BM,)."""
     y = tl.load(Y + rows, mask=inside, other=0).to(tl.int32)
     lse_i = tl.load(ROWS + rows, mask=inside, other=0.0)
@@ -391,7 +392,7 @@ def backward_kernel(
     for t in range(0, tiles):
         rows = (chunk * tiles + t) * BM + tl.arange(0, BM)
         inside = rows < B
-        y, lse_i, own = _row_values(Y, ROWS, COLUMNS, rows, inside, B, R, by_row, by_column, RPAD)
+        y, lse_i, own = _row_values(Y, ROWS, COLUMNS, rows, inside, R, by_row, by_column, RPAD)
         rx = tl.load(ROWS + B + rows, mask=inside, other=0.0)
         g, cosines = _residual(
             COSINES, COLUMNS, rows, ranks, inside, y, lse_i, own, s, R, cosine_stride, by_row, by_column, RPAD, SMOOTH
@@ -466,7 +467,7 @@ def residual_kernel(
     inside = rows < B
     s = tl.load(S).to(tl.float32)
     by_row, by_column, back = _upstream(COUNTS, G_I2T, G_T2I, HAS_I2T, HAS_T2I)
-    y, lse_i, own = _row_values(Y, ROWS, COLUMNS, rows, inside, B, R, by_row, by_column, RPAD)
+    y, lse_i, own = _row_values(Y, ROWS, COLUMNS, rows, inside, R, by_row, by_column, RPAD)
     r = tl.zeros([BM], tl.float32)
     for c in range(0, RPAD, BR):
         ranks = c + tl.arange(0, BR)
@@ -656,11 +657,11 @@ def backward_config(B, R, D, kind, hopper):
     return (BM, 64, 8, 1) if hopper and D % 64 == 0 else (BM, 32, 8, 2)
 
 
-def image_gradient_config(R, kind):
-    """(BM, BD, BK, num_warps, num_stages) of image_gradient_kernel."""
+def image_gradient_config(R, D, kind):
+    """(BM, BD, BK, num_warps, num_stages) of image_gradient_kernel; rows of odd length are read element by element."""
     if kind != "half":
         return 64, 128, 16, 8, 2
-    return (128, 64, 64, 4, 3) if R <= 128 else (128, 128, 64, 8, 2)
+    return (128, 64, 64, 4, 3) if R <= 128 or D % 2 else (128, 128, 64, 8, 2)
 
 
 def rank_sums_config(kind):
@@ -675,7 +676,6 @@ def _hopper(device):
 
 @functools.cache
 def _multiprocessors(device):
-    """Backward programs to aim for: one takes most registers of a multiprocessor."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
@@ -823,7 +823,7 @@ def _backward_at_once(inputs, grads, flags, shared, need_x, need_p, need_s):
     B, R, D, RPAD, kind, hopper = _sizes(x, p)
     BM, BD, warps, stages = backward_config(B, R, D, kind, hopper)
     slices = _cdiv(D, BD) if need_x or need_p else 1
-    chunks, tiles = _split(_cdiv(B, BM), min(_multiprocessors(x.device) // slices, MOST_CHUNKS))
+    chunks, tiles = _split(_cdiv(B, BM), min(_multiprocessors(x.device) // slices, MOST_CHUNKS))  # one fits on each
     alone = chunks == 1
     parts = s.new_empty(0 if alone else chunks * (RPAD * D + 16), dtype=torch.float32)
     counters = parts if alone else _zeros(x.device, slices, shared)
@@ -852,7 +852,7 @@ def _backward_in_steps(inputs, grads, flags, need_x, need_p, need_s):
         BM=BM, BR=min(RPAD, BR), RPAD=RPAD, STORE=store, **flags, warps=8, stages=1,
     )  # fmt: skip
     if need_x:
-        BM, BD, BK, warps, stages = image_gradient_config(R, kind)
+        BM, BD, BK, warps, stages = image_gradient_config(R, D, kind)
         _launch(
             image_gradient_kernel, (_cdiv(B, BM) * _cdiv(D, BD),), x, p, s, rows, columns, g, r_sums, ds_parts, dx,
             B, R, *strides, BM=BM, BD=BD, BK=BK, **shape, PRECISION=dots["PRECISION"], warps=warps, stages=stages,
@@ -862,7 +862,7 @@ def _backward_in_steps(inputs, grads, flags, need_x, need_p, need_s):
         BR, BD, BK, warps, stages = rank_sums_config(kind)
         BR = min(BR, RPAD)
         slices, rank_tiles = _cdiv(D, BD), RPAD // BR
-        chunks, tiles = _split(_cdiv(B, BK), _multiprocessors(x.device) // (slices * rank_tiles))
+        chunks, tiles = _split(_cdiv(B, BK), 2 * _multiprocessors(x.device) // (slices * rank_tiles))  # two fit on each
         sums = s.new_empty(chunks, RPAD, D, dtype=torch.float32)
         _launch(
             rank_sums_kernel, (slices, chunks, rank_tiles), x, rows, g, sums, B, x.stride(0), tiles,

@@ -671,7 +671,7 @@ SHIPPED = {
     "all": [
         (shape, dtype, precision, smooth)
         for shape in [(32, 61, 512), (256, 101, 1024), (65536, 5, 512), (65536, 101, 512)]
-        + [(4096, 61, 640), (4097, 101, 100), (65536, 1000, 512), (300, 200, 512)]
+        + [(4096, 61, 640), (4096, 101, 100), (4097, 101, 100), (4097, 300, 101), (65536, 1000, 512), (300, 200, 512)]
         for dtype, precision in [(BF16, "ieee"), (FP16, "ieee")]
         + [(FP32, precision) for precision in ("ieee", "tf32x3", "tf32")]
         for smooth in (False, True)
