@@ -639,7 +639,7 @@ def forward_config(B, R, D, kind, hopper):
     if kind == "ieee":
         return (16, BR, 16, 4, 2) if R <= 128 else (16, BR, 32, 8, 2)
     if kind != "half":
-        return 16, BR, 16, 8, 2
+        return 16, 64 if kind == "tf32x3" and R > 128 else BR, 16, 8, 2
     if D % 64:  # rows that cannot be copied 16 bytes at a time
         return 16, BR, 32, 8, 3
     if B <= 2048:  # many small programs
