@@ -22,7 +22,7 @@ chunks up in index order. Each slice computes G again, which is cheap where laun
 Beyond: G is computed once and kept (B RPAD elements, for the time of the backward), then come two products with
 it (image_gradient_kernel, rank_sums_kernel), then the sum over chunks.
 
-Only counters are atomic, so results repeat bit for bit. Saved for backward: 4 B R + 8 B bytes.
+Only integers are added atomically, so results repeat bit for bit. Saved for backward: 4 B R + 8 B bytes.
 
 Copy-paste: needs torch>=2.4, triton>=3.6 (run with 3.6 and 3.9); formulas in kernels/reference.py.
 """
@@ -257,10 +257,10 @@ def forward_kernel(
         m = new
         by_column = tl.where(inside[:, None], a, float("-inf"))
         top = tl.max(by_column, 0)
-        count = tl.histogram(y - c, BR, mask=(y >= c) & (y < c + BR))  # a sum of hits would keep them in registers
+        hits = tl.histogram(y - c, BR, mask=(y >= c) & (y < c + BR))  # tl.sum of y = rank takes 90 registers more
         _store_part(
             PARTS, program, ranks, top, tl.sum(_exp(by_column - top[None, :]), 0), tl.sum(positive, 0),
-            count.to(tl.float32), tl.sum(a, 0), RPAD, SMOOTH,
+            hits.to(tl.float32), tl.sum(a, 0), RPAD, SMOOTH,
         )  # fmt: skip
     lse = m + tl.log(l)
     if SAVE:
@@ -309,7 +309,7 @@ def finish_kernel(
 
 @triton.jit
 def _upstream(COUNTS, G_I2T, G_T2I, HAS_I2T: tl.constexpr, HAS_T2I: tl.constexpr):
-    """What multiplies the two halves of G, and what undoes their scaling.
+    """Three scalars: what multiplies the two halves of G, and what undoes their scaling.
 
     |G| stays below FP16_ROOM + 1 whatever the upstream gradients are.
     """
@@ -328,7 +328,7 @@ def _upstream(COUNTS, G_I2T, G_T2I, HAS_I2T: tl.constexpr, HAS_T2I: tl.constexpr
 
 @triton.jit
 def _row_values(Y, ROWS, COLUMNS, rows, inside, R, by_row, by_column, RPAD: tl.constexpr):
-    """y_i, lse_i and what G has less at y_i, all (BM,)."""
+    """y_i, lse_i and what is taken from G at c = y_i, all (BM,)."""
     y = tl.load(Y + rows, mask=inside, other=0).to(tl.int32)
     lse_i = tl.load(ROWS + rows, mask=inside, other=0.0)
     gap = tl.load(COLUMNS + RPAD + y, mask=(y >= 0) & (y < R), other=0.0)  # hi - lo
@@ -351,9 +351,9 @@ def _residual(COSINES, COLUMNS, rows, ranks, inside, y, lse_i, own, s, R, cosine
 
 
 @triton.jit
-def _unit(X, rows, columns, lengths, B, stride, D: tl.constexpr, BD: tl.constexpr):
-    """Tile of x^ or p^, fp32; lengths (BM,): 1/|x_i| or 1/|p_c|."""
-    return _load(X, rows, columns, B, stride, D, D % BD == 0).to(tl.float32) * lengths[:, None]
+def _unit(X, rows, columns, inverse, B, stride, D: tl.constexpr, BD: tl.constexpr):
+    """Tile (rows, BD) of x^ or p^, fp32; inverse (rows,): 1/|x_i| or 1/|p_c|."""
+    return _load(X, rows, columns, B, stride, D, D % BD == 0).to(tl.float32) * inverse[:, None]
 
 
 @triton.jit(do_not_specialize=["B", "tiles"])
@@ -456,8 +456,9 @@ def residual_kernel(
     G_I2T,  # () fp32, read if HAS_I2T
     G_T2I,  # () fp32, read if HAS_T2I
     G,  # (B, RPAD) out, dtype of the operands, scaled, see _upstream; written if STORE
-    R_SUMS,  # (B,) fp32 out: r_i
-    DS_PARTS,  # (1 + programs,) fp32 out: what undoes the scaling, then sum of r_i of each program
+    ROW_SUMS,  # (B,) fp32 out: r_i
+    DS_PARTS,  # (programs,) fp32 out: sum of r_i of each program
+    BACK,  # () fp32 out: what undoes the scaling of G and r_i, s apart
     B, R, cosine_stride,
     BM: tl.constexpr, BR: tl.constexpr, RPAD: tl.constexpr, HAS_I2T: tl.constexpr, HAS_T2I: tl.constexpr,
     SMOOTH: tl.constexpr, STORE: tl.constexpr,
@@ -478,10 +479,10 @@ def residual_kernel(
         if STORE:
             at = G + rows.to(tl.int64)[:, None] * RPAD + ranks[None, :]
             tl.store(at, g.to(G.dtype.element_ty), mask=inside[:, None])
-    tl.store(R_SUMS + rows, r, mask=inside)
-    tl.store(DS_PARTS + 1 + tl.program_id(0), tl.sum(r))
+    tl.store(ROW_SUMS + rows, r, mask=inside)
+    tl.store(DS_PARTS + tl.program_id(0), tl.sum(r))
     if tl.program_id(0) == 0:
-        tl.store(DS_PARTS, back)
+        tl.store(BACK, back)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -492,8 +493,8 @@ def image_gradient_kernel(
     ROWS,  # (2, B) fp32
     COLUMNS,  # (5, RPAD) fp32
     G,  # (B, RPAD), see residual_kernel
-    R_SUMS,  # (B,) fp32
-    DS_PARTS,  # its first: what undoes the scaling
+    ROW_SUMS,  # (B,) fp32
+    BACK,  # () fp32, see residual_kernel
     DX,  # (B, D) out, dtype of X
     B, R, x_stride, p_stride,
     D: tl.constexpr, RPAD: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
@@ -511,8 +512,8 @@ def image_gradient_kernel(
         dx = tl.dot(g, p.to(g.dtype), dx, input_precision=PRECISION)
     rx = tl.load(ROWS + B + rows, mask=inside, other=0.0)
     x = _unit(X, rows, columns, rx, B, x_stride, D, BD)
-    r = tl.load(R_SUMS + rows, mask=inside, other=0.0)
-    dx = (dx - r[:, None] * x) * (rx * (tl.load(S).to(tl.float32) * tl.load(DS_PARTS)))[:, None]
+    r = tl.load(ROW_SUMS + rows, mask=inside, other=0.0)
+    dx = (dx - r[:, None] * x) * (rx * (tl.load(S).to(tl.float32) * tl.load(BACK)))[:, None]
     at = DX + rows.to(tl.int64)[:, None] * D + columns[None, :]
     tl.store(at, dx.to(DX.dtype.element_ty), mask=inside[:, None] & (columns < D)[None, :])
 
@@ -546,7 +547,8 @@ def prototype_gradient_kernel(
     S,  # ()
     COLUMNS,  # (5, RPAD) fp32
     SUMS,  # (chunks, RPAD, D) fp32, see rank_sums_kernel; read if NEED_P
-    DS_PARTS,  # (1 + programs,) fp32, see residual_kernel
+    DS_PARTS,  # (programs,) fp32, see residual_kernel; read if NEED_S
+    BACK,  # () fp32, see residual_kernel
     DP,  # (R, D) out, dtype of P
     DS,  # () out, dtype of S
     R, p_stride, chunks, programs,
@@ -554,7 +556,7 @@ def prototype_gradient_kernel(
     NEED_P: tl.constexpr, NEED_S: tl.constexpr,
 ):  # fmt: skip
     """Program k owns ranks k BR .., whole, so that q_c = <sum_i G_ic x^_i, p^_c> costs nothing more."""
-    back = tl.load(DS_PARTS)
+    back = tl.load(BACK)
     if NEED_P:
         ranks = tl.program_id(0) * BR + tl.arange(0, BR)
         columns = tl.arange(0, DPAD)
@@ -574,7 +576,7 @@ def prototype_gradient_kernel(
             ds = tl.zeros([1024], tl.float32)
             for i in range(0, programs, 1024):
                 part = i + tl.arange(0, 1024)
-                ds += tl.load(DS_PARTS + 1 + part, mask=part < programs, other=0.0)
+                ds += tl.load(DS_PARTS + part, mask=part < programs, other=0.0)
             tl.store(DS, (tl.sum(ds) * back).to(DS.dtype.element_ty))
 
 
@@ -737,7 +739,7 @@ def _cdiv(a, b):
 
 
 def _split(tiles, most):
-    """(chunks, tiles of each)."""
+    """(chunks, tiles of each): at most `most` chunks, the last may be shorter."""
     each = _cdiv(tiles, max(min(tiles, most), 1))
     return _cdiv(tiles, each), each
 
@@ -800,7 +802,7 @@ def _gather(part, group):
 
 def backward(g_i2t, g_t2i, x, p, y, s, cosines, rows, columns, counts, smooth, shared,
              need_x, need_p, need_s):  # fmt: skip
-    """(dx, dp, ds), empty where not needed."""
+    """(dx (B, D), dp (R, D), ds ()), empty where not needed."""
     x, p, y = _rows(x), _rows(p), y.contiguous()
     needs = (x, need_x), (p, need_p), (s, need_s)
     grads = dx, dp, ds = tuple(t.new_empty(t.shape if need else 0) for t, need in needs)
@@ -818,7 +820,7 @@ def backward(g_i2t, g_t2i, x, p, y, s, cosines, rows, columns, counts, smooth, s
 
 
 def _backward_at_once(inputs, grads, flags, shared, need_x, need_p, need_s):
-    """One launch; each slice of D computes G again."""
+    """One launch of backward_kernel; each slice of D computes G again."""
     x, p, _, s, cosines, *_ = inputs
     B, R, D, RPAD, kind, hopper = _sizes(x, p)
     BM, BD, warps, stages = backward_config(B, R, D, kind, hopper)
@@ -835,7 +837,7 @@ def _backward_at_once(inputs, grads, flags, shared, need_x, need_p, need_s):
 
 
 def _backward_in_steps(inputs, grads, flags, need_x, need_p, need_s):
-    """G once, in memory, then the two products with it."""
+    """G once, in memory; two products with it; the sum over chunks of images. Inputs and grads as in `backward`."""
     x, p, y, s, cosines, rows, columns, counts, g_i2t, g_t2i = inputs
     dx, dp, ds = grads
     B, R, D, RPAD, kind, _ = _sizes(x, p)
@@ -846,15 +848,15 @@ def _backward_in_steps(inputs, grads, flags, need_x, need_p, need_s):
     BM, BR = RESIDUAL_TILE
     programs, store = _cdiv(B, BM), need_x or need_p
     g = x.new_empty(B * store, RPAD, dtype=dtype)
-    r_sums, ds_parts = (s.new_empty(count, dtype=torch.float32) for count in (B, 1 + programs))
+    row_sums, ds_parts, back = (s.new_empty(shape, dtype=torch.float32) for shape in (B, programs, ()))
     _launch(
-        residual_kernel, (programs,), *inputs[2:], g, r_sums, ds_parts, B, R, cosines.stride(0),
+        residual_kernel, (programs,), *inputs[2:], g, row_sums, ds_parts, back, B, R, cosines.stride(0),
         BM=BM, BR=min(RPAD, BR), RPAD=RPAD, STORE=store, **flags, warps=8, stages=1,
     )  # fmt: skip
     if need_x:
         BM, BD, BK, warps, stages = image_gradient_config(R, D, kind)
         _launch(
-            image_gradient_kernel, (_cdiv(B, BM) * _cdiv(D, BD),), x, p, s, rows, columns, g, r_sums, ds_parts, dx,
+            image_gradient_kernel, (_cdiv(B, BM) * _cdiv(D, BD),), x, p, s, rows, columns, g, row_sums, back, dx,
             B, R, *strides, BM=BM, BD=BD, BK=BK, **shape, PRECISION=dots["PRECISION"], warps=warps, stages=stages,
         )  # fmt: skip
     chunks, sums = 0, ds_parts
@@ -872,7 +874,7 @@ def _backward_in_steps(inputs, grads, flags, need_x, need_p, need_s):
         DPAD = triton.next_power_of_2(D)
         BR = min(max(1024 // DPAD, 1), 16)
         _launch(
-            prototype_gradient_kernel, (RPAD // BR if need_p else 1,), p, s, columns, sums, ds_parts, dp, ds,
+            prototype_gradient_kernel, (RPAD // BR if need_p else 1,), p, s, columns, sums, ds_parts, back, dp, ds,
             R, p.stride(0), chunks, programs, BR=BR, DPAD=DPAD, **shape, NEED_P=need_p, NEED_S=need_s,
             warps=4, stages=1,
         )  # fmt: skip
