@@ -891,9 +891,10 @@ def save_pictures(folder, task, model, preprocess, start, probs, labels, per_ran
     """similarity, confusion, distribution, error, sheet, curves as PNG; start: similarity before training."""
     folder.mkdir(exist_ok=True)
     names, axes = task.rank_names, ("predicted rank", "true rank")
+    means = mean_probs(probs, labels)
     pictures = dict(
         confusion=draw_matrices([confusion(probs, labels)], ["test images, counted"], names, axes),
-        distribution=draw_matrices([mean_probs(probs, labels)], ["mean probability of each rank"], names, axes),
+        distribution=draw_matrices([means], ["mean probability of each rank"], names, axes, (0, float(means.max()))),
         error=draw_error_by_rank(per_rank),
         sheet=draw_sheet(best_and_worst(task, preprocess, probs, labels)),
     )

@@ -269,7 +269,7 @@ def show(rows):
 
 def draw(rows, path, title):
     """Time against B, both logarithmic: a line for each contestant and one for the floor."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     lines = {}
     for row in rows:
@@ -288,6 +288,7 @@ def draw(rows, path, title):
 
     picture = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(picture)
+    pen.font = ImageFont.load_default(16)
     pen.text((margin, 20), title, "black")
     pen.text((margin, height - 30), "milliseconds, forward + backward, against images B", "black")
     for axis in (0, 1):
@@ -299,14 +300,14 @@ def draw(rows, path, title):
             ends[0][axis] = ends[1][axis] = tick
             start, end = place(ends[0]), place(ends[1])
             pen.line([start, end], "#dddddd")
-            label = (start[0] - 8, height - margin + 6) if axis == 0 else (14, start[1] - 6)
+            label = (start[0] - 8, height - margin + 6) if axis == 0 else (14, start[1] - 9)
             pen.text(label, f"{tick:g}", "black")
     colors = ["#c62828", "#ef8a62", "#1565c0", "#2e7d32", "#6a1b9a", "#00838f", "#f9a825", "#5d4037"]
     for (name, line), color in zip(sorted(lines.items()), colors * 3):
         color = "black" if name == "floor" else color
         line = sorted(set(line))
         pen.line([place(p) for p in line], color, width=1 if name == "floor" else 3)
-        pen.text((place(line[-1])[0] + 8, place(line[-1])[1] - 6), name, color)
+        pen.text((place(line[-1])[0] + 8, place(line[-1])[1] - 9), name, color)
     picture.save(path)
 
 
