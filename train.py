@@ -431,7 +431,7 @@ def refuse_to_overwrite(out, args):
             raise SystemExit(f"{out} is finished, see {out / 'results.json'}; --eval tests it again")
     elif (out / "results.json").exists():
         refuse_other_settings(args, json.loads((out / "results.json").read_text()))
-        raise SystemExit(f"{out} holds a run that is finished; --eval {out} tests it again, --out starts anew elsewhere")
+        raise SystemExit(f"{out} holds a finished run; --eval {out} tests it again, --out starts anew elsewhere")
     elif (out / "last.pt").exists():
         raise SystemExit(f"{out} holds a run; --resume {out} goes on with it, --out elsewhere starts anew")
     elif out.exists() and (others := {path.name for path in out.iterdir()} - set(FILES)):

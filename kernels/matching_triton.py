@@ -1,11 +1,12 @@
-"""The matching op as fused Triton kernels: one launch forward; one backward, or four for many images or ranks.
+"""The matching op as fused Triton kernels: one launch forward and one backward, a few more for many images or ranks.
 
 Formulas, and the symbols B, R, D, x_i, p_c, y_i, s, A_ic, lse, n_c, hi_c, lo_c, V: `reference.py`.
 
 Forward. One program per tile of BM images; it walks over all ranks in tiles of BR. Along D it accumulates
-<x_i, p_c>, |x_i|^2 and |p_c|^2 together, so normalising costs no pass of its own. It leaves behind the row
-lse, the logits divided by s, and a few numbers per column (PARTS). Whoever arrives last of a group of programs
-merges their columns in index order; whoever arrives last of these merges the groups and writes both losses.
+<x_i, p_c>, |x_i|^2 and |p_c|^2 together, so normalising costs no pass of its own (beyond 4,096 images |p_c|
+comes from a launch before). It leaves behind the row lse, the logits divided by s, and a few numbers per column
+(PARTS). Whoever arrives last of a group of programs merges their columns in a fixed order; whoever arrives last
+of these merges the groups and writes both losses.
 
 Backward, from the stored C_ic = A_ic / s (a gradient for s then needs no division by s). A column keeps its
 maximum and exp(max - lse_c) apart: the rounding of lse_c itself would be one error shared by all images.
@@ -20,7 +21,8 @@ At most 4,096 images and 128 ranks (64 in tf32x3): since r and q do not sum over
 slice of BD dimensions alone. Its dP stays in registers over a chunk of images; whoever arrives last adds the
 chunks up in index order. Each slice computes G again, which is cheap where launches are what costs.
 Beyond: G is computed once and kept (B RPAD elements, for the time of the backward), then come two products with
-it (image_gradient_kernel, rank_sums_kernel), then the sum over chunks.
+it (rank_sums_kernel does both where a tile holds all ranks, else image_gradient_kernel goes before it), then the
+sum over chunks.
 
 Only integers are added atomically, so results repeat bit for bit. Saved for backward: 4 B R + 8 B bytes.
 
@@ -39,7 +41,7 @@ import triton.language as tl
 ZERO = tl.constexpr(1e-24)  # squared length below which a vector counts as zero: reference.EPS ** 2
 E10 = tl.constexpr(22026.465794806718)  # e^10 of target="softmax10"
 LOG2E = tl.constexpr(1.4426950408889634)
-CHUNK = tl.constexpr(32)  # parts whose two row sums are read at once while merging
+CHUNK = tl.constexpr(8)  # parts read at once while merging
 FP16_ROOM = tl.constexpr(3e4)  # G is scaled to stay below this, fp16 ends at 65504
 
 # --- kernels: shared pieces -----------------------------------------------------------------------
@@ -74,26 +76,40 @@ def _load(X, rows, columns, B, stride, D: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _cosines(X, P, rows, ranks, B, R, x_stride, p_stride, D: tl.constexpr, BM: tl.constexpr,
-             BR: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """C (BM, BR) between rows of X (B, D) and ranks of P (R, D), 1/|x| (BM,) and 1/|p| (BR,)."""
+def _squares(a, ROWS: tl.constexpr, BK: tl.constexpr):
+    """(ROWS, BK) -> (ROWS, BK / 4) fp32: sums that stay within a thread, where whole rows take shuffles."""
+    a = a.to(tl.float32)
+    return tl.sum(tl.reshape(a * a, [ROWS, BK // 4, 4]), 2)
+
+
+@triton.jit
+def _inverse(squares):
+    """1/|a| of squared lengths, 0 for zero vectors."""
+    return tl.where(squares > ZERO, tl.rsqrt(squares), 0.0)
+
+
+@triton.jit
+def _cosines(X, P, LENGTHS, rows, ranks, B, R, x_stride, p_stride, D: tl.constexpr, BM: tl.constexpr,
+             BR: tl.constexpr, BK: tl.constexpr, KNOWN: tl.constexpr, PRECISION: tl.constexpr,
+             UPCAST: tl.constexpr):  # fmt: skip
+    """C (BM, BR) between rows of X (B, D) and ranks of P (R, D), 1/|x| (BM,) and 1/|p| (BR,); KNOWN: from LENGTHS."""
     acc = tl.zeros([BM, BR], tl.float32)
-    xx = tl.zeros([BM], tl.float32)
-    pp = tl.zeros([BR], tl.float32)
+    xx = tl.zeros([BM, BK // 4], tl.float32)
+    pp = tl.zeros([BR, BK // 4], tl.float32)
     for k in range(0, D, BK):
         columns = k + tl.arange(0, BK)
         x = _load(X, rows, columns, B, x_stride, D, D % BK == 0)  # (BM, BK)
         p = _load(P, ranks, columns, R, p_stride, D, D % BK == 0)  # (BR, BK)
-        x32, p32 = x.to(tl.float32), p.to(tl.float32)
-        xx += tl.sum(x32 * x32, 1)
-        pp += tl.sum(p32 * p32, 1)
+        xx += _squares(x, BM, BK)
+        if not KNOWN:
+            pp += _squares(p, BR, BK)
         acc = _dot(x, tl.trans(p), acc, PRECISION, UPCAST)
         if BM >= 64:
             # The norms read x and p too, and Triton then gives their buffers no third place for the wgmma that is
             # still reading (triton-lang/triton#6691). Touching acc makes it wait; the compile gate looks for that.
             acc = tl.where(k < D, acc, 0.0)
-    rx = tl.where(xx > ZERO, tl.rsqrt(xx), 0.0)
-    rp = tl.where(pp > ZERO, tl.rsqrt(pp), 0.0)
+    rx = _inverse(tl.sum(xx, 1))
+    rp = tl.load(LENGTHS + ranks) if KNOWN else _inverse(tl.sum(pp, 1))
     return acc * rx[:, None] * rp[None, :], rx, rp
 
 
@@ -110,23 +126,32 @@ def _arrive(COUNTER):
 
 
 @triton.jit
-def _merge_column(PARTS, first, count, ranks, RPAD: tl.constexpr, SMOOTH: tl.constexpr):
-    """Column statistics (BR,) of parts first .. first + count - 1, added up in index order."""
-    zero = ranks.to(tl.float32) * 0.0
+def _merge_column(PARTS, first, count, ranks, RPAD: tl.constexpr, BR: tl.constexpr, SMOOTH: tl.constexpr):
+    """Column statistics (BR,) of parts first .. first + count - 1."""
+    zero = tl.zeros([CHUNK, BR], tl.float32)
     m, l, positive, n, total = zero - float("inf"), zero, zero, zero, zero
-    for i in tl.range(0, count, loop_unroll_factor=4):  # loads of four at once, and no barrier between
-        at = PARTS + (first + i).to(tl.int64) * (6 * RPAD) + ranks
-        part_m = tl.load(at, cache_modifier=".cg")
-        part_l = tl.load(at + RPAD, cache_modifier=".cg")
-        positive += tl.load(at + 2 * RPAD, cache_modifier=".cg")
-        n += tl.load(at + 3 * RPAD, cache_modifier=".cg")
+    for i in range(0, count, CHUNK):  # row k: parts k, k + CHUNK, ..
+        part = i + tl.arange(0, CHUNK)
+        at = PARTS + first.to(tl.int64) * (6 * RPAD) + part[:, None] * (6 * RPAD) + ranks[None, :]
+        some = (part < count)[:, None]
+        part_m = tl.load(at, mask=some, other=float("-inf"), cache_modifier=".cg")
+        part_l = tl.load(at + RPAD, mask=some, other=0.0, cache_modifier=".cg")
+        positive += tl.load(at + 2 * RPAD, mask=some, other=0.0, cache_modifier=".cg")
+        n += tl.load(at + 3 * RPAD, mask=some, other=0.0, cache_modifier=".cg")
         if SMOOTH:
-            total += tl.load(at + 4 * RPAD, cache_modifier=".cg")
+            total += tl.load(at + 4 * RPAD, mask=some, other=0.0, cache_modifier=".cg")
         new = tl.maximum(m, part_m)
-        shift = tl.where(new == float("-inf"), 0.0, new)  # parts of processes without images
-        l = l * _exp(m - shift) + part_l * _exp(part_m - shift)
+        l = _share(l, m, new) + _share(part_l, part_m, new)
         m = new
-    return m, l, positive, n, total
+    top = tl.max(m, 0)
+    l = tl.sum(_share(l, m, top[None, :]), 0)
+    return top, l, tl.sum(positive, 0), tl.sum(n, 0), tl.sum(total, 0)
+
+
+@triton.jit
+def _share(l, m, new):
+    """Sum of exp(A - m) as sum of exp(A - new); parts of processes without images have m = -inf."""
+    return l * _exp(m - tl.where(new == float("-inf"), 0.0, new))
 
 
 @triton.jit
@@ -161,7 +186,7 @@ def _merge(PARTS, first, count, to, RPAD: tl.constexpr, BR: tl.constexpr, SMOOTH
     tl.store(PARTS + to.to(tl.int64) * (6 * RPAD) + 5 * RPAD + 1, images)
     for c in range(0, RPAD, BR):
         ranks = c + tl.arange(0, BR)
-        m, l, positive, n, total = _merge_column(PARTS, first, count, ranks, RPAD, SMOOTH)
+        m, l, positive, n, total = _merge_column(PARTS, first, count, ranks, RPAD, BR, SMOOTH)
         _store_part(PARTS, to, ranks, m, l, positive, n, total, RPAD, SMOOTH)
 
 
@@ -173,7 +198,7 @@ def _finish(PARTS, COLUMNS, COUNTS, I2T, T2I, first, count, R, RPAD: tl.constexp
     t2i, present, labelled = 0.0, 0.0, 0.0
     for c in range(0, RPAD, BR):
         ranks = c + tl.arange(0, BR)
-        m, l, positive, n, total = _merge_column(PARTS, first, count, ranks, RPAD, SMOOTH)
+        m, l, positive, n, total = _merge_column(PARTS, first, count, ranks, RPAD, BR, SMOOTH)
         lse = m + tl.log(l)
         labelled += tl.sum(n)  # a label outside 0..R-1 counts for no rank
         here = (n > 0) & (ranks < R)
@@ -223,10 +248,13 @@ def forward_kernel(
     COUNTERS,  # (1 + groups,) int32, zero before and after
     B, R, x_stride, p_stride, cosine_stride, group_size,
     D: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, RPAD: tl.constexpr, BK: tl.constexpr,
-    SMOOTH: tl.constexpr, SAVE: tl.constexpr, ALONE: tl.constexpr, FINISH: tl.constexpr,
+    KNOWN: tl.constexpr, SMOOTH: tl.constexpr, SAVE: tl.constexpr, ALONE: tl.constexpr, FINISH: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Program i owns images i BM .. and all ranks. FINISH: the last one writes losses and COLUMNS."""
+    """Program i owns images i BM .. and all ranks. FINISH: the last one writes losses and COLUMNS.
+
+    KNOWN: 1/|p_c| is in COLUMNS already.
+    """
     program, programs = tl.program_id(0), tl.num_programs(0)
     rows = program * BM + tl.arange(0, BM)
     inside = rows < B
@@ -240,14 +268,15 @@ def forward_kernel(
         label = tl.load(Y + rows, mask=inside, other=0)
         y = tl.where(inside & (label >= 0) & (label < R), label.to(tl.int32), -1)  # anything else is of no rank
         cosines, rx, rp = _cosines(
-            X, P, rows, ranks, B, R, x_stride, p_stride, D, BM, BR, BK, PRECISION, UPCAST
+            X, P, COLUMNS + 3 * RPAD, rows, ranks, B, R, x_stride, p_stride, D, BM, BR, BK, KNOWN, PRECISION, UPCAST
         )
         if SAVE:
             at = COSINES + rows.to(tl.int64)[:, None] * cosine_stride + ranks[None, :]
             tl.store(at, cosines, mask=inside[:, None] & (ranks < cosine_stride)[None, :])
             tl.store(ROWS + B + rows, rx, mask=inside)
-        if program == 0:
-            tl.store(COLUMNS + 3 * RPAD + ranks, rp)
+        if not KNOWN:
+            if program == 0:
+                tl.store(COLUMNS + 3 * RPAD + ranks, rp)
         a = cosines * s
         positive = tl.where(y[:, None] == ranks[None, :], a, 0.0)
         own += tl.sum(positive, 1)
@@ -267,7 +296,7 @@ def forward_kernel(
         tl.store(ROWS + rows, lse, mask=inside)
     at = PARTS + program.to(tl.int64) * (6 * RPAD) + 5 * RPAD
     tl.store(at, tl.sum(tl.where(inside, lse - own, 0.0)))
-    tl.store(at + 1, tl.sum(inside.to(tl.float32)))
+    tl.store(at + 1, tl.minimum(B - program * BM, BM).to(tl.float32))
 
     groups = tl.cdiv(programs, group_size)
     group = program // group_size
@@ -291,6 +320,20 @@ def forward_kernel(
             _finish(PARTS, COLUMNS, COUNTS, I2T, T2I, first, count, R, RPAD, BR, SMOOTH)
         else:
             _merge(PARTS, first, count, programs + groups, RPAD, BR, SMOOTH)
+
+
+@triton.jit
+def lengths_kernel(
+    P,  # (R, D)
+    COLUMNS,  # (5, RPAD) fp32 out, row 3: 1/|p_c|, 0 from R on
+    R, p_stride, D: tl.constexpr, RPAD: tl.constexpr, DPAD: tl.constexpr,
+):  # fmt: skip
+    """Program c owns rank c. Spares each program of forward_kernel the same sums when there are many."""
+    rank = tl.program_id(0)
+    columns = tl.arange(0, DPAD)
+    inside = columns < tl.where(rank < R, D, 0)
+    p = tl.load(P + rank.to(tl.int64) * p_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(COLUMNS + 3 * RPAD + rank, _inverse(tl.sum(p * p)))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -356,6 +399,14 @@ def _unit(X, rows, columns, inverse, B, stride, D: tl.constexpr, BD: tl.constexp
     return _load(X, rows, columns, B, stride, D, D % BD == 0).to(tl.float32) * inverse[:, None]
 
 
+@triton.jit
+def _store_dx(DX, products, x, r, factor, rows, columns, B, D: tl.constexpr):
+    """Tile (rows, columns) of dX from sum_c G_ic p^_c and x^; r, and factor s / (B |x_i|): (rows,)."""
+    dx = (products - r[:, None] * x) * factor[:, None]
+    at = DX + rows.to(tl.int64)[:, None] * D + columns[None, :]
+    tl.store(at, dx.to(DX.dtype.element_ty), mask=(rows < B)[:, None] & (columns < D)[None, :])
+
+
 @triton.jit(do_not_specialize=["B", "tiles"])
 def backward_kernel(
     X,  # (B, D)
@@ -404,9 +455,7 @@ def backward_kernel(
             p = _unit(P, ranks, columns, tl.load(COLUMNS + 3 * RPAD + ranks), R, p_stride, D, BD)
             dx = _dot(narrow, _operand(p, X, UPCAST), tl.zeros([BM, BD], tl.float32), PRECISION, UPCAST)
             x = _unit(X, rows, columns, rx, B, x_stride, D, BD)
-            dx = (dx - r[:, None] * x) * (rx * (s * back))[:, None]
-            at = DX + rows.to(tl.int64)[:, None] * D + columns[None, :]
-            tl.store(at, dx.to(DX.dtype.element_ty), mask=inside[:, None] & (columns < D)[None, :])
+            _store_dx(DX, dx, x, r, rx * (s * back), rows, columns, B, D)
         if NEED_P:
             q += tl.sum(g * cosines, 0)
             x = _unit(X, rows, columns, rx, B, x_stride, D, BD)
@@ -513,23 +562,33 @@ def image_gradient_kernel(
     rx = tl.load(ROWS + B + rows, mask=inside, other=0.0)
     x = _unit(X, rows, columns, rx, B, x_stride, D, BD)
     r = tl.load(ROW_SUMS + rows, mask=inside, other=0.0)
-    dx = (dx - r[:, None] * x) * (rx * (tl.load(S).to(tl.float32) * tl.load(BACK)))[:, None]
-    at = DX + rows.to(tl.int64)[:, None] * D + columns[None, :]
-    tl.store(at, dx.to(DX.dtype.element_ty), mask=inside[:, None] & (columns < D)[None, :])
+    _store_dx(DX, dx, x, r, rx * (tl.load(S).to(tl.float32) * tl.load(BACK)), rows, columns, B, D)
 
 
 @triton.jit(do_not_specialize=["B", "tiles"])
 def rank_sums_kernel(
     X,  # (B, D)
+    P,  # (R, D), read if WITH_X, as are S, COLUMNS, ROW_SUMS and BACK
+    S,  # ()
     ROWS,  # (2, B) fp32
+    COLUMNS,  # (5, RPAD) fp32
     G,  # (B, RPAD), see residual_kernel
+    ROW_SUMS,  # (B,) fp32
+    BACK,  # () fp32, see residual_kernel
+    DX,  # (B, D) out if WITH_X, dtype of X
     SUMS,  # (chunks, RPAD, D) fp32 out: sum_i G_ic x^_i over each chunk of images
-    B, x_stride, tiles,
-    D: tl.constexpr, RPAD: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    B, R, x_stride, p_stride, tiles,
+    D: tl.constexpr, RPAD: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    WITH_X: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (j, i, k): dimensions j BD .., `tiles` tiles of BK images from i on, ranks k BR ..."""
+    """Program (j, i, k): dimensions j BD .., `tiles` tiles of BK images from i on, ranks k BR ...
+
+    WITH_X (BR = RPAD): also what image_gradient_kernel does, while x and G are here.
+    """
     columns = tl.program_id(0) * BD + tl.arange(0, BD)
     ranks = tl.program_id(2) * BR + tl.arange(0, BR)
+    if WITH_X:
+        p = _unit(P, ranks, columns, tl.load(COLUMNS + 3 * RPAD + ranks), R, p_stride, D, BD).to(G.dtype.element_ty)
     sums = tl.zeros([BR, BD], tl.float32)
     for t in range(0, tiles):
         rows = (tl.program_id(1) * tiles + t) * BK + tl.arange(0, BK)
@@ -537,6 +596,10 @@ def rank_sums_kernel(
         rx = tl.load(ROWS + B + rows, mask=rows < B, other=0.0)
         x = _unit(X, rows, columns, rx, B, x_stride, D, BD)
         sums = tl.dot(tl.trans(g), x.to(g.dtype), sums, input_precision=PRECISION)
+        if WITH_X:
+            dx = tl.dot(g, p, input_precision=PRECISION)
+            r = tl.load(ROW_SUMS + rows, mask=rows < B, other=0.0)
+            _store_dx(DX, dx, x, r, rx * (tl.load(S).to(tl.float32) * tl.load(BACK)), rows, columns, B, D)
     at = SUMS + (tl.program_id(1) * RPAD + ranks)[:, None] * D + columns[None, :]
     tl.store(at, sums, mask=(columns < D)[None, :])
 
@@ -552,25 +615,24 @@ def prototype_gradient_kernel(
     DP,  # (R, D) out, dtype of P
     DS,  # () out, dtype of S
     R, p_stride, chunks, programs,
-    D: tl.constexpr, RPAD: tl.constexpr, BR: tl.constexpr, DPAD: tl.constexpr,
-    NEED_P: tl.constexpr, NEED_S: tl.constexpr,
+    D: tl.constexpr, RPAD: tl.constexpr, DPAD: tl.constexpr, NEED_P: tl.constexpr, NEED_S: tl.constexpr,
 ):  # fmt: skip
-    """Program k owns ranks k BR .., whole, so that q_c = <sum_i G_ic x^_i, p^_c> costs nothing more."""
+    """Program c owns rank c, whole, so that q_c = <sum_i G_ic x^_i, p^_c> costs nothing more."""
+    rank = tl.program_id(0).to(tl.int64)
     back = tl.load(BACK)
     if NEED_P:
-        ranks = tl.program_id(0) * BR + tl.arange(0, BR)
         columns = tl.arange(0, DPAD)
-        inside = (columns < D)[None, :]
-        sums = tl.zeros([BR, DPAD], tl.float32)
-        for i in tl.range(0, chunks, loop_unroll_factor=4):
-            at = SUMS + (i * RPAD + ranks).to(tl.int64)[:, None] * D + columns[None, :]
-            sums += tl.load(at, mask=inside, other=0.0)
-        rp = tl.load(COLUMNS + 3 * RPAD + ranks)
-        p = _unit(P, ranks, columns, rp, R, p_stride, D, DPAD)
-        q = tl.sum(sums * p, 1)
-        dp = (sums - q[:, None] * p) * (rp * (tl.load(S).to(tl.float32) * back))[:, None]
-        at = DP + ranks[:, None] * D + columns[None, :]
-        tl.store(at, dp.to(DP.dtype.element_ty), mask=inside & (ranks < R)[:, None])
+        inside = columns < D
+        parts = tl.zeros([16, DPAD], tl.float32)
+        for i in range(0, chunks, 16):
+            chunk = i + tl.arange(0, 16)
+            at = SUMS + (chunk * RPAD + rank)[:, None] * D + columns[None, :]
+            parts += tl.load(at, mask=(chunk < chunks)[:, None] & inside[None, :], other=0.0)
+        sums = tl.sum(parts, 0)
+        rp = tl.load(COLUMNS + 3 * RPAD + rank)
+        p = tl.load(P + rank * p_stride + columns, mask=inside, other=0.0).to(tl.float32) * rp
+        dp = (sums - tl.sum(sums * p) * p) * (rp * (tl.load(S).to(tl.float32) * back))
+        tl.store(DP + rank * D + columns, dp.to(DP.dtype.element_ty), mask=inside)
     if NEED_S:
         if tl.program_id(0) == 0:
             ds = tl.zeros([1024], tl.float32)
@@ -603,7 +665,7 @@ def match_kernel(
     for c in range(0, RPAD, BR):
         ranks = c + tl.arange(0, BR)
         cosines, _, _ = _cosines(
-            X, P, rows, ranks, B, R, x_stride, p_stride, D, BM, BR, BK, PRECISION, UPCAST
+            X, P, P, rows, ranks, B, R, x_stride, p_stride, D, BM, BR, BK, False, PRECISION, UPCAST
         )
         a = tl.where((ranks < R)[None, :], cosines * s, float("-inf"))
         tl.store(at + ranks[None, :], a, mask=(rows < B)[:, None] & (ranks < R)[None, :])
@@ -639,16 +701,16 @@ def forward_config(B, R, D, kind, hopper):
     """(BM, BR, BK, num_warps, num_stages) of forward_kernel and match_kernel; kind: see _kind."""
     BR = 64 if R <= 64 else 128
     if kind == "ieee":
-        return (16, BR, 16, 4, 2) if R <= 128 else (16, BR, 32, 8, 2)
+        return 16, BR if R <= 128 else 64, 16, 4, 2
     if kind != "half":
         return 16, 64 if kind == "tf32x3" and R > 128 else BR, 16, 8, 2
     if D % 64:  # rows that cannot be copied 16 bytes at a time
-        return 16, BR, 32, 8, 3
+        return 16, BR if R <= 128 else 64, 32, 8, 3
     if B <= 2048:  # many small programs
         return 16 if R <= 128 else 32, BR, 64, 8, 3
     if R <= 128:
         return 64, BR, 64, BR // 16, 3
-    return (64, 128, 32, 8, 3) if hopper else (64, 64, 64, 8, 3)
+    return (64, 128, 64, 8, 3) if hopper else (64, 64, 64, 8, 3)
 
 
 def backward_config(B, R, D, kind, hopper):
@@ -666,8 +728,10 @@ def image_gradient_config(R, D, kind):
     return (128, 64, 64, 4, 3) if R <= 128 or D % 2 else (128, 128, 64, 8, 2)
 
 
-def rank_sums_config(kind):
+def rank_sums_config(kind, with_x, hopper):
     """(BR at most, BD, BK, num_warps, num_stages) of rank_sums_kernel."""
+    if with_x and not hopper:
+        return 128, 64, 32, 8, 3
     return (128, 128, 64, 8, 3) if kind == "half" else (64, 128, 16, 8, 2)
 
 
@@ -773,14 +837,16 @@ def forward(x, p, y, s, smooth, save, shared, group):
     groups = _cdiv(programs, group_size)
     parts = torch.empty(programs + groups + 1, 6, RPAD, dtype=torch.float32, device=x.device)
     options = dict(RPAD=RPAD, BR=BR, SMOOTH=smooth, warps=warps, stages=stages)
-    alone = programs == 1
+    alone, known = programs == 1, B > AT_ONCE
     with _on(x):
+        if known:
+            _lengths(p, columns)
         if B:
             _launch(
                 forward_kernel, (programs,), x, p, y, s, *saved, parts,
                 parts if alone else _zeros(x.device, 1 + groups, shared),
-                B, R, x.stride(0), p.stride(0), cosines.stride(0), group_size, D=D, BM=BM, BK=BK, SAVE=save,
-                ALONE=alone, FINISH=not group, **_dots(x, p), **options,
+                B, R, x.stride(0), p.stride(0), cosines.stride(0), group_size, D=D, BM=BM, BK=BK, KNOWN=known,
+                SAVE=save, ALONE=alone, FINISH=not group, **_dots(x, p), **options,
             )  # fmt: skip
         else:  # the part of no images
             parts.zero_()[:, 0] = float("-inf")
@@ -791,6 +857,13 @@ def forward(x, p, y, s, smooth, save, shared, group):
             outputs = columns, counts, i2t, t2i
             _launch(finish_kernel, (1,), parts, *outputs, len(parts), R, **options)
     return saved
+
+
+def _lengths(p, columns):
+    """1/|p_c| into columns[3]."""
+    (R, D), RPAD = p.shape, columns.shape[1]
+    DPAD = triton.next_power_of_2(D)
+    _launch(lengths_kernel, (RPAD,), p, columns, R, p.stride(0), D=D, RPAD=RPAD, DPAD=DPAD, warps=4, stages=1)
 
 
 def _gather(part, group):
@@ -840,7 +913,7 @@ def _backward_in_steps(inputs, grads, flags, need_x, need_p, need_s):
     """G once, in memory; two products with it; the sum over chunks of images. Inputs and grads as in `backward`."""
     x, p, y, s, cosines, rows, columns, counts, g_i2t, g_t2i = inputs
     dx, dp, ds = grads
-    B, R, D, RPAD, kind, _ = _sizes(x, p)
+    B, R, D, RPAD, kind, hopper = _sizes(x, p)
     dots = _dots(x, p)
     dtype = torch.float32 if dots["UPCAST"] else x.dtype
     shape, strides = dict(D=D, RPAD=RPAD), (x.stride(0), p.stride(0))
@@ -853,7 +926,8 @@ def _backward_in_steps(inputs, grads, flags, need_x, need_p, need_s):
         residual_kernel, (programs,), *inputs[2:], g, row_sums, ds_parts, back, B, R, cosines.stride(0),
         BM=BM, BR=min(RPAD, BR), RPAD=RPAD, STORE=store, **flags, warps=8, stages=1,
     )  # fmt: skip
-    if need_x:
+    together = need_x and need_p and R <= 128 and kind == "half"
+    if need_x and not together:
         BM, BD, BK, warps, stages = image_gradient_config(R, D, kind)
         _launch(
             image_gradient_kernel, (_cdiv(B, BM) * _cdiv(D, BD),), x, p, s, rows, columns, g, row_sums, back, dx,
@@ -861,22 +935,23 @@ def _backward_in_steps(inputs, grads, flags, need_x, need_p, need_s):
         )  # fmt: skip
     chunks, sums = 0, ds_parts
     if need_p:
-        BR, BD, BK, warps, stages = rank_sums_config(kind)
+        BR, BD, BK, warps, stages = rank_sums_config(kind, together, hopper)
         BR = min(BR, RPAD)
         slices, rank_tiles = _cdiv(D, BD), RPAD // BR
-        chunks, tiles = _split(_cdiv(B, BK), 2 * _multiprocessors(x.device) // (slices * rank_tiles))  # two fit on each
+        fit = _multiprocessors(x.device) * (1 if together else 2)  # programs that run at once
+        chunks, tiles = _split(_cdiv(B, BK), fit // (slices * rank_tiles))
         sums = s.new_empty(chunks, RPAD, D, dtype=torch.float32)
         _launch(
-            rank_sums_kernel, (slices, chunks, rank_tiles), x, rows, g, sums, B, x.stride(0), tiles,
-            BR=BR, BD=BD, BK=BK, **shape, PRECISION=dots["PRECISION"], warps=warps, stages=stages,
+            rank_sums_kernel, (slices, chunks, rank_tiles), x, p, s, rows, columns, g, row_sums, back, dx, sums,
+            B, R, *strides, tiles, BR=BR, BD=BD, BK=BK, **shape, WITH_X=together, PRECISION=dots["PRECISION"],
+            warps=warps, stages=stages,
         )  # fmt: skip
     if need_p or need_s:
         DPAD = triton.next_power_of_2(D)
-        BR = min(max(1024 // DPAD, 1), 16)
         _launch(
-            prototype_gradient_kernel, (RPAD // BR if need_p else 1,), p, s, columns, sums, ds_parts, back, dp, ds,
-            R, p.stride(0), chunks, programs, BR=BR, DPAD=DPAD, **shape, NEED_P=need_p, NEED_S=need_s,
-            warps=4, stages=1,
+            prototype_gradient_kernel, (R if need_p else 1,), p, s, columns, sums, ds_parts, back, dp, ds,
+            R, p.stride(0), chunks, programs, DPAD=DPAD, **shape, NEED_P=need_p, NEED_S=need_s,
+            warps=16, stages=1,
         )  # fmt: skip
 
 

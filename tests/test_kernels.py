@@ -43,6 +43,7 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # |ours - exact| / |exact| of a whole gradient. The interpreter truncates to bfloat16, a GPU rounds.
 GATES = {FP32: 1e-5, FP16: 2e-3, BF16: 6e-3 if CUDA else 2e-2}
 IN_STEPS = ["residual_kernel", "image_gradient_kernel", "rank_sums_kernel", "prototype_gradient_kernel"]
+TOGETHER = [name for name in IN_STEPS if name != "image_gradient_kernel"]  # a tile holds all ranks
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 
 
@@ -129,7 +130,8 @@ def test_backward_in_steps(launches, monkeypatch, B, R, D, scale, labels, target
         check_degenerate((B, R, D), scale, dtype)
     else:
         check(make_case(B, R, D, scale, labels, dtype), target)
-    assert launches[:5] == ["forward_kernel", *IN_STEPS] and "backward_kernel" not in launches
+    steps = ["lengths_kernel", "forward_kernel", *(IN_STEPS if dtype == FP32 else TOGETHER)]
+    assert launches[: len(steps)] == steps and "backward_kernel" not in launches
 
 
 @pytest.mark.full
@@ -315,10 +317,15 @@ def test_one_launch_each_way(launches, shape):
     assert launches == ["forward_kernel", "backward_kernel"]
 
 
-@pytest.mark.parametrize("shape", [(20, 200, 16), (4097, 5, 16)])
-def test_more_ranks_or_images_take_the_backward_in_steps(launches, shape):
-    fused(make_case(*shape))
-    assert launches == ["forward_kernel", *IN_STEPS]
+@pytest.mark.parametrize("shape,dtype,expected", [
+    ((20, 200, 16), FP32, ["forward_kernel", *IN_STEPS]),
+    ((20, 200, 16), FP16, ["forward_kernel", *IN_STEPS]),
+    ((4097, 5, 16), FP32, ["lengths_kernel", "forward_kernel", *IN_STEPS]),
+    ((4097, 5, 16), FP16, ["lengths_kernel", "forward_kernel", *TOGETHER]),
+])  # fmt: skip
+def test_more_ranks_or_images_take_the_backward_in_steps(launches, shape, dtype, expected):
+    fused(make_case(*shape, dtype=dtype))
+    assert launches == expected
 
 
 def test_tf32x3_takes_steps_for_more_than_64_ranks(launches, monkeypatch):
@@ -344,9 +351,13 @@ def test_impl_torch_and_auto(launches):
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
-@pytest.mark.parametrize("shape", [(40, 9, 32), (20, 130, 16)])
-def test_gradients_that_are_not_needed_are_skipped(launches, needs, shape):
-    features, prototypes, labels, scale = case = on_device(make_case(*shape, scale=14.3))
+@pytest.mark.parametrize("shape,dtype,way", [
+    ((40, 9, 32), FP32, "at once"), ((20, 130, 16), FP32, "in steps"), ((40, 9, 32), FP16, "together"),
+])  # fmt: skip
+def test_gradients_that_are_not_needed_are_skipped(launches, monkeypatch, needs, shape, dtype, way):
+    if way == "together":
+        monkeypatch.setattr(matching_triton, "AT_ONCE", 0)
+    features, prototypes, labels, scale = case = on_device(make_case(*shape, scale=14.3, dtype=dtype))
     leaves = [
         t.clone().requires_grad_(need) for t, need in zip((features, prototypes, scale), needs)
     ]
@@ -357,10 +368,12 @@ def test_gradients_that_are_not_needed_are_skipped(launches, needs, shape):
         _, exact = exact_gradients(case)
         for leaf, gradient, need in zip(leaves, exact, needs):
             assert (leaf.grad is not None) == need
-            assert not need or relative(leaf.grad, gradient) <= GATES[FP32]
-    steps = [any(needs), needs[0], needs[1], needs[1] or needs[2]]
+            assert not need or relative(leaf.grad, gradient) <= GATES[dtype]
+    need_x, need_p, need_s = needs
+    steps = [any(needs), need_x and not (need_p and way == "together"), need_p, need_p or need_s]
     steps = [name for name, needed in zip(IN_STEPS, steps) if needed]
-    assert launches[1:] == (steps if shape[1] > 128 else ["backward_kernel"] * any(needs))
+    ran = launches[launches.index("forward_kernel") + 1 :]
+    assert ran == (["backward_kernel"] * any(needs) if way == "at once" else steps)
 
 
 @pytest.mark.parametrize("weights", [(1.0, None), (None, 1.0)])

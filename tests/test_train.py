@@ -107,7 +107,7 @@ def test_a_finished_run_is_not_written_over(finished, folder):
     out, _ = finished
     with pytest.raises(SystemExit, match="is finished, but with another --epochs: 3, not 5; give another --out"):
         train.main(["--data", str(folder), "--out", str(out), *TINY, "--epochs", "5"])
-    with pytest.raises(SystemExit, match="holds a run that is finished; --eval .* tests it again, --out starts"):
+    with pytest.raises(SystemExit, match="holds a finished run; --eval .* tests it again, --out starts"):
         train.main(["--data", str(folder), "--out", str(out), *TINY, "--epochs", "3"])
     with pytest.raises(SystemExit, match="is finished, see .*results.json"):
         train.main(["--resume", str(out)])
