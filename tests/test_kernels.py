@@ -138,7 +138,7 @@ def test_backward_in_steps(launches, monkeypatch, B, R, D, scale, labels, target
         check_degenerate((B, R, D), scale, dtype)
     else:
         check(make_case(B, R, D, scale, labels, dtype), target)
-    steps = ["lengths_kernel", "forward_kernel", *(IN_STEPS if dtype == FP32 else TOGETHER)]
+    steps = ["prepare_kernel", "forward_kernel", *(IN_STEPS if dtype == FP32 else TOGETHER)]
     assert launches[: len(steps)] == steps and "backward_kernel" not in launches
 
 
@@ -287,8 +287,10 @@ def test_rare_ranks_do_not_overflow(monkeypatch, at_once):
 
 
 @pytest.mark.skipif(CUDA, reason="a device-side assertion ends the CUDA context")
-def test_labels_outside_are_refused_by_the_kernel():
+@pytest.mark.parametrize("at_once", [0, 4096])
+def test_labels_outside_are_refused_by_the_kernel(monkeypatch, at_once):
     """Where the wrapper may not look."""
+    monkeypatch.setattr(matching_triton, "AT_ONCE", at_once)
     features, prototypes, labels, scale = make_case(40, 9, 32)
     for wrong in (labels + 9, labels - 9, torch.where(labels == 0, 2**32, labels)):
         losses = matching_triton.matching_loss(features, prototypes, wrong, scale)
@@ -299,10 +301,12 @@ def test_labels_outside_are_refused_by_the_kernel():
 
 
 @needs_cuda
-def test_labels_outside_are_asserted_on_the_gpu():
+@pytest.mark.parametrize("num_images", [8, 5000])
+def test_labels_outside_are_asserted_on_the_gpu(num_images):
     code = (
-        "import torch, kernels; x = torch.ones(8, 16, device='cuda');"
-        "kernels.matching_loss(x, x[:4], torch.arange(8, device='cuda'), 1.0, impl='triton');"
+        f"import torch, kernels; x = torch.ones({num_images}, 16, device='cuda');"
+        f"y = torch.zeros({num_images}, dtype=torch.long, device='cuda'); y[-1] = 4;"
+        "kernels.matching_loss(x, x[:4], y, 1.0, impl='triton');"
         "torch.cuda.synchronize()"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -329,10 +333,10 @@ def test_one_launch_each_way(plan, shape, dtype):
 @pytest.mark.parametrize("shape,dtype,expected", [
     ((20, 129, 16), FP32, ["forward_kernel", *IN_STEPS]),
     ((20, 129, 16), FP16, ["forward_kernel", *IN_STEPS]),
-    ((4097, 128, 16), FP32, ["lengths_kernel", "forward_kernel", *IN_STEPS]),
-    ((4097, 128, 16), BF16, ["lengths_kernel", "forward_kernel", *TOGETHER]),
-    ((4097, 128, 16), FP16, ["lengths_kernel", "forward_kernel", *TOGETHER]),
-    ((4097, 129, 16), FP16, ["lengths_kernel", "forward_kernel", *IN_STEPS]),
+    ((4097, 128, 16), FP32, ["prepare_kernel", "forward_kernel", *IN_STEPS]),
+    ((4097, 128, 16), BF16, ["prepare_kernel", "forward_kernel", *TOGETHER]),
+    ((4097, 128, 16), FP16, ["prepare_kernel", "forward_kernel", *TOGETHER]),
+    ((4097, 129, 16), FP16, ["prepare_kernel", "forward_kernel", *IN_STEPS]),
 ])  # fmt: skip
 def test_more_ranks_or_images_take_the_backward_in_steps(plan, shape, dtype, expected):
     fused(make_case(*shape, dtype=dtype))
@@ -755,6 +759,7 @@ def compile_launch(kernel, args, options, capability):
         code = subprocess.check_output([tools / "nvdisasm", "-c", file.name], text=True)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     counts = {word.lower(): len(re.findall(rf"\b{word}", code)) for word in ("HGMMA", "HMMA", "LDL")}
+    counts["waits"] = len(re.findall(r"WARPGROUP\.DEPBAR", code))  # for wgmma
     pending = max(map(int, re.findall(r"pendings = (\d+)", compiled.asm["ttgir"])), default=0)
     return dict(
         kernel=kernel.__name__, capability=capability, registers=int(registers), stack=int(stack),
@@ -789,6 +794,8 @@ def check_report(report):
             assert report["hgmma"] + report["hmma"], f"no tensor cores: {report}"
         if report["dtype"] != "float32" and report["capability"] == 90 and report["rows"] >= 64:
             assert report["hgmma"], f"no wgmma: {report}"
+    if report["kernel"] == "forward_kernel" and report["shape"][0] > matching_triton.AT_ONCE and report["hgmma"]:
+        assert report["waits"] < report["hgmma"], f"every wgmma is waited for: {report}"
 
 
 def test_compile_gate(tmp_path):
