@@ -9,6 +9,7 @@
 Copy-paste: needs the folder `kernels/`, torch>=2.4.
 """
 
+import functools
 import sys
 
 import torch
@@ -16,19 +17,25 @@ import torch
 from . import reference
 from .reference import similarity, unit
 
+NO_TRITON = ""  # why the fused kernels cannot be had
 try:
-    from . import matching_triton
+    import triton
 
-    HAS_TRITON = True
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+        NO_TRITON = f"triton is {triton.__version__}, the fused kernels need 3.6"
 except ModuleNotFoundError as error:
     if error.name != "triton":  # Triton is there but broken: say so, do not fall back
         raise
-    HAS_TRITON = False
+    NO_TRITON = "triton is not installed"
+HAS_TRITON = not NO_TRITON
+if HAS_TRITON:
+    from . import matching_triton
 
 __all__ = ["match", "matching_loss", "similarity", "unit", "which_impl", "HAS_TRITON"]
 
 TARGETS = ("normalized", "softmax10")
 IMPLS = ("auto", "torch", "triton")
+FUSED = (torch.float32, torch.float16, torch.bfloat16)  # dtypes, also mixed
 _said = set()  # choices of impl="auto" that were announced in this process
 
 
@@ -80,12 +87,28 @@ def which_impl(device, impl="auto", dtype=torch.float32):
         raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLS)}")
     if impl != "auto":
         return impl, "asked for"
-    kind = torch.device(device).type
-    if kind != "cuda":
-        return "torch", f"the fused kernels need CUDA, this is {kind}"
-    if dtype == torch.float64:
-        return "torch", "the fused kernels compute in float32, this is float64"
-    return ("triton", "fused kernels on CUDA") if HAS_TRITON else ("torch", "triton is not installed")
+    lacking = _lacking(torch.device(device), dtype)
+    return ("torch", lacking) if lacking else ("triton", "fused kernels on CUDA")
+
+
+def _lacking(device, dtype):
+    """What the fused kernels miss, or ""."""
+    if device.type != "cuda":
+        return f"the fused kernels need CUDA, this is {device.type}"
+    if dtype not in FUSED:
+        return f"the fused kernels compute in float32, this is {str(dtype)[6:]}"
+    if NO_TRITON:
+        return NO_TRITON
+    if torch.version.hip:
+        return "the fused kernels are for NVIDIA's GPUs"
+    if not torch.compiler.is_compiling() and _capability(device) < (8, 0):  # which does not trace
+        return "the fused kernels need compute capability 8.0, this is {}.{}".format(*_capability(device))
+    return ""
+
+
+@functools.cache
+def _capability(device):
+    return torch.cuda.get_device_capability(device)
 
 
 def _op(impl, image_features, prototypes):
@@ -98,11 +121,11 @@ def _op(impl, image_features, prototypes):
     if name == "torch":
         return reference
     if not HAS_TRITON:
-        raise ImportError("impl='triton' needs Triton: pip install triton, or use impl='torch'")
-    if dtype == torch.float64:
-        raise ValueError("impl='triton' computes in float32; float64 features need impl='torch'")
-    if device.type != "cuda" and not matching_triton.INTERPRET:
-        raise ValueError(f"impl='triton' needs CUDA, the features are on {device}; use impl='auto'")
+        raise ImportError(f"impl='triton': {NO_TRITON}; pip install 'triton>=3.6', or use impl='torch'")
+    if dtype not in FUSED:
+        raise ValueError(f"impl='triton' computes in float32; {dtype} features need impl='torch'")
+    if not matching_triton.INTERPRET and (lacking := _lacking(device, dtype)):
+        raise ValueError(f"impl='triton': {lacking}; use impl='auto'")
     return matching_triton
 
 

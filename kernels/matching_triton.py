@@ -107,6 +107,7 @@ def _cosines(X, P, LENGTHS, rows, ranks, B, R, x_stride, p_stride, D: tl.constex
         if BM >= 64:
             # The norms read x and p too, and Triton then gives their buffers no third place for the wgmma that is
             # still reading (triton-lang/triton#6691). Touching acc makes it wait; the compile gate looks for that.
+            # On sm_100 Triton 3.9 does not survive it.
             acc = tl.where(k < D, acc, 0.0)
     rx = _inverse(tl.sum(xx, 1))
     rp = tl.load(LENGTHS + ranks) if KNOWN else _inverse(tl.sum(pp, 1))
@@ -129,7 +130,8 @@ def _arrive(COUNTER):
 def _merge_column(PARTS, first, count, ranks, RPAD: tl.constexpr, BR: tl.constexpr, SMOOTH: tl.constexpr):
     """Column statistics (BR,) of parts first .. first + count - 1."""
     zero = tl.zeros([CHUNK, BR], tl.float32)
-    m, l, positive, n, total = zero - float("inf"), zero, zero, zero, zero
+    m, l, positive, total = zero - float("inf"), zero, zero, zero
+    n = tl.zeros([CHUNK, BR], tl.int32)
     for i in range(0, count, CHUNK):  # row k: parts k, k + CHUNK, ..
         part = i + tl.arange(0, CHUNK)
         at = PARTS + first.to(tl.int64) * (6 * RPAD) + part[:, None] * (6 * RPAD) + ranks[None, :]
@@ -137,7 +139,7 @@ def _merge_column(PARTS, first, count, ranks, RPAD: tl.constexpr, BR: tl.constex
         part_m = tl.load(at, mask=some, other=float("-inf"), cache_modifier=".cg")
         part_l = tl.load(at + RPAD, mask=some, other=0.0, cache_modifier=".cg")
         positive += tl.load(at + 2 * RPAD, mask=some, other=0.0, cache_modifier=".cg")
-        n += tl.load(at + 3 * RPAD, mask=some, other=0.0, cache_modifier=".cg")
+        n += _count(at + 3 * RPAD, some)
         if SMOOTH:
             total += tl.load(at + 4 * RPAD, mask=some, other=0.0, cache_modifier=".cg")
         new = tl.maximum(m, part_m)
@@ -146,6 +148,12 @@ def _merge_column(PARTS, first, count, ranks, RPAD: tl.constexpr, BR: tl.constex
     top = tl.max(m, 0)
     l = tl.sum(_share(l, m, top[None, :]), 0)
     return top, l, tl.sum(positive, 0), tl.sum(n, 0), tl.sum(total, 0)
+
+
+@triton.jit
+def _count(at, mask):
+    """Counts are int32 in the bits of fp32, so that they are exact beyond 2^24."""
+    return tl.load(at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -158,12 +166,12 @@ def _share(l, m, new):
 def _merge_rows(PARTS, first, count, RPAD: tl.constexpr):
     """(sum of lse_i - A_i,y_i, number of images) of the same parts."""
     loss = tl.zeros([CHUNK], tl.float32)
-    images = tl.zeros([CHUNK], tl.float32)
+    images = tl.zeros([CHUNK], tl.int32)
     for i in range(0, count, CHUNK):
         part = i + tl.arange(0, CHUNK)
         at = PARTS + (first + part).to(tl.int64) * (6 * RPAD) + 5 * RPAD
         loss += tl.load(at, mask=part < count, other=0.0, cache_modifier=".cg")
-        images += tl.load(at + 1, mask=part < count, other=0.0, cache_modifier=".cg")
+        images += _count(at + 1, part < count)
     return tl.sum(loss), tl.sum(images)
 
 
@@ -173,17 +181,23 @@ def _store_part(PARTS, part, ranks, m, l, positive, n, total, RPAD: tl.constexpr
     tl.store(at, m)
     tl.store(at + RPAD, l)
     tl.store(at + 2 * RPAD, positive)
-    tl.store(at + 3 * RPAD, n)
+    tl.store(at + 3 * RPAD, n.to(tl.float32, bitcast=True))
     if SMOOTH:
         tl.store(at + 4 * RPAD, total)
+
+
+@triton.jit
+def _store_rows(PARTS, part, loss, images, RPAD: tl.constexpr):
+    at = PARTS + part.to(tl.int64) * (6 * RPAD) + 5 * RPAD
+    tl.store(at, loss)
+    tl.store(at + 1, images.to(tl.float32, bitcast=True))
 
 
 @triton.jit
 def _merge(PARTS, first, count, to, RPAD: tl.constexpr, BR: tl.constexpr, SMOOTH: tl.constexpr):
     """Parts first .. first + count - 1 become one, part number `to`."""
     loss, images = _merge_rows(PARTS, first, count, RPAD)
-    tl.store(PARTS + to.to(tl.int64) * (6 * RPAD) + 5 * RPAD, loss)
-    tl.store(PARTS + to.to(tl.int64) * (6 * RPAD) + 5 * RPAD + 1, images)
+    _store_rows(PARTS, to, loss, images, RPAD)
     for c in range(0, RPAD, BR):
         ranks = c + tl.arange(0, BR)
         m, l, positive, n, total = _merge_column(PARTS, first, count, ranks, RPAD, BR, SMOOTH)
@@ -200,19 +214,20 @@ def _finish(PARTS, COLUMNS, COUNTS, I2T, T2I, first, count, R, RPAD: tl.constexp
             SMOOTH: tl.constexpr, REQUIRE: tl.constexpr):  # fmt: skip
     """Both losses, and what the backward needs of each column, from parts first .. first + count - 1."""
     loss, images = _merge_rows(PARTS, first, count, RPAD)
-    t2i, present, labelled = 0.0, 0.0, 0.0
+    t2i, present, labelled = 0.0, 0.0, 0
     for c in range(0, RPAD, BR):
         ranks = c + tl.arange(0, BR)
         m, l, positive, n, total = _merge_column(PARTS, first, count, ranks, RPAD, BR, SMOOTH)
         lse = m + tl.log(l)
         labelled += tl.sum(n)  # a label outside 0..R-1 counts for no rank
         here = (n > 0) & (ranks < R)
-        n = tl.maximum(n, 1.0)
+        n = tl.maximum(n, 1).to(tl.float32)
         if SMOOTH:
-            z = n * E10 + (images - n)
+            others = images.to(tl.float32) - n
+            z = n * E10 + others
             lo = 1.0 / z
             hi = lo * E10
-            entropy = n * hi * tl.log(hi) + (images - n) * lo * tl.log(lo)
+            entropy = n * hi * tl.log(hi) + others * lo * tl.log(lo)
             divergence = entropy - (hi - lo) * positive - lo * total + lse
         else:
             hi, lo = 1.0 / n, n * 0.0
@@ -226,7 +241,7 @@ def _finish(PARTS, COLUMNS, COUNTS, I2T, T2I, first, count, R, RPAD: tl.constexp
     valid = labelled == images  # the assertion reports it, NaN keeps it from passing where it is off
     if REQUIRE:
         _require(valid)
-    images = tl.where(valid, tl.maximum(images, 1.0), float("nan"))
+    images = tl.where(valid, tl.maximum(images, 1).to(tl.float32), float("nan"))
     present = tl.where(valid, tl.maximum(present, 1.0), float("nan"))
     tl.store(I2T, loss / images)
     tl.store(T2I, t2i / present)
@@ -250,7 +265,7 @@ def forward_kernel(
     I2T,  # () fp32 out
     T2I,  # () fp32 out
     PARTS,  # (programs + groups + 1, 6, RPAD) fp32 scratch, a part: column max, sum of exp(A - max),
-    #         sum of positives, count, sum (SMOOTH), [row loss, images]; programs first, then groups
+    #         sum of positives, count (int32), sum (SMOOTH), [row loss, images (int32)]; programs first, then groups
     COUNTERS,  # (1 + groups,) int32, zero before and after
     B, R, x_stride, p_stride, cosine_stride, group_size,
     D: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, RPAD: tl.constexpr, BK: tl.constexpr,
@@ -295,14 +310,12 @@ def forward_kernel(
         hits = tl.histogram(y - c, BR, mask=(y >= c) & (y < c + BR))  # tl.sum of y = rank takes 90 registers more
         _store_part(
             PARTS, program, ranks, top, tl.sum(_exp(by_column - top[None, :]), 0), tl.sum(positive, 0),
-            hits.to(tl.float32), tl.sum(a, 0), RPAD, SMOOTH,
+            hits, tl.sum(a, 0), RPAD, SMOOTH,
         )  # fmt: skip
     lse = m + tl.log(l)
     if SAVE:
         tl.store(ROWS + rows, lse, mask=inside)
-    at = PARTS + program.to(tl.int64) * (6 * RPAD) + 5 * RPAD
-    tl.store(at, tl.sum(tl.where(inside, lse - own, 0.0)))
-    tl.store(at + 1, tl.minimum(B - program * BM, BM).to(tl.float32))
+    _store_rows(PARTS, program, tl.sum(tl.where(inside, lse - own, 0.0)), tl.minimum(B - program * BM, BM), RPAD)
 
     groups = tl.cdiv(programs, group_size)
     group = program // group_size
@@ -630,7 +643,7 @@ def prototype_gradient_kernel(
     BACK,  # () fp32, see residual_kernel
     DP,  # (R, D) out, dtype of P
     DS,  # () out, dtype of S
-    R, p_stride, chunks, programs,
+    p_stride, chunks, programs,
     D: tl.constexpr, RPAD: tl.constexpr, DPAD: tl.constexpr, NEED_P: tl.constexpr, NEED_S: tl.constexpr,
 ):  # fmt: skip
     """Program c owns rank c, whole, so that q_c = <sum_i G_ic x^_i, p^_c> costs nothing more."""
@@ -706,6 +719,7 @@ def match_kernel(
 
 INTERPRET = not isinstance(forward_kernel, triton.JITFunction)
 PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+HOPPER = 9
 AT_ONCE = 4096  # images up to which the backward is one launch
 MOST_CHUNKS = 32  # of images, whose dP and ds the last program of that launch adds up one by one
 RESIDUAL_TILE = 32, 128  # BM and at most BR of residual_kernel
@@ -713,7 +727,7 @@ _counters = {}  # (device, stream) -> int32 zeros
 _groups = {}  # name -> process group: an operator takes strings, not groups
 
 
-def forward_config(B, R, D, kind, hopper):
+def forward_config(B, R, D, kind, generation):
     """(BM, BR, BK, num_warps, num_stages) of forward_kernel and match_kernel; kind: see _kind."""
     BR = 64 if R <= 64 else 128
     if kind == "ieee":
@@ -724,17 +738,19 @@ def forward_config(B, R, D, kind, hopper):
         return 16, BR if R <= 128 else 64, 32, 8, 3
     if B <= 2048:  # many small programs
         return 16 if R <= 128 else 32, BR, 64, 8, 3
+    if generation in (10, 11):  # Triton 3.9 fails at 64 rows, see _cosines
+        return 32, BR, 64, 8, 3
     if R <= 128:
         return 64, BR, 64, BR // 16, 3
-    return (64, 128, 64, 8, 3) if hopper else (64, 64, 64, 8, 3)
+    return (64, 128, 64, 8, 3) if generation == HOPPER else (64, 64, 64, 8, 3)
 
 
-def backward_config(B, R, D, kind, hopper):
+def backward_config(B, R, D, kind, generation):
     """(BM, BD, num_warps, num_stages) of backward_kernel."""
     if kind != "half":
         return 16, 16, 8, 1
     BM = 32 if B <= 2048 else 64
-    return (BM, 64, 8, 1) if hopper and D % 64 == 0 else (BM, 32, 8, 2)
+    return (BM, 64, 8, 1) if generation == HOPPER and D % 64 == 0 else (BM, 32, 8, 2)
 
 
 def image_gradient_config(R, D, kind):
@@ -744,16 +760,17 @@ def image_gradient_config(R, D, kind):
     return (128, 64, 64, 4, 3) if R <= 128 or D % 2 else (128, 128, 64, 8, 2)
 
 
-def rank_sums_config(kind, with_x, hopper):
+def rank_sums_config(kind, with_x, generation):
     """(BR at most, BD, BK, num_warps, num_stages) of rank_sums_kernel."""
-    if with_x and not hopper:
+    if with_x and generation != HOPPER:
         return 128, 64, 32, 8, 3
     return (128, 128, 64, 8, 3) if kind == "half" else (64, 128, 16, 8, 2)
 
 
 @functools.cache
-def _hopper(device):
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+def _generation(device):
+    """The first number of the compute capability."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else HOPPER
 
 
 @functools.cache
@@ -832,7 +849,7 @@ def _padded(R):
 def _sizes(x, p):
     """B, R, D, RPAD, and what tiles go by besides: kind of dots, generation of GPU."""
     R = int(p.shape[0])
-    return len(x), R, x.shape[1], _padded(R), _kind(x, p), _hopper(x.device)
+    return len(x), R, x.shape[1], _padded(R), _kind(x, p), _generation(x.device)
 
 
 def _saved(x, R, RPAD, save):
@@ -845,8 +862,8 @@ def _saved(x, R, RPAD, save):
 def forward(x, p, y, s, smooth, save, shared, group):
     """(cosines, rows, columns, counts, i2t, t2i), see forward_kernel; group: a key of _groups or ""."""
     x, p, y = _rows(x), _rows(p), y.contiguous()
-    B, R, D, RPAD, kind, hopper = _sizes(x, p)
-    BM, BR, BK, warps, stages = forward_config(B, R, D, kind, hopper)
+    B, R, D, RPAD, kind, generation = _sizes(x, p)
+    BM, BR, BK, warps, stages = forward_config(B, R, D, kind, generation)
     saved = cosines, rows, columns, counts, i2t, t2i = _saved(x, R, RPAD, save)
     programs = _cdiv(B, BM)
     group_size = max(programs, 1) if programs <= 16 else triton.next_power_of_2(math.isqrt(programs))
@@ -913,8 +930,8 @@ def backward(g_i2t, g_t2i, x, p, y, s, cosines, rows, columns, counts, smooth, s
 def _backward_at_once(inputs, grads, flags, shared, need_x, need_p, need_s):
     """One launch of backward_kernel; each slice of D computes G again."""
     x, p, _, s, cosines, *_ = inputs
-    B, R, D, RPAD, kind, hopper = _sizes(x, p)
-    BM, BD, warps, stages = backward_config(B, R, D, kind, hopper)
+    B, R, D, RPAD, kind, generation = _sizes(x, p)
+    BM, BD, warps, stages = backward_config(B, R, D, kind, generation)
     slices = _cdiv(D, BD) if need_x or need_p else 1
     chunks, tiles = _split(_cdiv(B, BM), min(_multiprocessors(x.device) // slices, MOST_CHUNKS))  # one fits on each
     alone = chunks == 1
@@ -931,7 +948,7 @@ def _backward_in_steps(inputs, grads, flags, need_x, need_p, need_s):
     """G once, in memory; two products with it; the sum over chunks of images. Inputs and grads as in `backward`."""
     x, p, y, s, cosines, rows, columns, counts, g_i2t, g_t2i = inputs
     dx, dp, ds = grads
-    B, R, D, RPAD, kind, hopper = _sizes(x, p)
+    B, R, D, RPAD, kind, generation = _sizes(x, p)
     dots = _dots(x, p)
     dtype = torch.float32 if dots["UPCAST"] else x.dtype
     shape, strides = dict(D=D, RPAD=RPAD), (x.stride(0), p.stride(0))
@@ -953,7 +970,7 @@ def _backward_in_steps(inputs, grads, flags, need_x, need_p, need_s):
         )  # fmt: skip
     chunks, sums = 0, ds_parts
     if need_p:
-        BR, BD, BK, warps, stages = rank_sums_config(kind, together, hopper)
+        BR, BD, BK, warps, stages = rank_sums_config(kind, together, generation)
         BR = min(BR, RPAD)
         slices, rank_tiles = _cdiv(D, BD), RPAD // BR
         fit = _multiprocessors(x.device) * (1 if together else 2)  # programs that run at once
@@ -968,7 +985,7 @@ def _backward_in_steps(inputs, grads, flags, need_x, need_p, need_s):
         DPAD = triton.next_power_of_2(D)
         _launch(
             prototype_gradient_kernel, (R if need_p else 1,), p, s, columns, sums, ds_parts, back, dp, ds,
-            R, p.stride(0), chunks, programs, DPAD=DPAD, **shape, NEED_P=need_p, NEED_S=need_s,
+            p.stride(0), chunks, programs, DPAD=DPAD, **shape, NEED_P=need_p, NEED_S=need_s,
             warps=16, stages=1,
         )  # fmt: skip
 
@@ -976,8 +993,8 @@ def _backward_in_steps(inputs, grads, flags, need_x, need_p, need_s):
 def probabilities(x, p, s):
     """(probs, expected, argmax), see match_kernel."""
     x, p = _rows(x), _rows(p)
-    B, R, D, RPAD, kind, hopper = _sizes(x, p)
-    BM, BR, BK, warps, stages = forward_config(B, R, D, kind, hopper)
+    B, R, D, RPAD, kind, generation = _sizes(x, p)
+    BM, BR, BK, warps, stages = forward_config(B, R, D, kind, generation)
     out = _answers(x, p)
     if B:
         with _on(x):

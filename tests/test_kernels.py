@@ -192,6 +192,20 @@ def test_zero_scale():
     assert not grads[0].any() and not grads[1].any() and relative(grads[2], exact[2]) < 1e-5
 
 
+def test_counts_are_exact_beyond_what_fp32_can_count():
+    """Else labels that are right would be refused."""
+    empty = dict(device="cuda" if CUDA else "cpu", dtype=FP32)
+    parts, columns, counts = torch.zeros(1, 6, 64, **empty), torch.empty(5, 64, **empty), torch.empty(2, **empty)
+    parts[0, 1] = 1.0
+    integers = parts.view(torch.int32)[0]
+    integers[3, :3] = torch.tensor([2**24, 1, 1])
+    integers[5, 1] = 2**24 + 2
+    i2t, t2i = torch.empty((), **empty), torch.empty((), **empty)
+    matching_triton._launch(matching_triton.finish_kernel, (1,), parts, columns, counts, i2t, t2i, 1, 3,
+                            RPAD=64, BR=64, SMOOTH=False, warps=4, stages=1)  # fmt: skip
+    assert counts.tolist() == [2**24 + 2, 3] and i2t.isfinite() and t2i.isfinite()
+
+
 def test_true_maximum_at_scale_100():
     """Every cosine far below 1: a fixed maximum of `scale` would underflow to log 0."""
     features, prototypes, labels, scale = make_case(48, 20, 64, 1000.0)
@@ -250,7 +264,9 @@ def test_mixed_dtypes_meet_in_float32(dtypes):
         assert ours.dtype == dtype and relative(ours, exact) <= GATES[dtype]
 
 
-def test_scale_of_any_float_dtype_and_labels_of_any_integer_dtype():
+@pytest.mark.parametrize("at_once", [0, 4096])
+def test_scale_of_any_float_dtype_and_labels_of_any_integer_dtype(monkeypatch, at_once):
+    monkeypatch.setattr(matching_triton, "AT_ONCE", at_once)
     features, prototypes, labels, scale = make_case(40, 9, 32, 16.0)
     plain = fused((features, prototypes, labels, scale))
     for dtype, integer in [(torch.float64, torch.int32), (FP32, torch.uint8), (FP16, torch.int8), (BF16, torch.int16)]:
@@ -316,7 +332,7 @@ def test_labels_outside_are_asserted_on_the_gpu(num_images):
 def test_impl_triton_needs_cuda(monkeypatch):
     monkeypatch.setattr(matching_triton, "INTERPRET", False)
     features, prototypes, labels, scale = make_case(4, 3, 16)
-    with pytest.raises(ValueError, match="impl='triton' needs CUDA, the features are on cpu"):
+    with pytest.raises(ValueError, match="impl='triton': the fused kernels need CUDA, this is cpu; use impl='auto'"):
         matching_loss(features, prototypes, labels, scale, impl="triton")
 
 
@@ -683,7 +699,7 @@ def test_streams_do_not_share_counters():
 # Triton compiles for a GPU that is not there. Done in a process of its own, without the interpreter:
 # `python tests/test_kernels.py BATCH` prints what each kernel of a batch of cases needs.
 
-SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory per program
+SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes per program; 80: as sm_86 and sm_89
 MULTIPLY = ("forward_kernel", "backward_kernel", "match_kernel", "image_gradient_kernel", "rank_sums_kernel")
 SHIPPED = {
     "sample": [  # the longest first
@@ -709,7 +725,7 @@ def planned(shape, dtype, precision, smooth, capability, everything):
     """Launches of a forward, also with a process group, a backward and a match, with tensors that have no memory."""
     module, calls = matching_triton, []
     module._launch = lambda kernel, grid, *args, **options: calls.append((kernel, args, options))
-    module._hopper = lambda device: capability == 90
+    module._generation = lambda device: capability // 10
     module._dots = lambda x, p: dict(PRECISION=precision, UPCAST=False)
     module._kind = lambda x, p: "half" if dtype != FP32 else precision
     (B, R, D), meta = shape, dict(device="meta")
@@ -778,7 +794,7 @@ def compile_case(job):
 
 
 def compile_shipped(batch, folder):
-    """The reports of SHIPPED[batch] for sm_80 and sm_90, compiled by two processes at once."""
+    """The reports of SHIPPED[batch], compiled by two processes at once."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder)
     output = subprocess.check_output([sys.executable, __file__, batch], env=environment, text=True)
@@ -786,10 +802,11 @@ def compile_shipped(batch, folder):
 
 
 def check_report(report):
-    assert report["stack"] == 0, f"spills registers: {report}"
+    tuned = report["capability"] <= 90  # the others only have to work
+    assert report["stack"] <= (0 if tuned else 128), f"spills registers: {report}"
     assert report["shared"] <= SHARED[report["capability"]], f"does not fit: {report}"
     assert report["pending"] == 0, f"a wgmma may read a buffer that is being filled again: {report}"
-    if report["kernel"] in MULTIPLY:
+    if report["kernel"] in MULTIPLY and tuned:
         if report["precision"] != "ieee" or report["dtype"] != "float32":
             assert report["hgmma"] + report["hmma"], f"no tensor cores: {report}"
         if report["dtype"] != "float32" and report["capability"] == 90 and report["rows"] >= 64:
@@ -800,7 +817,7 @@ def check_report(report):
 
 def test_compile_gate(tmp_path):
     reports = compile_shipped("sample", tmp_path)
-    assert {report["capability"] for report in reports} == {80, 90}
+    assert {report["capability"] for report in reports} == {*SHARED}
     for report in reports:
         check_report(report)
 
@@ -832,5 +849,6 @@ def test_benchmark(tmp_path):
 if __name__ == "__main__":
     batch = sys.argv[1]
     work = [(case, capability, batch == "all") for case in SHIPPED[batch] for capability in (90, 80)]
+    work += [(case, capability, False) for case in SHIPPED[batch][::5] for capability in (100, 120)]
     with multiprocessing.get_context("fork").Pool(2) as pool:
         print(json.dumps(sum(pool.map(compile_case, work, chunksize=1), [])))

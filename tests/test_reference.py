@@ -262,11 +262,19 @@ def test_labels_are_asserted_where_the_wrapper_cannot_look():
 # --- which implementation -------------------------------------------------------------------------
 
 
-def test_which_impl():
+def test_which_impl(monkeypatch):
+    monkeypatch.setattr(kernels, "_capability", lambda device: (8, 0))
+    monkeypatch.setattr(kernels, "NO_TRITON", "")
     assert which_impl("cpu")[0] == "torch" and "cpu" in which_impl("cpu")[1]
     assert which_impl("cpu", "triton") == ("triton", "asked for")
-    assert which_impl("cuda")[0] == ("triton" if kernels.HAS_TRITON else "torch")
-    assert which_impl("cuda", dtype=torch.float64)[0] == "torch"
+    assert which_impl("cuda") == ("triton", "fused kernels on CUDA")
+    for dtype in (torch.float64, torch.float8_e4m3fn):
+        assert which_impl("cuda", dtype=dtype) == (
+            "torch", f"the fused kernels compute in float32, this is {str(dtype)[6:]}")  # fmt: skip
+    monkeypatch.setattr(kernels, "_capability", lambda device: (7, 5))
+    assert which_impl("cuda") == ("torch", "the fused kernels need compute capability 8.0, this is 7.5")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert which_impl("cuda") == ("torch", "the fused kernels are for NVIDIA's GPUs")
 
 
 def test_auto_says_once_which_and_why(monkeypatch, capsys):
@@ -283,8 +291,9 @@ def test_auto_says_once_which_and_why(monkeypatch, capsys):
 
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(kernels, "HAS_TRITON", False)
+    monkeypatch.setattr(kernels, "NO_TRITON", "triton is not installed")
     assert which_impl("cuda") == ("torch", "triton is not installed")
-    with pytest.raises(ImportError, match="pip install triton"):
+    with pytest.raises(ImportError, match="impl='triton': triton is not installed; pip install 'triton>=3.6'"):
         matching_loss(X, P, Y, 1.0, impl="triton")
 
 
@@ -299,6 +308,12 @@ import torch, kernels
 one = kernels.matching_loss(torch.ones(2, 4), torch.eye(4), torch.tensor([0, 1]), 10.0)
 print("imported", kernels.HAS_TRITON, len(one))
 """
+OLD = """
+import sys, types
+sys.modules["triton"] = types.SimpleNamespace(__version__="3.5.1+git1", __spec__=None)
+import kernels
+print(kernels.HAS_TRITON, kernels.which_impl("cuda"))
+"""
 
 
 def test_only_a_missing_triton_is_forgiven():
@@ -310,6 +325,11 @@ def test_only_a_missing_triton_is_forgiven():
         )
         assert ("imported False 2" in run.stdout) == forgiven, run.stderr
         assert (run.returncode == 0) == forgiven
+
+
+def test_an_old_triton_is_left_alone():
+    run = subprocess.run([sys.executable, "-c", OLD], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.stdout == "False ('torch', 'triton is 3.5.1+git1, the fused kernels need 3.6')\n", run.stderr
 
 
 # --- two processes --------------------------------------------------------------------------------
