@@ -129,7 +129,7 @@ def test_sample_of_the_grid(B, R, D, scale, labels, target, dtype):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("B,R,D,scale,labels,dtype", [
     (1, 5, 16, 14.3, "uniform", FP32), (33, 17, 640, 1000.0, "one", FP32), (129, 101, 100, 100.0, "half", FP32),
-    (300, 61, 512, 14.3, "uniform", FP32), (130, 101, 512, 100.0, "half", FP16), (257, 65, 100, 1.0, "uniform", BF16),
+    (140, 61, 512, 14.3, "uniform", FP32), (130, 101, 512, 100.0, "half", FP16), (257, 65, 100, 1.0, "uniform", BF16),
 ])  # fmt: skip
 def test_backward_in_steps(launches, monkeypatch, B, R, D, scale, labels, target, dtype):
     """As for thousands of images."""
@@ -708,7 +708,6 @@ SHIPPED = {
         ((65536, 1000, 512), BF16, "ieee", False),
         ((256, 101, 1024), FP16, "ieee", True),
         ((32, 61, 512), BF16, "ieee", False),
-        ((32, 61, 512), FP32, "tf32", False),
     ],
     "all": [
         (shape, dtype, precision, smooth)
