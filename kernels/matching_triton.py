@@ -4,9 +4,9 @@ Formulas, and the symbols B, R, D, x_i, p_c, y_i, s, A_ic, lse, n_c, hi_c, lo_c,
 
 Forward. One program per tile of BM images; it walks over all ranks in tiles of BR. Along D it accumulates
 <x_i, p_c>, |x_i|^2 and |p_c|^2 together, so normalising costs no pass of its own (beyond 4,096 images a launch
-before brings |p_c|, and checks the labels). It leaves behind the row lse, the logits divided by s, and a few numbers per column
-(PARTS). Whoever arrives last of a group of programs merges their columns in a fixed order; whoever arrives last
-of these merges the groups and writes both losses.
+before brings |p_c|, and checks the labels). It leaves behind the row lse, the logits divided by s, and a few
+numbers per column (PARTS). Whoever arrives last of a group of programs merges their columns in a fixed order;
+whoever arrives last of these merges the groups and writes both losses.
 
 Backward, from the stored C_ic = A_ic / s (a gradient for s then needs no division by s). A column keeps its
 maximum and exp(max - lse_c) apart: the rounding of lse_c itself would be one error shared by all images.
@@ -26,7 +26,8 @@ sum over chunks.
 
 Only integers are added atomically, so results repeat bit for bit. Saved for backward: 4 B R + 8 B bytes.
 
-Copy-paste: needs torch>=2.4, triton>=3.6 (compiled with 3.6 and 3.9), an NVIDIA GPU from sm_80 on; formulas in kernels/reference.py.
+Copy-paste: needs torch>=2.4, triton>=3.6 (compiled with 3.6 and 3.9), an NVIDIA GPU from sm_80 on; formulas in
+kernels/reference.py.
 """
 
 import contextlib
