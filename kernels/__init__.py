@@ -9,7 +9,6 @@
 Copy-paste: needs the folder `kernels/`, torch>=2.4.
 """
 
-import functools
 import sys
 
 import torch
@@ -101,14 +100,9 @@ def _lacking(device, dtype):
         return NO_TRITON
     if torch.version.hip:
         return "the fused kernels are for NVIDIA's GPUs"
-    if not torch.compiler.is_compiling() and _capability(device) < (8, 0):  # which does not trace
-        return "the fused kernels need compute capability 8.0, this is {}.{}".format(*_capability(device))
+    if not torch.compiler.is_compiling() and matching_triton.gpu_generation(device) < 8:  # a query it cannot trace
+        return f"the fused kernels need compute capability 8.0, this is {matching_triton.gpu_generation(device)}.x"
     return ""
-
-
-@functools.cache
-def _capability(device):
-    return torch.cuda.get_device_capability(device)
 
 
 def _op(impl, image_features, prototypes):

@@ -108,7 +108,7 @@ def _cosines(X, P, LENGTHS, rows, ranks, B, R, x_stride, p_stride, D: tl.constex
         if BM >= 64:
             # The norms read x and p too, and Triton then gives their buffers no third place for the wgmma that is
             # still reading (triton-lang/triton#6691). Touching acc makes it wait; the compile gate looks for that.
-            # On sm_100 Triton 3.9 does not survive it.
+            # For sm_100 Triton 3.9 aborts on this line, so forward_config has no tiles of 64 there.
             acc = tl.where(k < D, acc, 0.0)
     rx = _inverse(tl.sum(xx, 1))
     rp = tl.load(LENGTHS + ranks) if KNOWN else _inverse(tl.sum(pp, 1))
@@ -153,13 +153,13 @@ def _merge_column(PARTS, first, count, ranks, RPAD: tl.constexpr, BR: tl.constex
 
 @triton.jit
 def _count(at, mask):
-    """Counts are int32 in the bits of fp32, so that they are exact beyond 2^24."""
+    """Counts in PARTS are int32, in the bits of its fp32, so that they are exact beyond 2^24 images."""
     return tl.load(at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _share(l, m, new):
-    """Sum of exp(A - m) as sum of exp(A - new); parts of processes without images have m = -inf."""
+    """l = sum of exp(A - m) for another maximum: sum of exp(A - new). Parts without images have m = -inf."""
     return l * _exp(m - tl.where(new == float("-inf"), 0.0, new))
 
 
@@ -189,6 +189,7 @@ def _store_part(PARTS, part, ranks, m, l, positive, n, total, RPAD: tl.constexpr
 
 @triton.jit
 def _store_rows(PARTS, part, loss, images, RPAD: tl.constexpr):
+    """What _merge_rows reads of one part."""
     at = PARTS + part.to(tl.int64) * (6 * RPAD) + 5 * RPAD
     tl.store(at, loss)
     tl.store(at + 1, images.to(tl.float32, bitcast=True))
@@ -207,13 +208,17 @@ def _merge(PARTS, first, count, to, RPAD: tl.constexpr, BR: tl.constexpr, SMOOTH
 
 @triton.jit
 def _require(valid):
+    """A device-side assertion; it is a call, which costs in kernels with wgmma: see prepare_kernel."""
     tl.device_assert(valid, "kernels.matching_loss: a label is outside 0..R-1")
 
 
 @triton.jit
 def _finish(PARTS, COLUMNS, COUNTS, I2T, T2I, first, count, R, RPAD: tl.constexpr, BR: tl.constexpr,
             SMOOTH: tl.constexpr, REQUIRE: tl.constexpr):  # fmt: skip
-    """Both losses, and what the backward needs of each column, from parts first .. first + count - 1."""
+    """Both losses, and what the backward needs of each column, from parts first .. first + count - 1.
+
+    REQUIRE: assert that labels are in 0..R-1; without, the losses are NaN where one is not.
+    """
     loss, images = _merge_rows(PARTS, first, count, RPAD)
     t2i, present, labelled = 0.0, 0.0, 0
     for c in range(0, RPAD, BR):
@@ -270,12 +275,12 @@ def forward_kernel(
     COUNTERS,  # (1 + groups,) int32, zero before and after
     B, R, x_stride, p_stride, cosine_stride, group_size,
     D: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, RPAD: tl.constexpr, BK: tl.constexpr,
-    KNOWN: tl.constexpr, SMOOTH: tl.constexpr, SAVE: tl.constexpr, ALONE: tl.constexpr, FINISH: tl.constexpr,
+    PREPARED: tl.constexpr, SMOOTH: tl.constexpr, SAVE: tl.constexpr, ALONE: tl.constexpr, FINISH: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Program i owns images i BM .. and all ranks. FINISH: the last one writes losses and COLUMNS.
 
-    KNOWN: prepare_kernel was here.
+    PREPARED: prepare_kernel has run, so 1/|p_c| is in COLUMNS and the labels are checked.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     rows = program * BM + tl.arange(0, BM)
@@ -290,13 +295,13 @@ def forward_kernel(
         label = tl.load(Y + rows, mask=inside, other=0)
         y = tl.where(inside & (label >= 0) & (label < R), label.to(tl.int32), -1)  # anything else is of no rank
         cosines, rx, rp = _cosines(
-            X, P, COLUMNS + 3 * RPAD, rows, ranks, B, R, x_stride, p_stride, D, BM, BR, BK, KNOWN, PRECISION, UPCAST
+            X, P, COLUMNS + 3 * RPAD, rows, ranks, B, R, x_stride, p_stride, D, BM, BR, BK, PREPARED, PRECISION, UPCAST
         )
         if SAVE:
             at = COSINES + rows.to(tl.int64)[:, None] * cosine_stride + ranks[None, :]
             tl.store(at, cosines, mask=inside[:, None] & (ranks < cosine_stride)[None, :])
             tl.store(ROWS + B + rows, rx, mask=inside)
-        if not KNOWN:
+        if not PREPARED:
             if program == 0:
                 tl.store(COLUMNS + 3 * RPAD + ranks, rp)
         a = cosines * s
@@ -337,7 +342,7 @@ def forward_kernel(
                     tl.store(COUNTERS, 0)
     if last:
         if FINISH:
-            _finish(PARTS, COLUMNS, COUNTS, I2T, T2I, first, count, R, RPAD, BR, SMOOTH, not KNOWN)
+            _finish(PARTS, COLUMNS, COUNTS, I2T, T2I, first, count, R, RPAD, BR, SMOOTH, not PREPARED)
         else:
             _merge(PARTS, first, count, programs + groups, RPAD, BR, SMOOTH)
 
@@ -349,9 +354,10 @@ def prepare_kernel(
     COLUMNS,  # (5, RPAD) fp32 out, row 3: 1/|p_c|, 0 from R on
     B, R, p_stride, D: tl.constexpr, RPAD: tl.constexpr, DPAD: tl.constexpr,
 ):  # fmt: skip
-    """Program c owns rank c and a share of the labels. Spares each program of forward_kernel the same sums.
+    """Program c owns rank c and a share of the labels: what forward_kernel leaves out with PREPARED.
 
-    The labels because a call, as an assertion is one, makes ptxas wait after every wgmma of its kernel (C7510).
+    There each program would add up the same |p_c|^2, and the assertion on labels is a call, with which ptxas waits
+    after every single wgmma of a kernel (its warning C7510).
     """
     rank = tl.program_id(0)
     columns = tl.arange(0, DPAD)
@@ -654,7 +660,7 @@ def prototype_gradient_kernel(
         columns = tl.arange(0, DPAD)
         inside = columns < D
         parts = tl.zeros([16, DPAD], tl.float32)
-        for i in range(0, chunks, 16):
+        for i in range(0, chunks, 16):  # chunks read at once
             chunk = i + tl.arange(0, 16)
             at = SUMS + (chunk * RPAD + rank)[:, None] * D + columns[None, :]
             parts += tl.load(at, mask=(chunk < chunks)[:, None] & inside[None, :], other=0.0)
@@ -721,7 +727,7 @@ def match_kernel(
 INTERPRET = not isinstance(forward_kernel, triton.JITFunction)
 PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 HOPPER = 9
-AT_ONCE = 4096  # images up to which the backward is one launch
+AT_ONCE = 4096  # images up to which forward and backward are one launch each
 MOST_CHUNKS = 32  # of images, whose dP and ds the last program of that launch adds up one by one
 RESIDUAL_TILE = 32, 128  # BM and at most BR of residual_kernel
 _counters = {}  # (device, stream) -> int32 zeros
@@ -739,7 +745,7 @@ def forward_config(B, R, D, kind, generation):
         return 16, BR if R <= 128 else 64, 32, 8, 3
     if B <= 2048:  # many small programs
         return 16 if R <= 128 else 32, BR, 64, 8, 3
-    if generation in (10, 11):  # Triton 3.9 fails at 64 rows, see _cosines
+    if generation in (10, 11):  # no tiles of 64, see _cosines
         return 32, BR, 64, 8, 3
     if R <= 128:
         return 64, BR, 64, BR // 16, 3
@@ -769,7 +775,7 @@ def rank_sums_config(kind, with_x, generation):
 
 
 @functools.cache
-def _generation(device):
+def gpu_generation(device):
     """The first number of the compute capability."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else HOPPER
 
@@ -850,7 +856,7 @@ def _padded(R):
 def _sizes(x, p):
     """B, R, D, RPAD, and what tiles go by besides: kind of dots, generation of GPU."""
     R = int(p.shape[0])
-    return len(x), R, x.shape[1], _padded(R), _kind(x, p), _generation(x.device)
+    return len(x), R, x.shape[1], _padded(R), _kind(x, p), gpu_generation(x.device)
 
 
 def _saved(x, R, RPAD, save):
@@ -871,15 +877,15 @@ def forward(x, p, y, s, smooth, save, shared, group):
     groups = _cdiv(programs, group_size)
     parts = torch.empty(programs + groups + 1, 6, RPAD, dtype=torch.float32, device=x.device)
     options = dict(RPAD=RPAD, BR=BR, SMOOTH=smooth, warps=warps, stages=stages)
-    alone, known = programs == 1, B > AT_ONCE
+    alone, prepared = programs == 1, B > AT_ONCE
     with _on(x):
-        if known:
+        if prepared:
             _prepare(p, y, columns)
         if B:
             _launch(
                 forward_kernel, (programs,), x, p, y, s, *saved, parts,
                 parts if alone else _zeros(x.device, 1 + groups, shared),
-                B, R, x.stride(0), p.stride(0), cosines.stride(0), group_size, D=D, BM=BM, BK=BK, KNOWN=known,
+                B, R, x.stride(0), p.stride(0), cosines.stride(0), group_size, D=D, BM=BM, BK=BK, PREPARED=prepared,
                 SAVE=save, ALONE=alone, FINISH=not group, **_dots(x, p), **options,
             )  # fmt: skip
         else:  # the part of no images
@@ -1045,17 +1051,13 @@ def _eager(*tensors):
 
 # --- operators, for torch.compile and whoever else traces -----------------------------------------
 
-_NAMESPACE = __name__.replace(".", "_")  # copies in two packages do not meet
-_LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
-
-def _operator(signature, implementation, fake):
+def _operator(name, schema, implementation, fake):
     """Opaque to torch.compile, which sees shapes only, so counters and scratch stay out of its plans."""
-    _LIBRARY.define(signature)
-    name = signature.split("(")[0]
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    return getattr(getattr(torch.ops, _NAMESPACE), name).default
+    name = f"{__name__.replace('.', '_')}::{name}"  # copies in two packages do not meet
+    operator = torch.library.custom_op(name, implementation, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+    return operator
 
 
 def _forward_fake(x, p, y, s, smooth, save, shared, group):
@@ -1068,14 +1070,15 @@ def _backward_fake(g_i2t, g_t2i, x, p, y, s, cosines, rows, columns, counts, smo
 
 
 _forward = _operator(
-    "matching_forward(Tensor x, Tensor p, Tensor y, Tensor s, bool smooth, bool save,"
-    " bool shared, str group)"
+    "matching_forward",
+    "(Tensor x, Tensor p, Tensor y, Tensor s, bool smooth, bool save, bool shared, str group)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     forward,
     _forward_fake,
 )
 _backward = _operator(
-    "matching_backward(Tensor? g_i2t, Tensor? g_t2i, Tensor x, Tensor p, Tensor y, Tensor s,"
+    "matching_backward",
+    "(Tensor? g_i2t, Tensor? g_t2i, Tensor x, Tensor p, Tensor y, Tensor s,"
     " Tensor cosines, Tensor rows, Tensor columns, Tensor counts, bool smooth,"
     " bool shared, bool need_x, bool need_p, bool need_s)"
     " -> (Tensor, Tensor, Tensor)",
@@ -1083,7 +1086,8 @@ _backward = _operator(
     _backward_fake,
 )
 _match = _operator(
-    "matching_probabilities(Tensor x, Tensor p, Tensor s) -> (Tensor, Tensor, Tensor)",
+    "matching_probabilities",
+    "(Tensor x, Tensor p, Tensor s) -> (Tensor, Tensor, Tensor)",
     probabilities,
     lambda x, p, s: _answers(x, p),
 )
@@ -1112,14 +1116,9 @@ def _none(ctx, *grads):
     raise RuntimeError("no such gradient with impl='triton'; use impl='torch'")
 
 
-for _name, _rule, _setup in [
-    ("matching_forward", _operator_gradients, _save),
-    ("matching_backward", _none, None),  # no second derivatives
-    ("matching_probabilities", _none, None),
-]:
-    torch.library.register_autograd(
-        f"{_NAMESPACE}::{_name}", _rule, setup_context=_setup, lib=_LIBRARY
-    )
+_forward.register_autograd(_operator_gradients, setup_context=_save)
+_backward.register_autograd(_none)  # no second derivatives
+_match.register_autograd(_none)
 
 
 def matching_loss(image_features, prototypes, labels, scale, *, target="normalized", group=None):

@@ -5,6 +5,7 @@
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -263,7 +264,8 @@ def test_labels_are_asserted_where_the_wrapper_cannot_look():
 
 
 def test_which_impl(monkeypatch):
-    monkeypatch.setattr(kernels, "_capability", lambda device: (8, 0))
+    gpu = types.SimpleNamespace(gpu_generation=lambda device: 8)
+    monkeypatch.setattr(kernels, "matching_triton", gpu, raising=False)
     monkeypatch.setattr(kernels, "NO_TRITON", "")
     assert which_impl("cpu")[0] == "torch" and "cpu" in which_impl("cpu")[1]
     assert which_impl("cpu", "triton") == ("triton", "asked for")
@@ -271,8 +273,8 @@ def test_which_impl(monkeypatch):
     for dtype in (torch.float64, torch.float8_e4m3fn):
         assert which_impl("cuda", dtype=dtype) == (
             "torch", f"the fused kernels compute in float32, this is {str(dtype)[6:]}")  # fmt: skip
-    monkeypatch.setattr(kernels, "_capability", lambda device: (7, 5))
-    assert which_impl("cuda") == ("torch", "the fused kernels need compute capability 8.0, this is 7.5")
+    gpu.gpu_generation = lambda device: 7
+    assert which_impl("cuda") == ("torch", "the fused kernels need compute capability 8.0, this is 7.x")
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert which_impl("cuda") == ("torch", "the fused kernels are for NVIDIA's GPUs")
 
