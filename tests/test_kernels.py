@@ -244,7 +244,8 @@ def test_rows_any_distance_apart():
     for view in views:
         losses, grads = fused(view)
         assert torch.equal(losses, plain[0])
-        assert all(torch.equal(a, b) for a, b in zip(grads, plain[1]))
+        for ours, expected in zip(grads, plain[1]):  # on a GPU another stride may be another compiled kernel
+            assert relative(ours, expected) < 2e-6 if CUDA else torch.equal(ours, expected)
 
 
 def test_broadcast_rows():
@@ -656,7 +657,7 @@ def test_compiled_with_cuda_graphs():
 def test_many_images(dtype, shape):
     """Tiles of 64 images and more, whose wgmma runs beside the next loads; and the same for prediction."""
     case = make_case(*shape, 14.3, dtype=dtype)
-    check(case)
+    check(case, weights=(700, 1900))  # as loss scaling does: a mean over 20,000 images underflows in fp16
     features, prototypes, _, scale = on_device(case)
     probs, expected, _ = match(features, prototypes, scale, impl="triton")
     exact = exact_logits(case[0].double(), case[1].double(), case[3].double()).softmax(1)
