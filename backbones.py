@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's ImageNet weights
+VGG16_URL = (
+    "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's ImageNet weights
+)
 VGG16_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
 _VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -37,7 +39,9 @@ def build_image_encoder(name, dim, *, weights=None, download=None):
         encoder = VGG16(dim)
         path = download(VGG16_URL, VGG16_SHA256) if weights == "imagenet" else weights
     elif kind in ("timm", "torchvision") and model:
-        encoder = {"timm": _timm, "torchvision": _torchvision}[kind](model, dim, weights == "imagenet")
+        encoder = {"timm": _timm, "torchvision": _torchvision}[kind](
+            model, dim, weights == "imagenet"
+        )
         path = None if weights == "imagenet" else weights
     else:
         raise ValueError(f"image encoder {name!r}: expected one of {KINDS}")
@@ -67,10 +71,14 @@ class VGG16(nn.Module):
                 channels = size
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(
-            nn.Linear(512 * 7 * 7, 4096), nn.ReLU(inplace=True), nn.Dropout(),
-            nn.Linear(4096, 4096), nn.ReLU(inplace=True), nn.Dropout(),
+            nn.Linear(512 * 7 * 7, 4096),
+            nn.ReLU(inplace=True),
+            nn.Dropout(),
+            nn.Linear(4096, 4096),
+            nn.ReLU(inplace=True),
+            nn.Dropout(),
             nn.Linear(4096, dim, bias=False),
-        )  # fmt: skip
+        )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -108,7 +116,9 @@ def _torchvision(name, dim, pretrained):
     encoder = models.get_model(name, weights="DEFAULT" if pretrained else None)
     layers = [key for key, module in encoder.named_modules() if isinstance(module, nn.Linear)]
     if not layers:
-        raise ValueError(f"torchvision:{name} has no linear layer at its end; expected a classifier")
+        raise ValueError(
+            f"torchvision:{name} has no linear layer at its end; expected a classifier"
+        )
     parent, _, child = layers[-1].rpartition(".")
     width = encoder.get_submodule(layers[-1]).in_features
     setattr(encoder.get_submodule(parent), child, nn.Linear(width, dim))
@@ -124,16 +134,19 @@ def _load(encoder, path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch each have errors of their own
-        raise ValueError(f"{path} cannot be read as a state dict ({error}); save state_dict() alone") from error
+        raise ValueError(
+            f"{path} cannot be read as a state dict ({error}); save state_dict() alone"
+        ) from error
     state = state.get("state_dict", state)
     state = {key.removeprefix("module."): value for key, value in state.items()}
     own = encoder.state_dict()
     last = {key for key in own if key.startswith(encoder.last_layer + ".")}
     wrong = [
-        key for key in {*own, *state} - last
+        key
+        for key in {*own, *state} - last
         if not key.startswith(encoder.last_layer + ".")
         and (key not in own or key not in state or own[key].shape != state[key].shape)
-    ]  # fmt: skip
+    ]
     if wrong:
         raise ValueError(
             f"{path} does not fit {type(encoder).__name__}: {len(wrong)} entries missing, unexpected or of "

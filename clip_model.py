@@ -14,6 +14,7 @@ caller trusts it; `encode_text` stops at the last [EOT], which is exact because 
 
 Copy-paste: needs only this file, torch>=2.4.
 """
+
 import hashlib
 import http.client
 import json
@@ -57,8 +58,18 @@ VISION_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
 class CLIP(nn.Module):
     """Both towers. `visual` (B, 3, H, W) -> (B, D) is the image encoder on its own."""
 
-    def __init__(self, visual, *, embed_dim, width, layers, mlp_width=None, context_length=77,
-                 vocab_size=VOCAB_SIZE, quick_gelu=True):
+    def __init__(
+        self,
+        visual,
+        *,
+        embed_dim,
+        width,
+        layers,
+        mlp_width=None,
+        context_length=77,
+        vocab_size=VOCAB_SIZE,
+        quick_gelu=True,
+    ):
         super().__init__()
         self.image_size, self.embed_dim = visual.image_size, embed_dim
         self.context_length, self.vocab_size = context_length, vocab_size
@@ -76,10 +87,16 @@ class CLIP(nn.Module):
 
     def encode_text(self, tokens):
         """Token ids (M, up to context_length), zeros after [EOT] -> (M, D), the state at [EOT]."""
-        if (tokens.ndim != 2 or 0 in tokens.shape or tokens.shape[1] > self.context_length
-                or tokens.dtype not in (torch.int64, torch.int32)):
-            raise ValueError(f"tokens are {tokens.dtype} {tuple(tokens.shape)}; expected int64 "
-                             f"(M, {self.context_length}), as the tokenizer gives them")
+        if (
+            tokens.ndim != 2
+            or 0 in tokens.shape
+            or tokens.shape[1] > self.context_length
+            or tokens.dtype not in (torch.int64, torch.int32)
+        ):
+            raise ValueError(
+                f"tokens are {tokens.dtype} {tuple(tokens.shape)}; expected int64 "
+                f"(M, {self.context_length}), as the tokenizer gives them"
+            )
         eot = tokens.argmax(-1)  # (M,); [EOT] is the largest id of the vocabulary
         tokens = tokens[:, : int(eot.max()) + 1]  # (M, L); waits for the GPU
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # (M, L, W)
@@ -87,7 +104,9 @@ class CLIP(nn.Module):
         return self.ln_final(x) @ self.text_projection  # (M, D)
 
     @classmethod
-    def from_pretrained(cls, name_or_path, *, cache_dir=None, quick_gelu=None, trust_torchscript=False):
+    def from_pretrained(
+        cls, name_or_path, *, cache_dir=None, quick_gelu=None, trust_torchscript=False
+    ):
         """Public weights by name (downloaded once) or from a file or folder -> CLIP, float32, eval mode.
 
         Args:
@@ -124,7 +143,8 @@ class CLIP(nn.Module):
             raise ValueError(
                 f"not a whole CLIP: {repr(error):.2000}; got {len(state)} entries ({', '.join([*state][:3])}), "
                 "expected both towers, named as by OpenAI, open_clip or Hugging Face's CLIPModel, not SigLIP, "
-                "CoCa or open_clip's timm and Hugging Face towers: choose other weights") from error
+                "CoCa or open_clip's timm and Hugging Face towers: choose other weights"
+            ) from error
         return clip.eval()
 
 
@@ -134,8 +154,11 @@ def tiny_clip(seed=0, *, vision="resnet", image_size=64, embed_dim=128, width=12
         raise ValueError(f"vision={vision!r}; expected 'resnet' or 'vit'")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        visual = (ModifiedResNet((1, 1, 1, 1), embed_dim, image_size, width=16) if vision == "resnet"
-                  else VisionTransformer(image_size, 16, 128, 2, embed_dim))
+        visual = (
+            ModifiedResNet((1, 1, 1, 1), embed_dim, image_size, width=16)
+            if vision == "resnet"
+            else VisionTransformer(image_size, 16, 128, 2, embed_dim)
+        )
         clip = CLIP(visual, embed_dim=embed_dim, width=width, layers=layers)
         nn.init.normal_(clip.token_embedding.weight, std=0.02)
     # CLIP's 100 would sharpen noise: training from random towers then first makes all ranks alike.
@@ -151,12 +174,16 @@ def image_tower(state, embed_dim, quick_gelu=True, prefix=""):
     if prefix + "attnpool.positional_embedding" in state:
         grid = math.isqrt(len(state[prefix + "attnpool.positional_embedding"]) - 1)
         layers = [_blocks(state, f"{prefix}layer{i}.") for i in (1, 2, 3, 4)]
-        return ModifiedResNet(layers, embed_dim, 32 * grid, len(state[prefix + "layer1.0.conv1.weight"]))
+        return ModifiedResNet(
+            layers, embed_dim, 32 * grid, len(state[prefix + "layer1.0.conv1.weight"])
+        )
     grid = math.isqrt(len(state[prefix + "positional_embedding"]) - 1)
     width, _, _, patch_size = state[prefix + "conv1.weight"].shape
     mlp_width = len(state[prefix + "transformer.resblocks.0.mlp.c_fc.weight"])
     layers = _blocks(state, prefix + "transformer.resblocks.")
-    return VisionTransformer(grid * patch_size, patch_size, width, layers, embed_dim, mlp_width, quick_gelu)
+    return VisionTransformer(
+        grid * patch_size, patch_size, width, layers, embed_dim, mlp_width, quick_gelu
+    )
 
 
 # ------------------------------------------------------------------------------------------ towers
@@ -170,9 +197,13 @@ class ResidualAttentionBlock(nn.Module):
         super().__init__()
         self.attn = nn.MultiheadAttention(width, num_heads)  # holds the parameters, is not called
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(width, mlp_width), gelu=QuickGELU() if quick_gelu else nn.GELU(),
-            c_proj=nn.Linear(mlp_width, width)))
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                c_fc=nn.Linear(width, mlp_width),
+                gelu=QuickGELU() if quick_gelu else nn.GELU(),
+                c_proj=nn.Linear(mlp_width, width),
+            )
+        )
 
     def forward(self, x, causal):  # (B, L, W)
         qkv = F.linear(self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias)  # (B, L, 3W)
@@ -187,11 +218,14 @@ class Transformer(nn.Module):
     def __init__(self, width, layers, mlp_width=None, quick_gelu=True, causal=False, head_width=64):
         super().__init__()
         if width % head_width:
-            raise ValueError(f"width={width}; expected a multiple of {head_width}, the width of CLIP's heads")
+            raise ValueError(
+                f"width={width}; expected a multiple of {head_width}, the width of CLIP's heads"
+            )
         self.causal = causal
         self.resblocks = nn.ModuleList(
             ResidualAttentionBlock(width, width // head_width, mlp_width or 4 * width, quick_gelu)
-            for _ in range(layers))
+            for _ in range(layers)
+        )
 
     def forward(self, x):  # (B, L, W)
         for block in self.resblocks:
@@ -200,7 +234,9 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    def __init__(self, image_size, patch_size, width, layers, output_dim, mlp_width=None, quick_gelu=True):
+    def __init__(
+        self, image_size, patch_size, width, layers, output_dim, mlp_width=None, quick_gelu=True
+    ):
         super().__init__()
         self.image_size = image_size
         tokens, head_width = (image_size // patch_size) ** 2 + 1, VISION_HEAD_WIDTHS.get(width, 64)
@@ -237,7 +273,9 @@ class Bottleneck(nn.Module):
         self.downsample = nn.Identity()
         if channels_in != 4 * channels:  # wherever the stride is 2, too
             conv, bn = _conv_bn(channels_in, 4 * channels, 1)
-            self.downsample = nn.Sequential(OrderedDict({"-1": nn.AvgPool2d(stride), "0": conv, "1": bn}))
+            self.downsample = nn.Sequential(
+                OrderedDict({"-1": nn.AvgPool2d(stride), "0": conv, "1": bn})
+            )
 
     def forward(self, x):  # (B, C, H, W)
         out = F.relu(self.bn1(self.conv1(x)))
@@ -295,8 +333,10 @@ class ModifiedResNet(nn.Module):
 
 def _check_images(images, size):
     if images.shape[1:] != (3, size, size) or not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected float "
-                         f"(B, 3, {size}, {size}): resize them, scale to 0..1 and normalise")
+        raise ValueError(
+            f"images are {images.dtype} {tuple(images.shape)}; expected float "
+            f"(B, 3, {size}, {size}): resize them, scale to 0..1 and normalise"
+        )
 
 
 # ---------------------------------------------------------------------------- architectures and key layouts
@@ -306,36 +346,53 @@ def _architecture(state, quick_gelu):
     _, embed_dim = state["text_projection"].shape
     if vocab_size != VOCAB_SIZE:
         raise ValueError(f"a vocabulary of {vocab_size}; expected CLIP's {VOCAB_SIZE}")
-    return dict(visual=image_tower(state, embed_dim, quick_gelu, "visual."), embed_dim=embed_dim, width=width,
-                layers=_blocks(state, "transformer.resblocks."),
-                mlp_width=len(state["transformer.resblocks.0.mlp.c_fc.weight"]),
-                context_length=len(state["positional_embedding"]), quick_gelu=quick_gelu)
+    return dict(
+        visual=image_tower(state, embed_dim, quick_gelu, "visual."),
+        embed_dim=embed_dim,
+        width=width,
+        layers=_blocks(state, "transformer.resblocks."),
+        mlp_width=len(state["transformer.resblocks.0.mlp.c_fc.weight"]),
+        context_length=len(state["positional_embedding"]),
+        quick_gelu=quick_gelu,
+    )
 
 
 def _blocks(state, prefix):
-    return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
+    return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
 
 
 _HUGGING_FACE_NAMES = {  # part of a name -> part of OpenAI's, applied in order
-    "vision_model.embeddings.patch_embedding.": "visual.conv1.", "vision_model.embeddings.": "visual.",
+    "vision_model.embeddings.patch_embedding.": "visual.conv1.",
+    "vision_model.embeddings.": "visual.",
     "vision_model.encoder.layers.": "visual.transformer.resblocks.",
-    "vision_model.pre_layrnorm.": "visual.ln_pre.", "vision_model.post_layernorm.": "visual.ln_post.",
-    "visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection",
-    "text_model.encoder.layers.": "transformer.resblocks.", "text_model.embeddings.": "",
-    "text_model.final_layer_norm.": "ln_final.", "position_embedding.weight": "positional_embedding",
-    ".self_attn.": ".attn.", ".layer_norm": ".ln_", ".mlp.fc1.": ".mlp.c_fc.", ".mlp.fc2.": ".mlp.c_proj.",
+    "vision_model.pre_layrnorm.": "visual.ln_pre.",
+    "vision_model.post_layernorm.": "visual.ln_post.",
+    "visual_projection.weight": "visual.proj",
+    "text_projection.weight": "text_projection",
+    "text_model.encoder.layers.": "transformer.resblocks.",
+    "text_model.embeddings.": "",
+    "text_model.final_layer_norm.": "ln_final.",
+    "position_embedding.weight": "positional_embedding",
+    ".self_attn.": ".attn.",
+    ".layer_norm": ".ln_",
+    ".mlp.fc1.": ".mlp.c_fc.",
+    ".mlp.fc2.": ".mlp.c_proj.",
 }
 
 
 def _to_openai_layout(state_dict):
     """A state dict in any of the three layouts, wrapped or not -> one with OpenAI's names."""
     if not isinstance(state_dict, dict):
-        raise ValueError(f"got a {type(state_dict).__name__}; expected a dict, as model.state_dict() gives")
+        raise ValueError(
+            f"got a {type(state_dict).__name__}; expected a dict, as model.state_dict() gives"
+        )
     for wrapper in ("state_dict", "model"):  # training checkpoints of open_clip and others
         if isinstance(state_dict.get(wrapper), dict):
             state_dict = state_dict[wrapper]
     # The prefixes are those of DataParallel, torch.compile and open_clip's CustomTextCLIP.
-    state = {re.sub(r"^((module|_orig_mod)\.)*(text\.)?", "", str(k)): v for k, v in state_dict.items()}
+    state = {
+        re.sub(r"^((module|_orig_mod)\.)*(text\.)?", "", str(k)): v for k, v in state_dict.items()
+    }
     for extra in ("input_resolution", "context_length", "vocab_size", "attn_mask"):
         state.pop(extra, None)  # OpenAI's TorchScript archives carry these beside the parameters
     if not any(key.startswith(("text_model.", "vision_model.")) for key in state):
@@ -355,14 +412,20 @@ def _to_openai_layout(state_dict):
 
 # ------------------------------------------------------------------------------------------- reading files
 def _find_weights(path):
-    names = ("model.safetensors", "open_clip_model.safetensors",
-             "pytorch_model.bin", "open_clip_pytorch_model.bin")
+    names = (
+        "model.safetensors",
+        "open_clip_model.safetensors",
+        "pytorch_model.bin",
+        "open_clip_pytorch_model.bin",
+    )
     path = Path(path).expanduser()
     for file in (path, *(path / name for name in names)):
         if file.is_file():
             return file
-    raise FileNotFoundError(f"no weights at {str(path)!r}; expected one of {', '.join(MODELS)}, or a file, or "
-                            f"a folder with {' or '.join(names)} (weights in parts must be merged)")
+    raise FileNotFoundError(
+        f"no weights at {str(path)!r}; expected one of {', '.join(MODELS)}, or a file, or "
+        f"a folder with {' or '.join(names)} (weights in parts must be merged)"
+    )
 
 
 def _read_weights(path, trusted):
@@ -378,19 +441,32 @@ def _read_weights(path, trusted):
         if trusted or (sha256 := hashlib.sha256(path.read_bytes()).hexdigest()) in known:
             return dict(torch.jit.load(path, map_location="cpu").state_dict())
     except Exception as error:  # JSON, zip, pickle and torch each have errors of their own
-        why = str(error).split("WeightsUnpickler error:")[-1].strip()  # without advice to trust the file
+        why = (
+            str(error).split("WeightsUnpickler error:")[-1].strip()
+        )  # without advice to trust the file
         raise ValueError(
             f"cannot read {path} ({path.stat().st_size} bytes): {type(error).__name__} {why:.300}; expected a "
             "state dict of tensors, also as safetensors or TorchScript. If it is damaged, get it again; if it "
-            "holds other objects, load it where it was made and save its state_dict() alone") from error
+            "holds other objects, load it where it was made and save its state_dict() alone"
+        ) from error
     raise ValueError(
         f"{path} is a TorchScript archive, which can run code, and its sha256, {sha256}, is not in "
-        "MODELS; expected a state dict; pass trust_torchscript=True if you trust where it came from")
+        "MODELS; expected a state dict; pass trust_torchscript=True if you trust where it came from"
+    )
 
 
 _SAFETENSORS_DTYPES = dict(
-    F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
-    I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool)
+    F64=torch.float64,
+    F32=torch.float32,
+    F16=torch.float16,
+    BF16=torch.bfloat16,
+    I64=torch.int64,
+    I32=torch.int32,
+    I16=torch.int16,
+    I8=torch.int8,
+    U8=torch.uint8,
+    BOOL=torch.bool,
+)
 
 
 def read_safetensors(path):
@@ -418,7 +494,9 @@ def _quick_gelu_from_config(path):
         try:
             config = json.loads(file.read_bytes()) if file.is_file() else {}
         except ValueError as error:
-            raise ValueError(f"{file} is no JSON ({error}); expected a model's config: get it again") from error
+            raise ValueError(
+                f"{file} is no JSON ({error}); expected a model's config: get it again"
+            ) from error
         if "model_cfg" in config:
             found.add("quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu")
         elif config.get("model_type") == "clip":  # whose default is quick_gelu
@@ -427,7 +505,8 @@ def _quick_gelu_from_config(path):
     if found not in ({"quick_gelu"}, {"gelu"}):
         raise ValueError(
             f"the activation of {path} is unknown: config files beside it say {sorted(map(str, found))}; "
-            "expected gelu or quick_gelu: pass quick_gelu=True (OpenAI, MetaCLIP) or False (LAION, DataComp)")
+            "expected gelu or quick_gelu: pass quick_gelu=True (OpenAI, MetaCLIP) or False (LAION, DataComp)"
+        )
     return found == {"quick_gelu"}
 
 
@@ -453,7 +532,8 @@ def download(url, sha256, cache_dir=None):
     except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
         raise ConnectionError(
             f"cannot download {url} to {path}: {error!r}\nRun again to go on where it stopped, choose another "
-            f"cache_dir, or put the file (sha256 {sha256}) there yourself") from error
+            f"cache_dir, or put the file (sha256 {sha256}) there yourself"
+        ) from error
     _check_sha256(path, sha256)
     return path
 
@@ -486,4 +566,6 @@ def _check_sha256(path, expected):
     if got != expected:
         if path.suffix == ".part":
             path.unlink()  # so that the next run starts anew
-        raise ValueError(f"{path} has sha256 {got}, expected {expected}; delete it if it is there, run again")
+        raise ValueError(
+            f"{path} has sha256 {got}, expected {expected}; delete it if it is there, run again"
+        )

@@ -26,6 +26,7 @@ RGB and L (#L96); the aspect ratio is kept (`squash=True`: as ordinalclip/runner
 published, and opens every image; `--out FOLDER` writes FOLDER/fold_K/{train,val,test}.txt.
 Copy-paste: needs only this file, torch>=2.4, numpy, pillow.
 """
+
 import argparse
 import contextvars
 import csv
@@ -55,13 +56,20 @@ DATASETS = {
     "demo": dict(
         context="age in years:",
         rank_names=tuple(str(years) for years in range(1, 31)),
-        splits=("random",), folds=1, sizes=(2400, 300, 600)),       # images of train, val, test
+        splits=("random",),
+        folds=1,
+        sizes=(2400, 300, 600),
+    ),  # images of train, val, test
     "morph2": dict(
         context="age estimation: the age of the person is",
         rank_names=tuple(str(age) for age in range(101)),
-        splits=("random", "subject-exclusive"), folds=5,            # 5 are published, more exist
-        table="morph_2008_nonCommercial.csv", rows=55134,
-        race="W", drawn=5492, test_share=0.2,                       # "Setting A": 4,394 / 1,098
+        splits=("random", "subject-exclusive"),
+        folds=5,  # 5 are published, more exist
+        table="morph_2008_nonCommercial.csv",
+        rows=55134,
+        race="W",
+        drawn=5492,
+        test_share=0.2,  # "Setting A": 4,394 / 1,098
         get="""{missing} is not there.
 MORPH Album 2 (2008, non-commercial release) is licensed by UNCW; request it at
 https://uncw.edu/myuncw/research/innovation-commercialization/technology-portfolio/morph
@@ -69,18 +77,31 @@ and put it here, as published:
   {root}/
     morph_2008_nonCommercial.csv
     Album2/009055_1M54.JPG ...
-To try things without it: --data demo"""),
+To try things without it: --data demo""",
+    ),
     "adience": dict(
         context="age estimation: the age group of the person is",
         rank_names=("0-2", "4-6", "8-13", "15-20", "25-32", "38-43", "48-53", "60-100"),
-        ages=("(0, 2)", "(4, 6)", "(8, 12)", "(15, 20)", "(25, 32)", "(38, 43)", "(48, 53)",
-              "(60, 100)"),                                         # as the tables spell the ranks
-        typos={"(25, 23)": 4, "(27, 32)": 4},                       # what "merged" adds
-        splits=("five-fold",), folds=5, label_rules=("exact", "merged", "inside"),
+        ages=(
+            "(0, 2)",
+            "(4, 6)",
+            "(8, 12)",
+            "(15, 20)",
+            "(25, 32)",
+            "(38, 43)",
+            "(48, 53)",
+            "(60, 100)",
+        ),  # as the tables spell the ranks
+        typos={"(25, 23)": 4, "(27, 32)": 4},  # what "merged" adds
+        splits=("five-fold",),
+        folds=5,
+        label_rules=("exact", "merged", "inside"),
         tables=(".", "folds", "original_txt_files"),
         images={"aligned": "landmark_aligned_face", "faces": "coarse_tilt_aligned_face"},
-        rows=19487, counts=(2519, 2163, 2132, 1655, 4950, 2300, 830, 875),      # counts: "exact"
-        fold_counts=(4316, 3101, 3339, 2975, 3693), merged_count=17470,
+        rows=19487,
+        counts=(2519, 2163, 2132, 1655, 4950, 2300, 830, 875),  # counts: "exact"
+        fold_counts=(4316, 3101, 3339, 2975, 3693),
+        merged_count=17470,
         get="""{missing} is not there.
 Adience is free for research; its terms and the login to its files are at
 https://talhassner.github.io/home/projects/Adience/Adience-data.html
@@ -89,14 +110,18 @@ Unpack aligned.tar.gz (or faces.tar.gz) and put the tables of the five folds bes
     fold_0_data.txt .. fold_4_data.txt
     aligned/30601258@N03/landmark_aligned_face.1.10399863183_a04f4c26a1_o.jpg ...
     or faces/30601258@N03/coarse_tilt_aligned_face.1.10399863183_a04f4c26a1_o.jpg ...
-To try things without it: --data demo"""),
+To try things without it: --data demo""",
+    ),
     "aesthetics": dict(
         context="the aesthetic quality of the image is",
         rank_names=("unacceptable", "flawed", "ordinary", "professional", "exceptional"),
-        splits=("random",), folds=5, label_rules=("median", "mean"),
+        splits=("random",),
+        folds=5,
+        label_rules=("median", "mean"),
         categories=("all", "nature", "animal", "urban", "people"),
-        table="beauty-icwsm15-dataset.tsv", images=("img_files", "images", "."),
-        counts=dict(nature=4681, animal=3670, urban=3639, people=3696),     # rows, 15,686 in all
+        table="beauty-icwsm15-dataset.tsv",
+        images=("img_files", "images", "."),
+        counts=dict(nature=4681, animal=3670, urban=3639, people=3696),  # rows, 15,686 in all
         get="""{missing} is not there.
 The ratings (Schifanella, Redi, Aiello, ICWSM 2015) are in
 http://www.di.unito.it/~schifane/dataset/beauty-icwsm15/data/beauty-icwsm15-dataset.tsv.zip
@@ -104,22 +129,32 @@ The photos are on Flickr, each under its id; many are gone. Put what can be had 
   {root}/
     beauty-icwsm15-dataset.tsv
     img_files/<flickr_photo_id>.jpg ...
-To try things without it: --data demo"""),
+To try things without it: --data demo""",
+    ),
     "hci": dict(
         context="a photo taken in the",
         rank_names=("1930s", "1940s", "1950s", "1960s", "1970s"),
         rank_values=(1930.0, 1940.0, 1950.0, 1960.0, 1970.0),
-        splits=("random",), folds=10, val=5, test=50, counts=(265,) * 5,    # of each decade
-        images=("decade_database", "data/imgs/decade_database",
-                "HistoricalColor-ECCV2012/data/imgs/decade_database", "."),
-        inside="1930s",                                             # what the images' folder holds
+        splits=("random",),
+        folds=10,
+        val=5,
+        test=50,
+        counts=(265,) * 5,  # of each decade
+        images=(
+            "decade_database",
+            "data/imgs/decade_database",
+            "HistoricalColor-ECCV2012/data/imgs/decade_database",
+            ".",
+        ),
+        inside="1930s",  # what the images' folder holds
         get="""{missing} is not there.
 The historical colour images (Palermo, Hays, Efros, ECCV 2012) are in
 http://graphics.cs.cmu.edu/projects/historicalColor/HistoricalColor-ECCV2012-DecadeDatabase.tar
 (md5 afb4c47b7da105c4afd1f27e06bea171). Unpack it, so that here lies
   {root}/
     HistoricalColor-ECCV2012/data/imgs/decade_database/1930s/decade_<32 hex digits>.jpg ...
-To try things without it: --data demo"""),
+To try things without it: --data demo""",
+    ),
 }
 PARTS = ("train", "val", "test")
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -128,24 +163,25 @@ LABEL_COLUMNS = ("label", "rank", "age", "class", "target")
 
 
 class Sample(NamedTuple):
-    path: str                               # relative to the root, or absolute
-    label: int                              # rank index, 0 .. R-1
+    path: str  # relative to the root, or absolute
+    label: int  # rank index, 0 .. R-1
 
 
 @dataclass(frozen=True)
 class Task:
     """One dataset under one protocol."""
+
     name: str
-    protocol: str                           # one line, printed with every number
+    protocol: str  # one line, printed with every number
     root: Path
-    rank_names: tuple[str, ...]             # R, lowest rank first
-    rank_values: tuple[float, ...]          # R, what a rank is worth: age 16.0; or its index
-    context: str                            # the words before the rank in the prompt
+    rank_names: tuple[str, ...]  # R, lowest rank first
+    rank_values: tuple[float, ...]  # R, what a rank is worth: age 16.0; or its index
+    context: str  # the words before the rank in the prompt
     train: tuple[Sample, ...]
     val: tuple[Sample, ...]
     test: tuple[Sample, ...]
     val_is_test: bool = False
-    notes: tuple[str, ...] = ()             # what is odd in the release; `check` prints them
+    notes: tuple[str, ...] = ()  # what is odd in the release; `check` prints them
 
     @property
     def num_ranks(self):
@@ -160,8 +196,17 @@ class Task:
         _write(folder / "ranks.txt", "".join(f"{name}\n" for name in self.rank_names))
 
 
-def load(name_or_path, root=None, *, split=None, fold=0, seed=0, lists=None, category=None,
-         label_rule=None):
+def load(
+    name_or_path,
+    root=None,
+    *,
+    split=None,
+    fold=0,
+    seed=0,
+    lists=None,
+    category=None,
+    label_rule=None,
+):
     """The Task of a dataset in DATASETS, or of a folder of own data.
 
     root: where the release lies (default data/NAME; demo: a cache folder; own data: the folder).
@@ -171,8 +216,10 @@ def load(name_or_path, root=None, *, split=None, fold=0, seed=0, lists=None, cat
     """
     name = str(name_or_path)
     if name not in DATASETS and not Path(name).is_dir():
-        raise ValueError(f"there is no dataset or folder {name!r}; give {', '.join(DATASETS)} or a "
-                         "folder of own data")
+        raise ValueError(
+            f"there is no dataset or folder {name!r}; give {', '.join(DATASETS)} or a "
+            "folder of own data"
+        )
     preset = DATASETS.get(name, {})
     split = _choose(name, "split", split, preset.get("splits", ("random",)))
     category = _choose(name, "category", category, preset.get("categories"))
@@ -220,11 +267,11 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)           # a copy would lose TIFF's tags
+            ImageOps.exif_transpose(image, in_place=True)  # a copy would lose TIFF's tags
             return to_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such image") from None
-    except Exception as error:              # decoders raise many kinds
+    except Exception as error:  # decoders raise many kinds
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
@@ -236,9 +283,15 @@ def few_shot(task, shots, seed=0):
     if shots < 1:
         raise ValueError(f"shots={shots}: expected at least 1 image of each rank")
     counts = np.bincount([sample.label for sample in task.train], minlength=task.num_ranks)
-    fewer = f" (all of the {(counts < shots).sum()} that have fewer)" if (counts < shots).any() else ""
-    return _fewer(task, {rank: shots for rank in range(task.num_ranks)}, f"shots/{seed}",
-                  f"few-shot: {shots} of each rank{fewer}, drawn by seed {seed}")
+    fewer = (
+        f" (all of the {(counts < shots).sum()} that have fewer)" if (counts < shots).any() else ""
+    )
+    return _fewer(
+        task,
+        {rank: shots for rank in range(task.num_ranks)},
+        f"shots/{seed}",
+        f"few-shot: {shots} of each rank{fewer}, drawn by seed {seed}",
+    )
 
 
 def shifted(task, ranks, keep, seed=0):
@@ -248,13 +301,19 @@ def shifted(task, ranks, keep, seed=0):
     Source: the same file, generate_distribution_shifted_dataset; paper: 10 to 40 ranks, 0.2 or 0.1.
     """
     if not 1 <= ranks <= task.num_ranks or not 0 < keep <= 1:
-        raise ValueError(f"shift of {ranks} ranks to {keep}: expected 1 .. {task.num_ranks} ranks and "
-                         "a share above 0, at most 1")
+        raise ValueError(
+            f"shift of {ranks} ranks to {keep}: expected 1 .. {task.num_ranks} ranks and "
+            "a share above 0, at most 1"
+        )
     counts = np.bincount([sample.label for sample in task.train], minlength=task.num_ranks)
     frequent = np.argsort(-counts, kind="stable")[:ranks].tolist()
     quota = {rank: max(1, int(counts[rank] * keep)) for rank in frequent}
-    return _fewer(task, quota, f"shift/{seed}",
-                  f"shift: {keep:g} of the {ranks} most frequent ranks kept, drawn by seed {seed}")
+    return _fewer(
+        task,
+        quota,
+        f"shift/{seed}",
+        f"shift: {keep:g} of the {ranks} most frequent ranks kept, drawn by seed {seed}",
+    )
 
 
 class ImageList(torch.utils.data.Dataset):
@@ -265,8 +324,9 @@ class ImageList(torch.utils.data.Dataset):
     Random numbers are torch's, so DataLoader's seeds govern them.
     """
 
-    def __init__(self, samples, root, *, image_size=224, train=False, squash=False,
-                 resample="bicubic"):
+    def __init__(
+        self, samples, root, *, image_size=224, train=False, squash=False, resample="bicubic"
+    ):
         if resample not in ("bicubic", "bilinear"):
             raise ValueError(f"resample={resample!r}; give bicubic or bilinear")
         self.samples, self.root = list(samples), Path(root)
@@ -285,8 +345,8 @@ class ImageList(torch.utils.data.Dataset):
         image = self._crop(self._resize(image))
         if self.train and torch.rand(()) < 0.5:
             image = ImageOps.mirror(image)
-        pixels = torch.from_numpy(np.array(image))                  # (S, S, 3)
-        return pixels.permute(2, 0, 1).contiguous()                 # (3, S, S)
+        pixels = torch.from_numpy(np.array(image))  # (S, S, 3)
+        return pixels.permute(2, 0, 1).contiguous()  # (3, S, S)
 
     def _resize(self, image):
         side, short = round(self.image_size * 256 / 224), min(image.size)
@@ -294,7 +354,7 @@ class ImageList(torch.utils.data.Dataset):
         return image.resize(size, self.resample)
 
     def _crop(self, image):
-        room = [edge - self.image_size for edge in image.size]      # beyond the crop
+        room = [edge - self.image_size for edge in image.size]  # beyond the crop
         if self.train:
             left, top = (int(torch.randint(edge + 1, ())) for edge in room)
         else:
@@ -323,8 +383,10 @@ def _parse_list(path):
             raise ValueError(f"{path}:{number}: expected an image path and a label, got {line!r}")
         rank = _integer(cells[label])
         if rank is None:
-            raise ValueError(f"{path}:{number}: label {cells[label]!r} is no whole number; labels "
-                             "are ranks, counted from 0")
+            raise ValueError(
+                f"{path}:{number}: label {cells[label]!r} is no whole number; labels "
+                "are ranks, counted from 0"
+            )
         rows.append((number, str(Path(cells[image])), rank))
     return rows
 
@@ -334,15 +396,19 @@ def _columns(path, first):
     known = {".csv": ",", ".tsv": "\t"}.get(Path(path).suffix.lower())
     for delimiter in [known] if known else ["\t", ",", " "]:
         names = [cell.lower() for cell in _cells(first, delimiter)]
-        image, label = (next((names.index(name) for name in columns if name in names), None)
-                        for columns in (PATH_COLUMNS, LABEL_COLUMNS))
+        image, label = (
+            next((names.index(name) for name in columns if name in names), None)
+            for columns in (PATH_COLUMNS, LABEL_COLUMNS)
+        )
         if image is not None and label is not None:
             return delimiter, image, label, 1
     if known is None:
-        return None, 0, 1, 0                # path label
+        return None, 0, 1, 0  # path label
     if len(names) != 2:
-        raise ValueError(f"{path}:1: {len(names)} columns, and no header that names one `path` and "
-                         f"one `label`; got {first!r}")
+        raise ValueError(
+            f"{path}:1: {len(names)} columns, and no header that names one `path` and "
+            f"one `label`; got {first!r}"
+        )
     is_header = _integer(names[1]) is None and Path(names[0]).suffix not in IMAGE_TYPES
     return known, 0, 1, int(is_header)
 
@@ -356,23 +422,30 @@ def _cells(line, delimiter):
 def _lines(path, comment="#"):
     """[(number, line)] of a text file, without blank lines and comments."""
     try:
-        text = Path(path).read_text("utf-8-sig")                    # a BOM goes, CRLF becomes LF
+        text = Path(path).read_text("utf-8-sig")  # a BOM goes, CRLF becomes LF
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     lines = ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1))
-    return [(number, line) for number, line in lines
-            if line and not (comment and line.startswith(comment))]
+    return [
+        (number, line)
+        for number, line in lines
+        if line and not (comment and line.startswith(comment))
+    ]
 
 
 def _read_table(path, delimiter, columns):
     """[(line number, {column: cell})] of a release's table, whose header must name the columns."""
     (_, first), *lines = _lines(path, comment=None) or [(1, "")]
-    header = [cell.lower() for cell in _cells(first.lstrip("#"), delimiter)]    # #flickr_photo_id
+    header = [cell.lower() for cell in _cells(first.lstrip("#"), delimiter)]  # #flickr_photo_id
     if missing := set(columns) - set(header):
-        raise ValueError(f"{path}:1: no column {', '.join(sorted(missing))}; expected the header "
-                         f"of the release, got {first!r}")
-    return [(number, dict.fromkeys(header, "") | dict(zip(header, _cells(line, delimiter))))
-            for number, line in lines]
+        raise ValueError(
+            f"{path}:1: no column {', '.join(sorted(missing))}; expected the header "
+            f"of the release, got {first!r}"
+        )
+    return [
+        (number, dict.fromkeys(header, "") | dict(zip(header, _cells(line, delimiter))))
+        for number, line in lines
+    ]
 
 
 # `check` lists images that are not there, and counts on; whoever wants the data is refused.
@@ -398,8 +471,10 @@ def _on_disk(root, samples, source):
             missing[path] = None
     if missing and not _missing_listed.get():
         total = len({path for path, _ in samples})
-        raise FileNotFoundError(f"{source}: {len(missing)} of {total} images are not under "
-                                f"{root}, the first: {', '.join(map(repr, list(missing)[:3]))}")
+        raise FileNotFoundError(
+            f"{source}: {len(missing)} of {total} images are not under "
+            f"{root}, the first: {', '.join(map(repr, list(missing)[:3]))}"
+        )
     return found
 
 
@@ -410,7 +485,7 @@ def _plain(name):
 
 def _write_list(path, samples):
     lines = (f"{image} {label}\n" for image, label in samples)
-    _write(path, "".join("./" * line.startswith("#") + line for line in lines))   # not a comment
+    _write(path, "".join("./" * line.startswith("#") + line for line in lines))  # not a comment
 
 
 def _write(path, text):
@@ -436,11 +511,13 @@ def _hold_out(samples, share, salt, group=_image, stratify=True):
         groups.setdefault(group(sample), []).append(sample)
     order = _shuffled(groups, salt)
     if stratify:
-        order.sort(key=lambda name: groups[name][0].label)          # stable: hashed within a rank
+        order.sort(key=lambda name: groups[name][0].label)  # stable: hashed within a rank
     cuts = [math.floor(i * share + 0.5) for i in range(len(order) + 1)]
     held = {name for name, before, after in zip(order, cuts, cuts[1:]) if after > before}
-    return ([sample for sample in samples if group(sample) not in held],
-            [sample for sample in samples if group(sample) in held])
+    return (
+        [sample for sample in samples if group(sample) not in held],
+        [sample for sample in samples if group(sample) in held],
+    )
 
 
 def _fewer(task, quota, salt, words):
@@ -479,8 +556,19 @@ def _task(name, words, root, names, context, parts, salt, values=None, notes=())
     protocol = "; ".join([f"{name}: {words}: {counts}", *_oddities(*paths, untrained, names)])
     numeric = all(re.fullmatch(r"-?\d+(\.\d+)?", rank) for rank in names)
     values = values or tuple(float(rank if numeric else i) for i, rank in enumerate(names))
-    return Task(name, protocol, root, tuple(names), values, context, tuple(train), tuple(val),
-                tuple(test), val_is_test=paths[1] == paths[2], notes=tuple(notes))
+    return Task(
+        name,
+        protocol,
+        root,
+        tuple(names),
+        values,
+        context,
+        tuple(train),
+        tuple(val),
+        tuple(test),
+        val_is_test=paths[1] == paths[2],
+        notes=tuple(notes),
+    )
 
 
 def _oddities(train, val, test, untrained, names):
@@ -512,13 +600,13 @@ def to_rgb(image):
 
 
 def _from_integers(image):
-    gray = np.asarray(image).astype(np.int64)                       # (H, W)
+    gray = np.asarray(image).astype(np.int64)  # (H, W)
     if gray.min() < 0 or gray.max() > 65535:
         raise ValueError(f"{gray.min()} .. {gray.max()} has no known white; save it with 16 bits")
     clear = gray == image.info.get("transparency", -1)
-    if getattr(image, "tag_v2", {}).get(262) == 0:                  # TIFF in which 0 is white
+    if getattr(image, "tag_v2", {}).get(262) == 0:  # TIFF in which 0 is white
         gray = 65535 - gray
-    gray = np.where(clear, 255, (gray + 128) // 257)                # 65535 = 255 * 257
+    gray = np.where(clear, 255, (gray + 128) // 257)  # 65535 = 255 * 257
     return Image.fromarray(gray.astype(np.uint8))
 
 
@@ -536,8 +624,16 @@ def _load_morph2(root, split, fold, seed, lists):
     if len(ages) != preset["rows"]:
         words += f", release of {len(ages):,} images where {preset['rows']:,} are expected"
     parts = [samples and _on_disk(root, samples, table) for samples in parts]
-    return _task("morph2", words, root, preset["rank_names"], preset["context"], parts,
-                 f"{seed}/{fold}", notes=notes)
+    return _task(
+        "morph2",
+        words,
+        root,
+        preset["rank_names"],
+        preset["context"],
+        parts,
+        f"{seed}/{fold}",
+        notes=notes,
+    )
 
 
 def _given(lists):
@@ -557,8 +653,10 @@ def _read_morph2(table, preset):
         photo, age = row["photo"], _integer(row["age"])
         name = re.fullmatch(r"\d+_\d+[MF](\d+)\.jpg", os.path.basename(photo), re.IGNORECASE)
         if name is None or age is None or not 0 <= age < len(preset["rank_names"]):
-            wrong.append(f"{table}:{number}: expected an age of 0 .. 100 and a photo such as "
-                         f"Album2/009055_1M54.JPG, got {row['age']!r} and {photo!r}")
+            wrong.append(
+                f"{table}:{number}: expected an age of 0 .. 100 and a photo such as "
+                f"Album2/009055_1M54.JPG, got {row['age']!r} and {photo!r}"
+            )
             continue
         if int(name[1]) != age:
             wrong.append(f"{table}:{number}: age {age}, but the name of {photo} says {name[1]}")
@@ -580,14 +678,16 @@ def _doubts(rows):
     for row in rows:
         people.setdefault(os.path.basename(row["photo"]).split("_")[0], []).append(row)
     for column in ("race", "gender", "dob"):
-        odd = sum(len({row[column] for row in photos if row.get(column)}) > 1
-                  for photos in people.values())
+        odd = sum(
+            len({row[column] for row in photos if row.get(column)}) > 1
+            for photos in people.values()
+        )
         if odd:
             yield f"{odd:,} of {len(people):,} people have more than one {column} in the table"
     off = 0
     for row in rows:
         born, taken = (re.search(r"\d{4}", row.get(column, "")) for column in ("dob", "doa"))
-        if born and taken:                  # one year less before the birthday
+        if born and taken:  # one year less before the birthday
             off += int(taken[0]) - int(born[0]) - int(float(row["age"])) not in (0, 1)
     if off:
         yield f"{off:,} of {len(rows):,} rows have an age that their dob and doa contradict"
@@ -595,7 +695,7 @@ def _doubts(rows):
 
 def _split_morph2(ages, races, preset, split, fold, seed):
     photos = [photo for photo in ages if races[photo] == preset["race"]]
-    drawn = _shuffled(photos, f"draw/{seed}")[:preset["drawn"]]
+    drawn = _shuffled(photos, f"draw/{seed}")[: preset["drawn"]]
     share = f"{len(drawn):,} of {len(photos):,}"
     if len(photos) < preset["drawn"]:
         share = f"all {len(photos):,} (of {preset['drawn']:,} wanted)"
@@ -608,7 +708,7 @@ def _split_morph2(ages, races, preset, split, fold, seed):
 
 
 def _person(sample):
-    return os.path.basename(sample.path).split("_")[0]              # 009055_1M54.JPG
+    return os.path.basename(sample.path).split("_")[0]  # 009055_1M54.JPG
 
 
 def _match_morph2(path, ages):
@@ -640,8 +740,17 @@ def _load_release(name, root, split, fold, seed, lists, category, rule):
         parts, said, notes = make(root, place, preset, fold, f"{seed}/{fold}", category, rule)
         chosen = [f"category {category}"] * bool(category) + [f"label rule {rule}"] * bool(rule)
         words = ", ".join([*chosen, f"{split} split, seed {seed}, fold {fold}", *said])
-    return _task(name, words, place, preset["rank_names"], preset["context"], parts,
-                 f"{seed}/{fold}", preset.get("rank_values"), notes)
+    return _task(
+        name,
+        words,
+        place,
+        preset["rank_names"],
+        preset["context"],
+        parts,
+        f"{seed}/{fold}",
+        preset.get("rank_values"),
+        notes,
+    )
 
 
 def _refuse_scores(paths):
@@ -649,8 +758,10 @@ def _refuse_scores(paths):
     for path in paths:
         for number, line in _lines(path):
             if score := re.search(r"[\s,](\d+\.\d+)$", line):
-                raise ValueError(f"{path}:{number}: label {score[1]} is a score of 1.0 .. 5.0; expected "
-                                 "a rank of 0 .. 4: subtract 1 and write a whole number")
+                raise ValueError(
+                    f"{path}:{number}: label {score[1]} is a score of 1.0 .. 5.0; expected "
+                    "a rank of 0 .. 4: subtract 1 and write a whole number"
+                )
 
 
 def _image_folder(root, preset):
@@ -669,9 +780,11 @@ def _split_adience(root, place, preset, fold, salt, category, rule):
     rows, tables = _read_adience(root, place, preset)
     kept, notes = _label_adience(rows, rule, preset)
     samples = _on_disk(place, [sample for _, sample in kept], tables)
-    rest, test = ([sample for (part, _), sample in zip(kept, samples) if (part == fold) == held]
-                  for held in (False, True))
-    train, val = _hold_out(rest, 0.1, f"val/{salt}", stratify=False)    # by image, as published
+    rest, test = (
+        [sample for (part, _), sample in zip(kept, samples) if (part == fold) == held]
+        for held in (False, True)
+    )
+    train, val = _hold_out(rest, 0.1, f"val/{salt}", stratify=False)  # by image, as published
     return [train, val, test], [], notes
 
 
@@ -687,8 +800,10 @@ def _read_adience(root, place, preset):
         for number, row in _read_table(table, "\t", columns):
             user, image, face, age = (row[column] for column in columns)
             if not (user and image and face):
-                wrong.append(f"{table}:{number}: expected {', '.join(columns)}, got {user!r}, "
-                             f"{image!r}, {face!r}, {age!r}")
+                wrong.append(
+                    f"{table}:{number}: expected {', '.join(columns)}, got {user!r}, "
+                    f"{image!r}, {face!r}, {age!r}"
+                )
             rows.append((fold, f"{user}/{preset['images'][place.name]}.{face}.{image}", age))
     _refuse(wrong)
     return rows, tables
@@ -709,11 +824,14 @@ def _label_adience(rows, rule, preset):
         ranks.setdefault(path, set()).add(rank)
     ages = ", ".join(f"{age} x {count:,}" for age, count in left.most_common())
     return kept, [
-        *_unlike("rows", len(rows), preset["rows"]), *_uncommon(kept, rule, preset),
-        *[f"{repeats:,} rows repeat an image, {'left out' if rule == 'merged' else 'kept'}"] * (repeats > 0),
+        *_unlike("rows", len(rows), preset["rows"]),
+        *_uncommon(kept, rule, preset),
+        *[f"{repeats:,} rows repeat an image, {'left out' if rule == 'merged' else 'kept'}"]
+        * (repeats > 0),
         *_several("image has rows", "images have rows", "of different ranks", ranks),
         *_several("person is", "people are", "in more than one fold", people),
-        f"{sum(left.values()):,} rows left out, by age: {ages}"]
+        f"{sum(left.values()):,} rows left out, by age: {ages}",
+    ]
 
 
 def _several(one, many, what, found):
@@ -729,11 +847,12 @@ def _adience_rank(age, rule, preset):
         return known.get(age)
     if not re.fullmatch(r"\d+|\(\d+, ?\d+\)", age):
         return None
-    ends = [int(end) for end in re.findall(r"\d+", age)]            # one age is its own interval
+    ends = [int(end) for end in re.findall(r"\d+", age)]  # one age is its own interval
     ranges = [tuple(map(int, name.split("-"))) for name in preset["rank_names"]]
     # (25, 23) counts as 25-32, as in the public code that has this rule
-    return next((i for i, (low, high) in enumerate(ranges) if low <= ends[0] and ends[-1] <= high),
-                None)
+    return next(
+        (i for i, (low, high) in enumerate(ranges) if low <= ends[0] and ends[-1] <= high), None
+    )
 
 
 def _uncommon(kept, rule, preset):
@@ -741,9 +860,10 @@ def _uncommon(kept, rule, preset):
     if rule == "merged":
         return _unlike("images", len(kept), preset["merged_count"])
     if rule == "inside":
-        return []                           # no list of it is published
-    ranks, folds = (Counter(each) for each in ([sample.label for _, sample in kept],
-                                               [fold for fold, _ in kept]))
+        return []  # no list of it is published
+    ranks, folds = (
+        Counter(each) for each in ([sample.label for _, sample in kept], [fold for fold, _ in kept])
+    )
     notes = _unlike("labelled rows", len(kept), sum(preset["counts"]))
     for i, (name, published) in enumerate(zip(preset["rank_names"], preset["counts"])):
         notes += _unlike(f"rank {name}", ranks[i], published)
@@ -757,19 +877,24 @@ def _split_aesthetics(root, place, preset, fold, salt, category, rule):
     if not table.is_file():
         raise _absent(preset, table, root)
     rows, notes = _read_aesthetics(table, rule, preset)
-    images = {Path(name).stem: name for name in sorted(os.listdir(place))
-              if Path(name).suffix.lower() in IMAGE_TYPES and not name.startswith(".")}
+    images = {
+        Path(name).stem: name
+        for name in sorted(os.listdir(place))
+        if Path(name).suffix.lower() in IMAGE_TYPES and not name.startswith(".")
+    }
     chosen = [kind for kind in preset["counts"] if category in ("all", kind)]
     parts, wanted = [[], [], []], sum(kind in chosen for kind, _ in rows.values())
-    for kind in chosen:                     # each category is split by itself
+    for kind in chosen:  # each category is split by itself
         photos = [photo for photo, row in rows.items() if row[0] == kind and photo in images]
         for part, some in zip(parts, _cut_aesthetics(photos, salt)):
             part += [Sample(images[photo], rows[photo][1]) for photo in some]
         notes += _unlike(f"images of {kind}", len(photos), preset["counts"][kind])
     gone = wanted - sum(map(len, parts))
     if gone == wanted:
-        raise FileNotFoundError(f"{table}: none of its {wanted:,} images of category {category} is "
-                                f"there; expected {place}/<flickr_photo_id>.jpg")
+        raise FileNotFoundError(
+            f"{table}: none of its {wanted:,} images of category {category} is "
+            f"there; expected {place}/<flickr_photo_id>.jpg"
+        )
     return parts, [f"{gone:,} of {wanted:,} rows have no image"] * bool(gone), notes
 
 
@@ -777,7 +902,7 @@ def _cut_aesthetics(photos, salt):
     """(train, val, test): ceil(5 %) to val, ceil(20 %) to test, blind to the ranks."""
     order = _shuffled(photos, salt)
     test, val = -(-len(order) // 5), -(-len(order) // 20)
-    return order[test + val:], order[test:test + val], order[:test]
+    return order[test + val :], order[test : test + val], order[:test]
 
 
 def _read_aesthetics(table, rule, preset):
@@ -789,9 +914,11 @@ def _read_aesthetics(table, rule, preset):
         kind = {"animals": "animal"}.get(kind, kind)
         rated = re.fullmatch("[1-5](, ?[1-5])*", scores)
         if not (photo and rated) or kind not in preset["counts"]:
-            wrong.append(f"{table}:{number}: expected a photo id, a category (nature, people, "
-                         f"animals, urban) and scores such as 3,2,4 of 1 .. 5, got {photo!r}, "
-                         f"{row['category']!r}, {scores!r}")
+            wrong.append(
+                f"{table}:{number}: expected a photo id, a category (nature, people, "
+                f"animals, urban) and scores such as 3,2,4 of 1 .. 5, got {photo!r}, "
+                f"{row['category']!r}, {scores!r}"
+            )
             continue
         rank = _aesthetic_rank([int(score) for score in scores.split(",")], rule)
         rows.setdefault(photo, (kind, rank))
@@ -814,13 +941,18 @@ def _split_hci(root, place, preset, fold, salt, category, rule):
     parts, notes, val, test = [[], [], []], [], preset["val"], preset["test"]
     for rank, (decade, published) in enumerate(zip(preset["rank_names"], preset["counts"])):
         listed = sorted(os.listdir(place / decade)) if (place / decade).is_dir() else []
-        images = [f"{decade}/{name}" for name in listed
-                  if Path(name).suffix.lower() in IMAGE_TYPES and not name.startswith(".")]
+        images = [
+            f"{decade}/{name}"
+            for name in listed
+            if Path(name).suffix.lower() in IMAGE_TYPES and not name.startswith(".")
+        ]
         if len(images) <= val + test:
-            raise ValueError(f"{place / decade}: {len(images)} images, expected {published}, at "
-                             f"least {val + test + 1}; unpack the release again")
+            raise ValueError(
+                f"{place / decade}: {len(images)} images, expected {published}, at "
+                f"least {val + test + 1}; unpack the release again"
+            )
         order = _shuffled(images, salt)
-        for part, some in zip(parts, (order[test + val:], order[test:test + val], order[:test])):
+        for part, some in zip(parts, (order[test + val :], order[test : test + val], order[:test])):
             part += [Sample(path, rank) for path in some]
         notes += _unlike(f"images of the {decade}", len(images), published)
     decades = {}
@@ -833,9 +965,18 @@ def _split_hci(root, place, preset, fold, salt, category, rule):
 
 
 def _load_own(folder, root, fold, seed, lists):
-    lists = lists or [next((folder / f"{part}{end}" for end in (".txt", ".csv", ".tsv")
-                            if (folder / f"{part}{end}").is_file()), None) for part in PARTS]
-    beside = [path.parent for path in lists if path] + [folder]     # a list's own ranks.txt rules
+    lists = lists or [
+        next(
+            (
+                folder / f"{part}{end}"
+                for end in (".txt", ".csv", ".tsv")
+                if (folder / f"{part}{end}").is_file()
+            ),
+            None,
+        )
+        for part in PARTS
+    ]
+    beside = [path.parent for path in lists if path] + [folder]  # a list's own ranks.txt rules
     names = next(filter(None, (_read_ranks(place / "ranks.txt") for place in beside)), None)
     if any(lists):
         words = "own lists " + " ".join(path.name for path in lists if path)
@@ -863,8 +1004,15 @@ def _read_ranks(path):
 
 def _order_ranks(folder, places, names):
     """The ranks in order: ranks.txt's, or the rank folders by the number they start with."""
-    found = sorted({entry.name for place in places if place for entry in place.iterdir()
-                    if entry.is_dir() and not entry.name.startswith((".", "__"))})
+    found = sorted(
+        {
+            entry.name
+            for place in places
+            if place
+            for entry in place.iterdir()
+            if entry.is_dir() and not entry.name.startswith((".", "__"))
+        }
+    )
     if not found:
         raise ValueError(f"{folder} holds neither train.txt (.csv, .tsv) nor one folder per rank")
     if names is None:
@@ -872,15 +1020,20 @@ def _order_ranks(folder, places, names):
         order = {float(start[0]): name for start, name in zip(starts, found) if start}
         names = [order[number] for number in sorted(order)]
     if strange := [name for name in found if name not in names]:
-        raise ValueError(f"{folder}: the order of rank folder {strange[0]!r} is not known; name it "
-                         f"in {folder / 'ranks.txt'}, one rank a line, lowest first")
+        raise ValueError(
+            f"{folder}: the order of rank folder {strange[0]!r} is not known; name it "
+            f"in {folder / 'ranks.txt'}, one rank a line, lowest first"
+        )
     return names
 
 
 def _list_folders(place, root, names):
-    return [Sample(os.path.relpath(image, root), rank) for rank, name in enumerate(names)
-            for image in sorted((place / name).rglob("*"))
-            if image.suffix.lower() in IMAGE_TYPES and not image.name.startswith(".")]
+    return [
+        Sample(os.path.relpath(image, root), rank)
+        for rank, name in enumerate(names)
+        for image in sorted((place / name).rglob("*"))
+        if image.suffix.lower() in IMAGE_TYPES and not image.name.startswith(".")
+    ]
 
 
 def _load_demo(root, lists):
@@ -892,8 +1045,15 @@ def _load_demo(root, lists):
     if not (root / "demo-v1").is_file():
         _make_demo(root, preset["sizes"])
     parts = [read_list(root / f"{part}.txt", root, len(preset["rank_names"])) for part in PARTS]
-    return _task("demo", "drawn cross-sections of trees, one fixed split", root,
-                 preset["rank_names"], preset["context"], parts, "")
+    return _task(
+        "demo",
+        "drawn cross-sections of trees, one fixed split",
+        root,
+        preset["rank_names"],
+        preset["context"],
+        parts,
+        "",
+    )
 
 
 # --------------------------------------------------------------------------------------------- demo
@@ -908,8 +1068,8 @@ def _make_demo(root, sizes, seed=0):
     work = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
         _draw_parts(work, sizes, seed)
-        work.chmod(0o755)                   # mkdtemp's is private
-        work.rename(root)                   # fails if another process was first
+        work.chmod(0o755)  # mkdtemp's is private
+        work.rename(root)  # fails if another process was first
     except OSError:
         if not (root / "demo-v1").is_file():
             raise
@@ -921,15 +1081,15 @@ def _draw_parts(folder, sizes, seed):
     names, first = DATASETS["demo"]["rank_names"], 0
     (folder / "images").mkdir()
     for part, size in zip(PARTS, sizes):
-        weight = 2 + np.sin(np.linspace(0, np.pi, len(names)))      # 1 : 1.5, most in the middle
+        weight = 2 + np.sin(np.linspace(0, np.pi, len(names)))  # 1 : 1.5, most in the middle
         ranks = np.searchsorted(np.cumsum(weight / weight.sum()), (np.arange(size) + 0.5) / size)
         ranks = np.random.default_rng([seed, first]).permutation(ranks).tolist()
         jobs = [(folder, first + i, int(names[rank]), seed) for i, rank in enumerate(ranks)]
-        with ThreadPoolExecutor(4) as pool:                         # numpy and Pillow free the GIL
+        with ThreadPoolExecutor(4) as pool:  # numpy and Pillow free the GIL
             _write_list(folder / f"{part}.txt", zip(pool.map(_draw_file, *zip(*jobs)), ranks))
         first += size
     _write(folder / "ranks.txt", "".join(f"{name}\n" for name in names))
-    _write(folder / "demo-v1", f"{sizes}\n")                        # the mark of a whole demo
+    _write(folder / "demo-v1", f"{sizes}\n")  # the mark of a whole demo
 
 
 def _draw_file(folder, index, years, seed):
@@ -946,18 +1106,18 @@ def _draw_trunk(years, rng, side=96, fine=2):
     A point lies at t = 0 .. 1 from the pith to the bark: t shrinks the outline and moves its centre
     1 - t of the way to the pith, so growth is wider on one side, as in a leaning tree.
     """
-    axis = (np.arange(side * fine, dtype=np.float32) + 0.5) / fine - side / 2   # px of the result
+    axis = (np.arange(side * fine, dtype=np.float32) + 0.5) / fine - side / 2  # px of the result
     x, y = axis - rng.uniform(-2, 2), axis[:, None] - rng.uniform(-2, 2)
-    radius = rng.uniform(max(11, 1.4 * years), min(44, 14 + 6 * years))     # size alone says little
-    edge = radius * _around(x, y, 1 + _waves(rng, (2, 3, 5, 8), 0.035))     # (H, W), centre to bark
+    radius = rng.uniform(max(11, 1.4 * years), min(44, 14 + 6 * years))  # size alone says little
+    edge = radius * _around(x, y, 1 + _waves(rng, (2, 3, 5, 8), 0.035))  # (H, W), centre to bark
     bark = edge + rng.uniform(1.2, 3.2) * _around(x, y, 1 + rng.normal(0, 0.2, 160))
     pith, light = _toward(radius * rng.uniform(0, 0.35), rng), _toward(1, rng)
     dx, dy = x - pith[0], y - pith[1]
     along, span = dx * pith[0] + dy * pith[1], edge * edge - (pith[0] ** 2 + pith[1] ** 2)
-    t = (along + np.sqrt(along * along + span * (dx * dx + dy * dy))) / span    # (H, W)
+    t = (along + np.sqrt(along * along + span * (dx * dx + dy * dy))) / span  # (H, W)
     wavy = t * (1 + 0.02 * _clouds(rng, len(t), 7))
     wavy *= _around(dx, dy, 1 + _waves(rng, (3, 6, 9, 14), 0.008))
-    color = np.minimum(wavy * 2048, 2047).astype(np.int32)                  # (H, W), row in _colors
+    color = np.minimum(wavy * 2048, 2047).astype(np.int32)  # (H, W), row in _colors
     color[t > 1] = 2048
     rays = (1 + _around(dx, dy, rng.normal(0, 0.035, 256)) * t) * _cracks(dx, dy, t, rng)
     shade = np.where(t > 1, 1 + 0.3 * _clouds(rng, len(t), 60), rays)
@@ -967,8 +1127,8 @@ def _draw_trunk(years, rng, side=96, fine=2):
     shadow = bark + 5 - np.hypot(x + 4 * light[0], y + 4 * light[1])
     shade[ground] = ((1 + sum(texture) / 100) * (1 - 0.055 * np.clip(shadow, 0, 10)))[ground]
     shade *= 1 - rng.uniform(0.1, 0.5) / side * (x * light[0] + y * light[1])
-    image = _colors(years, rng).take(color, 0) * shade[..., None]           # (H, W, 3)
-    image = sum(image[i::fine, j::fine] for i in range(fine) for j in range(fine)) / fine ** 2
+    image = _colors(years, rng).take(color, 0) * shade[..., None]  # (H, W, 3)
+    image = sum(image[i::fine, j::fine] for i in range(fine) for j in range(fine)) / fine**2
     image += rng.uniform(1, 5) * rng.standard_normal(image.shape, np.float32)
     return np.clip(image, 0, 255).astype(np.uint8)
 
@@ -1011,8 +1171,9 @@ def _clouds(rng, size, grid):
 def _waves(rng, cycles, height):
     """A closed curve of a few waves, at 512 angles."""
     angle = np.linspace(0, 2 * np.pi, 512, endpoint=False)
-    return sum(height * rng.normal() / math.sqrt(n) * np.sin(n * angle + rng.uniform(0, 7))
-               for n in cycles)
+    return sum(
+        height * rng.normal() / math.sqrt(n) * np.sin(n * angle + rng.uniform(0, 7)) for n in cycles
+    )
 
 
 def _around(x, y, values):
@@ -1059,14 +1220,18 @@ def main(argv=None):
     parser.add_argument("name", help=f"{', '.join(DATASETS)}, or a folder of own data")
     parser.add_argument("root", nargs="?", help="where the release lies, default data/NAME")
     parser.add_argument("--split", help="default the dataset's first: see DATASETS")
-    parser.add_argument("--seed", type=int, default=1, help="of splits made here, default 1 as in training")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="of splits made here, default 1 as in training"
+    )
     parser.add_argument("--category", help="aesthetics: all, nature, animal, urban or people")
-    parser.add_argument("--label-rule",
-                        help="adience: exact, merged or inside; aesthetics: median or mean")
+    parser.add_argument(
+        "--label-rule", help="adience: exact, merged or inside; aesthetics: median or mean"
+    )
     parser.add_argument("--out", help="folder for the lists of all folds: fold_K/train.txt ...")
     args = parser.parse_args(argv)
-    options = dict(split=args.split, seed=args.seed, category=args.category,
-                   label_rule=args.label_rule)
+    options = dict(
+        split=args.split, seed=args.seed, category=args.category, label_rule=args.label_rule
+    )
     try:
         told = _missing_listed.set(True)
         try:

@@ -103,16 +103,29 @@ class RankPrompts(nn.Module):
     """
 
     def __init__(
-        self, clip, num_ranks, *, context, rank_tokens=None, interp="linear", num_base_ranks=3,
-        tokens_per_rank=1, rank_position="tail", rank_specific_context=False,
-    ):  # fmt: skip
+        self,
+        clip,
+        num_ranks,
+        *,
+        context,
+        rank_tokens=None,
+        interp="linear",
+        num_base_ranks=3,
+        tokens_per_rank=1,
+        rank_position="tail",
+        rank_specific_context=False,
+    ):
         super().__init__()
         _check_choice("interp", interp, INTERPOLATIONS)
         _check_choice("rank_position", rank_position, POSITIONS)
         if tokens_per_rank < 1:
             raise ValueError(f"tokens_per_rank={tokens_per_rank}: expected at least 1")
-        self._text = (_TextTower(clip).requires_grad_(False),)  # a tuple: not a submodule, see above
-        table = getattr(clip, "text", clip).token_embedding.weight.detach().float()  # (vocabulary, W)
+        self._text = (
+            _TextTower(clip).requires_grad_(False),
+        )  # a tuple: not a submodule, see above
+        table = (
+            getattr(clip, "text", clip).token_embedding.weight.detach().float()
+        )  # (vocabulary, W)
 
         context_embeds = _context_embeds(table, context)  # (N, W)
         if rank_specific_context:
@@ -120,12 +133,22 @@ class RankPrompts(nn.Module):
         self.context_embeds = nn.Parameter(context_embeds)
 
         free = interp == "none"
-        weights = torch.eye(num_ranks) if free else interpolation_weights(num_ranks, num_base_ranks, interp)
-        rank_embeds, lengths = _rank_embeds(table, weights.shape, rank_tokens, tokens_per_rank, free)
+        weights = (
+            torch.eye(num_ranks)
+            if free
+            else interpolation_weights(num_ranks, num_base_ranks, interp)
+        )
+        rank_embeds, lengths = _rank_embeds(
+            table, weights.shape, rank_tokens, tokens_per_rank, free
+        )
         self.rank_embeds = nn.Parameter(rank_embeds)  # (K, T, W)
 
         layout, eot = _prompt_layout(
-            context_embeds.shape[-2], lengths, rank_embeds.shape[1], rank_position, rank_specific_context
+            context_embeds.shape[-2],
+            lengths,
+            rank_embeds.shape[1],
+            rank_position,
+            rank_specific_context,
         )  # (R, L), (R,)
         limit = self._text[0].positional_embedding.shape[0]
         if layout.shape[1] > limit:
@@ -180,11 +203,15 @@ def encode_prompts(clip, shared, own, eot):
     num_shared, (num_ranks, num_own, _) = len(shared), own.shape
     positions = text.positional_embedding
     if num_shared + num_own > len(positions):
-        raise ValueError(f"prompts of {num_shared + num_own} tokens; the tower reads {len(positions)}")
+        raise ValueError(
+            f"prompts of {num_shared + num_own} tokens; the tower reads {len(positions)}"
+        )
     own = own + positions[num_shared : num_shared + num_own]  # (R, S, W)
     x = torch.cat([shared + positions[:num_shared], own.flatten(0, 1)])  # (P + R S, W)
     x = x.to(text.transformer.resblocks[0].attn.in_proj_weight.dtype)
-    sees = torch.ones(num_own, num_shared + num_own, dtype=torch.bool, device=x.device).tril(num_shared)
+    sees = torch.ones(num_own, num_shared + num_own, dtype=torch.bool, device=x.device).tril(
+        num_shared
+    )
     rows = num_shared + torch.arange(num_ranks, device=x.device) * num_own + eot  # (R,)
     for block in text.transformer.resblocks:
         attended = _attend(block.attn, block.ln_1(x), num_shared, num_ranks, sees)  # (P + R S, W)
@@ -246,9 +273,14 @@ class OrdinalCLIP(nn.Module):
         The keywords are `kernels.matching_loss`'s.
         """
         i2t, t2i = matching_loss(
-            self.image_encoder(images), self.prototypes(), labels, self.logit_scale.exp(),
-            target=target, impl=impl, group=group,
-        )  # fmt: skip
+            self.image_encoder(images),
+            self.prototypes(),
+            labels,
+            self.logit_scale.exp(),
+            target=target,
+            impl=impl,
+            group=group,
+        )
         return i2t + t2i, i2t, t2i
 
     @torch.no_grad()
@@ -264,7 +296,9 @@ class OrdinalCLIP(nn.Module):
     @torch.no_grad()
     def export(self):
         """The same model with its prototypes computed once and stored; shares the image encoder."""
-        exported = OrdinalCLIP(self.image_encoder, FixedPrototypes(self.prototypes()), self.logit_scale)
+        exported = OrdinalCLIP(
+            self.image_encoder, FixedPrototypes(self.prototypes()), self.logit_scale
+        )
         return exported.train(self.training)
 
 
@@ -328,13 +362,19 @@ def _rank_embeds(table, shape, rank_tokens, tokens_per_rank, free):
     """Start of the rank embeddings (K, T, W), and how many tokens each of the R ranks has."""
     num_ranks, num_base_ranks = shape
     if rank_tokens is None:
-        embeds = torch.randn(num_base_ranks, tokens_per_rank, table.shape[1], device=table.device) * 0.02
+        embeds = (
+            torch.randn(num_base_ranks, tokens_per_rank, table.shape[1], device=table.device) * 0.02
+        )
         return embeds, [tokens_per_rank] * num_ranks
     if len(rank_tokens) != num_ranks:
-        raise ValueError(f"rank_tokens holds {len(rank_tokens)} names; expected num_ranks={num_ranks}")
+        raise ValueError(
+            f"rank_tokens holds {len(rank_tokens)} names; expected num_ranks={num_ranks}"
+        )
     names = [_lookup(table, ids) for ids in rank_tokens]  # (tokens, W) each
     if any(len(name) == 0 for name in names):
-        raise ValueError("rank_tokens holds a name without tokens; give every rank a word or number")
+        raise ValueError(
+            "rank_tokens holds a name without tokens; give every rank a word or number"
+        )
     if free:
         return nn.utils.rnn.pad_sequence(names, batch_first=True), [len(name) for name in names]
     nearest = _base_positions(num_ranks, num_base_ranks).round().long().tolist()
@@ -400,13 +440,21 @@ class _TextTower(nn.Module):
 def _attend(attn, x, num_shared, num_ranks, sees):
     """Causal self-attention of P shared and R x S own tokens, all rows of x (P + R S, W)."""
     qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)  # (P + R S, 3W)
-    qkv = qkv.unflatten(1, (3, attn.num_heads, -1)).permute(1, 2, 0, 3)  # (3, heads, P + R S, W/heads)
-    own = qkv[:, :, num_shared:].unflatten(2, (num_ranks, -1)).transpose(1, 2)  # (3, R, heads, S, W/heads)
+    qkv = qkv.unflatten(1, (3, attn.num_heads, -1)).permute(
+        1, 2, 0, 3
+    )  # (3, heads, P + R S, W/heads)
+    own = (
+        qkv[:, :, num_shared:].unflatten(2, (num_ranks, -1)).transpose(1, 2)
+    )  # (3, R, heads, S, W/heads)
     shared = qkv[:, None, :, :num_shared]  # (3, 1, heads, P, W/heads)
-    seen = torch.cat([shared[1:].expand(-1, num_ranks, -1, -1, -1), own[1:]], 3)  # (2, R, heads, L, W/heads)
+    seen = torch.cat(
+        [shared[1:].expand(-1, num_ranks, -1, -1, -1), own[1:]], 3
+    )  # (2, R, heads, L, W/heads)
     shared = F.scaled_dot_product_attention(*shared, is_causal=True)  # (1, heads, P, W/heads)
     own = F.scaled_dot_product_attention(own[0], *seen, attn_mask=sees)  # (R, heads, S, W/heads)
-    rows = torch.cat([t.transpose(1, 2).flatten(2).flatten(0, 1) for t in (shared, own)])  # (P + R S, W)
+    rows = torch.cat(
+        [t.transpose(1, 2).flatten(2).flatten(0, 1) for t in (shared, own)]
+    )  # (P + R S, W)
     return attn.out_proj(rows)
 
 

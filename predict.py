@@ -61,7 +61,9 @@ def load(path, device="cpu"):
         model = OrdinalCLIP(encoder, FixedPrototypes(prototypes), 0.0)
         model.load_state_dict(state, assign=True)  # the encoder may have no memory of its own yet
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} holds no whole image encoder {name!r} ({error!r}); export anew") from error
+        raise ValueError(
+            f"{path} holds no whole image encoder {name!r} ({error!r}); export anew"
+        ) from error
     return Predictor(model.float(), names, values, content["preprocess"], device)
 
 
@@ -69,7 +71,9 @@ class Predictor:
     """Images -> ranks. Attributes: model (OrdinalCLIP), rank_names, rank_values, preprocess, device."""
 
     def __init__(self, model, rank_names, rank_values, preprocess, device="cpu"):
-        self.model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        self.model = (
+            model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        )
         self.rank_names, self.rank_values = list(rank_names), list(rank_values)
         self.preprocess, self.device = dict(preprocess), torch.device(device)
 
@@ -94,7 +98,9 @@ class Predictor:
     def batches(self, images, batch_size=32, workers=0):
         """Yields (indices read, their answers or None, [(index, error)]): a bad file stops nothing."""
         read = partial(_read_batch, self.preprocess)  # in the workers
-        loader = DataLoader(list(enumerate(images)), batch_size, collate_fn=read, num_workers=workers)
+        loader = DataLoader(
+            list(enumerate(images)), batch_size, collate_fn=read, num_workers=workers
+        )
         for pixels, indices, failed in loader:
             yield indices, self.predict(pixels) if indices else None, failed
 
@@ -102,12 +108,16 @@ class Predictor:
         """uint8 images (B, 3, S, S) -> dict as above."""
         import data
 
-        images = data.normalize(pixels.to(self.device), self.preprocess["mean"], self.preprocess["std"])
+        images = data.normalize(
+            pixels.to(self.device), self.preprocess["mean"], self.preprocess["std"]
+        )
         images = images.contiguous(memory_format=torch.channels_last)
         found = self.model.predict(images, impl=which_impl(self.device)[0])
         found = {key: value.cpu() for key, value in found.items()}
         names = [self.rank_names[rank] for rank in found["rank"].tolist()]
-        value = found["probs"] @ found["probs"].new_tensor(self.rank_values)  # (B, R) x (R,) -> (B,)
+        value = found["probs"] @ found["probs"].new_tensor(
+            self.rank_values
+        )  # (B, R) x (R,) -> (B,)
         return dict(name=names, value=value, **found)
 
 
@@ -125,7 +135,10 @@ def save_prototypes(path, prototypes, rank_names, logit_scale, rank_values=None)
         )
     prototypes = prototypes.detach().float().cpu().clone()
     found = (prototypes, list(rank_names), [float(value) for value in values], float(logit_scale))
-    write(path, lambda part: torch.save(dict(zip(PROTOTYPES_KEYS, found), format=PROTOTYPES_FORMAT), part))
+    write(
+        path,
+        lambda part: torch.save(dict(zip(PROTOTYPES_KEYS, found), format=PROTOTYPES_FORMAT), part),
+    )
 
 
 def load_prototypes(path):
@@ -136,7 +149,9 @@ def load_prototypes(path):
 
     Raises FileNotFoundError where there is none, ValueError for any other file.
     """
-    content = _read_file(path, PROTOTYPES_FORMAT, PROTOTYPES_KEYS, "a file that save_prototypes writes")
+    content = _read_file(
+        path, PROTOTYPES_FORMAT, PROTOTYPES_KEYS, "a file that save_prototypes writes"
+    )
     return {key: content[key] for key in PROTOTYPES_KEYS}
 
 
@@ -150,7 +165,9 @@ def export_onnx(predictor, path):
         import onnx.reference
         import onnxscript  # noqa: F401  torch.onnx needs it
     except ImportError as error:
-        raise ImportError(f"--onnx needs two packages ({error}): pip install onnx onnxscript") from error
+        raise ImportError(
+            f"--onnx needs two packages ({error}): pip install onnx onnxscript"
+        ) from error
     model, size = predictor.model, predictor.preprocess["image_size"]
 
     class Answers(torch.nn.Module):  # torch.onnx takes a module only
@@ -169,7 +186,9 @@ def export_onnx(predictor, path):
         graph = torch.export.export(answers, (images[:2],), dynamic_shapes=free, strict=True)
         names = dict(input_names=["images"], output_names=["probs", "expected"])
         torch.onnx.export(graph, **names, dynamo=True, verbose=False).save(part)
-        theirs = onnx.reference.ReferenceEvaluator(onnx.load(part)).run(None, dict(images=images.numpy()))
+        theirs = onnx.reference.ReferenceEvaluator(onnx.load(part)).run(
+            None, dict(images=images.numpy())
+        )
         for mine, other in zip(answers(images), map(torch.from_numpy, theirs)):
             if not torch.allclose(mine, other, atol=1e-3, rtol=1e-3):
                 raise ValueError(f"the ONNX model answers {other}; PyTorch {mine}")
@@ -187,7 +206,13 @@ def explain(images, answers, rank_names):
     count = min(len(images), EXPLAINED)
     picture = Image.new("RGB", (_WIDTH, _ROW * count), "white")
     for i in range(count):
-        _draw_row(picture, i * _ROW, images[i], {key: value[i] for key, value in answers.items()}, rank_names)
+        _draw_row(
+            picture,
+            i * _ROW,
+            images[i],
+            {key: value[i] for key, value in answers.items()},
+            rank_names,
+        )
     return picture
 
 
@@ -198,15 +223,28 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("exported", metavar="EXPORTED", help="runs/NAME/exported.pt")
-    add("images", nargs="*", metavar="IMAGE", help="images, folders (with all below), .txt .csv .tsv lists")
+    add(
+        "images",
+        nargs="*",
+        metavar="IMAGE",
+        help="images, folders (with all below), .txt .csv .tsv lists",
+    )
     add("--csv", metavar="FILE", help="write the predictions as a table")
     add("--json", metavar="FILE", help="write the predictions with all probabilities")
-    add("--explain", metavar="FILE", help=f"draw the first {EXPLAINED} images and their distributions (PNG)")
+    add(
+        "--explain",
+        metavar="FILE",
+        help=f"draw the first {EXPLAINED} images and their distributions (PNG)",
+    )
     add("--save-prototypes", metavar="FILE", help="write the rank prototypes alone")
     add("--onnx", metavar="FILE", help="write the model as ONNX; needs onnx and onnxscript")
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--batch-size", type=int, default=32, help="images at once (default: 32)")
-    add("--workers", type=int, help="processes that read images (default: none for a few, else up to 8)")
+    add(
+        "--workers",
+        type=int,
+        help="processes that read images (default: none for a few, else up to 8)",
+    )
     args = parser.parse_args(argv)
     if not (args.images or args.save_prototypes or args.onnx):
         parser.error("give images, a folder or a list")
@@ -220,10 +258,14 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         paths = find_images(args.images)
-        predictor = load(args.exported, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        predictor = load(
+            args.exported, args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        )
         if args.save_prototypes:
             model, names, values = predictor.model, predictor.rank_names, predictor.rank_values
-            save_prototypes(args.save_prototypes, model.prototypes(), names, model.logit_scale, values)
+            save_prototypes(
+                args.save_prototypes, model.prototypes(), names, model.logit_scale, values
+            )
         if args.onnx:
             export_onnx(predictor, args.onnx)
         return report(args, predictor, *predict_all(args, predictor, paths)) if paths else 0
@@ -239,7 +281,9 @@ def find_images(arguments):
     for place in map(Path, arguments):
         found = [place]
         if place.is_dir():
-            found = [file for file in sorted(place.rglob("*")) if file.suffix.lower() in data.IMAGE_TYPES]
+            found = [
+                file for file in sorted(place.rglob("*")) if file.suffix.lower() in data.IMAGE_TYPES
+            ]
             found = [file for file in found if not file.name.startswith(".")]
         elif place.suffix.lower() in LISTS:
             found = _read_list(place)
@@ -279,10 +323,15 @@ def report(args, predictor, answers, failed):
         content["not_predicted"] = [dict(file=path, error=error) for path, error in failed]
         write(args.json, lambda part: part.write_text(json.dumps(content, indent=1) + "\n"))
     if args.explain and rows:
-        pixels, _, _ = _read_batch(predictor.preprocess, list(enumerate(answers["file"][:EXPLAINED])))
+        pixels, _, _ = _read_batch(
+            predictor.preprocess, list(enumerate(answers["file"][:EXPLAINED]))
+        )
         write(args.explain, lambda part: explain(pixels, answers, names).save(part, "PNG"))
     for path, error in failed:
-        print(_printable(f"not predicted: {error if path in error else f'{path}: {error}'}"), file=sys.stderr)
+        print(
+            _printable(f"not predicted: {error if path in error else f'{path}: {error}'}"),
+            file=sys.stderr,
+        )
     return 1 if failed else 0
 
 
@@ -290,7 +339,9 @@ def print_table(rows):
     cells = [("file", "rank", "expected", "prob", "top 3")] if rows else []
     for row in rows:
         top = "  ".join(f"{name} {prob:.0%}" for name, prob in row["top"])
-        cells.append((_printable(row["file"]), row["rank"], f"{row['value']:.2f}", f"{row['prob']:.1%}", top))
+        cells.append(
+            (_printable(row["file"]), row["rank"], f"{row['value']:.2f}", f"{row['prob']:.1%}", top)
+        )
     a, b, c, d, _ = (max(map(len, column)) for column in zip(*cells)) if rows else (0,) * 5
     for file, rank, value, prob, top in cells:
         print(f"{file:{a}}  {rank:{b}}  {value:>{c}}  {prob:>{d}}  {top}")
@@ -306,7 +357,9 @@ def _read_file(path, form, keys, expected):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch each have errors of their own
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}); expected {expected}") from error
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}); expected {expected}"
+        ) from error
     content = content if isinstance(content, dict) else {}
     missing = [key for key in keys if key not in content]
     if content.get("format") != form or missing:
@@ -359,12 +412,16 @@ def _read_pixels(preprocess, image):
     """A path or PIL image -> uint8 (3, S, S), as the evaluation prepares it."""
     import data
 
-    settings = {key: preprocess[key] for key in ("image_size", "squash", "resample") if key in preprocess}
+    settings = {
+        key: preprocess[key] for key in ("image_size", "squash", "resample") if key in preprocess
+    }
     images = data.ImageList([(image, 0)], "", **settings)
     if isinstance(image, (str, os.PathLike)):
         return images[0][0]
     if not isinstance(image, Image.Image):
-        raise ValueError(f"got a {type(image).__name__} for an image; expected a path or a PIL image")
+        raise ValueError(
+            f"got a {type(image).__name__} for an image; expected a path or a PIL image"
+        )
     if image.getexif().get(0x0112, 1) != 1:  # a copy loses TIFF's tags, so only where it must turn
         image = ImageOps.exif_transpose(image)
     return images.prepare(data.to_rgb(image))
@@ -382,7 +439,9 @@ def _read_list(path):
     if delimiter := LISTS[path.suffix.lower()]:
         rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
     else:  # paths may hold spaces, labels none
-        rows = [[x] if Path(x).suffix.lower() in data.IMAGE_TYPES else x.rsplit(None, 1) for x in lines]
+        rows = [
+            [x] if Path(x).suffix.lower() in data.IMAGE_TYPES else x.rsplit(None, 1) for x in lines
+        ]
     header = [cell.lower() for cell in rows[0]] if rows else []
     column = next((header.index(name) for name in data.PATH_COLUMNS if name in header), None)
     rows = rows if column is None else rows[1:]
@@ -397,13 +456,17 @@ COLUMNS = ("file", "rank", "rank_index", "expected_rank_index", "value", "prob")
 def _joined(parts):
     """Dicts of lists or tensors -> one dict."""
     columns = {key: [part[key] for part in parts] for key in parts[0]}
-    return {key: torch.cat(v) if torch.is_tensor(v[0]) else sum(v, []) for key, v in columns.items()}
+    return {
+        key: torch.cat(v) if torch.is_tensor(v[0]) else sum(v, []) for key, v in columns.items()
+    }
 
 
 def _rows(answers, rank_names):
     """One dict per image, of words and plain numbers: COLUMNS and top."""
     probs, ranks = answers["probs"].topk(min(3, len(rank_names)))  # (B, 3) each
-    tops = [[(rank_names[r], p) for r, p in zip(*row)] for row in zip(ranks.tolist(), probs.tolist())]
+    tops = [
+        [(rank_names[r], p) for r, p in zip(*row)] for row in zip(ranks.tolist(), probs.tolist())
+    ]
     found = (answers[key].tolist() for key in ("rank", "expected", "value"))
     cells = zip(answers["file"], answers["name"], *found, probs[:, 0].tolist())
     return [dict(zip(COLUMNS, row), top=top) for row, top in zip(cells, tops)]
@@ -462,7 +525,9 @@ def _draw_bars(draw, top, probs):
         y = top + _BOTTOM - share * (_BOTTOM - _TOP)
         for rank, height in enumerate(heights if not share else ()):
             x = _place(rank, len(probs))
-            draw.rectangle((x - half, y - height, x + half, y), _BEST if probs[rank] == highest else _BAR)
+            draw.rectangle(
+                (x - half, y - height, x + half, y), _BEST if probs[rank] == highest else _BAR
+            )
         draw.line((_LEFT, y, _RIGHT, y), _FAINT if share else _INK)
         _text(draw, (_LEFT - 8, y), f"{share * highest:.1%}", 14, "rm")
 
@@ -471,11 +536,20 @@ def _draw_names(draw, top, names):
     """Below the axis, as many as do not touch."""
     widest = min(150, max(draw.textlength(name, ImageFont.load_default(14)) for name in names))
     needed = (widest + 24) * len(names) / (_RIGHT - _LEFT)
-    step = next((step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if step >= needed), len(names))
+    step = next(
+        (step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if step >= needed), len(names)
+    )
     for rank in range(0, len(names), step):
         x = _place(rank, len(names))
         draw.line((x, top + _BOTTOM, x, top + _BOTTOM + 4), _INK)
-        _text(draw, (min(x, _WIDTH - 2 - widest / 2), top + _BOTTOM + 8), names[rank], 14, "ma", room=150)
+        _text(
+            draw,
+            (min(x, _WIDTH - 2 - widest / 2), top + _BOTTOM + 8),
+            names[rank],
+            14,
+            "ma",
+            room=150,
+        )
 
 
 def _place(rank, num_ranks):
@@ -500,7 +574,10 @@ def draw_matrices(matrices, titles, rank_names, axes, span=None):
     axes: what (columns, rows) are. span: the scale's (lowest, highest) value, default theirs. Up to 12 ranks carry
     their figures.
     """
-    low, high = span or (min(float(m.min()) for m in matrices), max(float(m.max()) for m in matrices))
+    low, high = span or (
+        min(float(m.min()) for m in matrices),
+        max(float(m.max()) for m in matrices),
+    )
     step = _SIDE + 150
     picture = Image.new("RGB", (step * len(matrices) + 110, _SIDE + 150), "white")
     draw = ImageDraw.Draw(picture)
@@ -546,12 +623,23 @@ def draw_curves(log):
     draw = ImageDraw.Draw(picture)
     charts = (
         ("loss", (("i2t", "image to text"), ("t2i", "text to image")), 80),
-        ("validation MAE, in ranks", (("val_mae_expected", "expected rank"), ("val_mae_argmax", "most probable")), 570),
+        (
+            "validation MAE, in ranks",
+            (("val_mae_expected", "expected rank"), ("val_mae_argmax", "most probable")),
+            570,
+        ),
     )
     for title, lines, left in charts:
         _text(draw, (left, 12), title, 20)
-        _draw_lines(draw, [row["epoch"] for row in log], [([row[key] for row in log], name) for key, name in lines],
-                    left, left + 400, 84, 360)  # fmt: skip
+        _draw_lines(
+            draw,
+            [row["epoch"] for row in log],
+            [([row[key] for row in log], name) for key, name in lines],
+            left,
+            left + 400,
+            84,
+            360,
+        )
     return picture
 
 
@@ -559,7 +647,9 @@ def draw_sheet(rows):
     """-> rows of images with captions. rows: [(title, [(uint8 image (3, S, S), caption of two lines)])]."""
     size, gap = 150, 14
     most = max(len(images) for _, images in rows)
-    picture = Image.new("RGB", (gap + max(3, most) * (size + gap), len(rows) * (size + 90) + gap), "white")
+    picture = Image.new(
+        "RGB", (gap + max(3, most) * (size + gap), len(rows) * (size + 90) + gap), "white"
+    )
     draw = ImageDraw.Draw(picture)
     for i, (title, images) in enumerate(rows):
         top = i * (size + 90) + gap
@@ -575,8 +665,12 @@ def draw_sheet(rows):
 
 def _ramp(shades):
     """0 .. 1 -> white to dark blue, (..., 3) uint8; lightness falls all the way, so it reads in grey."""
-    stops = np.array([(255, 255, 255), (190, 211, 232), (107, 155, 199), (40, 92, 145), (12, 32, 66)])
-    at = [np.interp(shades, np.linspace(0, 1, len(stops)), stops[:, channel]) for channel in range(3)]
+    stops = np.array(
+        [(255, 255, 255), (190, 211, 232), (107, 155, 199), (40, 92, 145), (12, 32, 66)]
+    )
+    at = [
+        np.interp(shades, np.linspace(0, 1, len(stops)), stops[:, channel]) for channel in range(3)
+    ]
     return np.stack(at, -1).round().astype(np.uint8)
 
 
@@ -586,7 +680,13 @@ def _draw_figures(draw, left, top, matrix, shades):
         for j, value in enumerate(row):
             text = f"{value:.2f}" if isinstance(value, float) else str(value)
             ink = "white" if shades[i, j] > 0.55 else _INK
-            draw.text((left + (j + 0.5) * cell, top + (i + 0.5) * cell), text, ink, ImageFont.load_default(14), "mm")
+            draw.text(
+                (left + (j + 0.5) * cell, top + (i + 0.5) * cell),
+                text,
+                ink,
+                ImageFont.load_default(14),
+                "mm",
+            )
 
 
 def _draw_scale(picture, left, top, low, high):
@@ -595,14 +695,22 @@ def _draw_scale(picture, left, top, low, high):
     draw = ImageDraw.Draw(picture)
     draw.rectangle((left, top, left + 18, top + _SIDE), outline=_INK)
     for share in (0, 0.5, 1):
-        _text(draw, (left + 24, top + _SIDE * (1 - share)), f"{low + share * (high - low):.3g}", 14, "lm")
+        _text(
+            draw,
+            (left + 24, top + _SIDE * (1 - share)),
+            f"{low + share * (high - low):.3g}",
+            14,
+            "lm",
+        )
 
 
 def _name_axis(draw, names, left, top, length, title, upright=False):
     """Rank names along an axis, as many as do not touch, and what the axis is."""
     font, cell = ImageFont.load_default(14), length / len(names)
     room = 26 if upright else min(110, max(draw.textlength(name, font) for name in names)) + 14
-    step = next((step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if step * cell >= room), len(names))
+    step = next(
+        (step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if step * cell >= room), len(names)
+    )
     step, room = (1, cell - 4) if len(names) <= 6 else (step, 110)  # of few ranks none is left out
     for rank in range(0, len(names), step):
         middle = (rank + 0.5) * cell
@@ -626,7 +734,9 @@ def _draw_columns(draw, values, left, right, top, bottom):
         _text(draw, (left - 8, y), f"{share * highest:.3g}", 14, "rm")
     for i, value in enumerate(values):
         x, half = left + (i + 0.5) * cell, max(0.5, 0.4 * cell)
-        draw.rectangle((x - half, bottom - value / highest * (bottom - top), x + half, bottom), _BEST)
+        draw.rectangle(
+            (x - half, bottom - value / highest * (bottom - top), x + half, bottom), _BEST
+        )
     draw.line((left, bottom, right, bottom), _INK)
 
 
@@ -639,15 +749,22 @@ def _draw_lines(draw, epochs, lines, left, right, top, bottom):
         _text(draw, (left - 8, y), f"{share * highest:.3g}", 14, "rm")
     first, last = epochs[0], max(epochs[-1], epochs[0] + 1)
     for i, ((values, name), ink, width) in enumerate(zip(lines, (_BEST, "#7fa6cc"), (3, 5))):
-        points = [(left + (epoch - first) / (last - first) * (right - left), bottom - value / highest * (bottom - top))
-                  for epoch, value in zip(epochs, values)]  # fmt: skip
+        points = [
+            (
+                left + (epoch - first) / (last - first) * (right - left),
+                bottom - value / highest * (bottom - top),
+            )
+            for epoch, value in zip(epochs, values)
+        ]
         draw.line(points, ink, width)
         for x, y in points if len(points) < 30 else ():
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), ink)
         draw.line((left + i * 200, 54, left + i * 200 + 30, 54), ink, width)
         _text(draw, (left + i * 200 + 38, 54), name, 15, "lm")
     for epoch, anchor in ((first, "la"), (last, "ra"))[: len(epochs)]:
-        _text(draw, (left if epoch == first else right, bottom + 8), f"epoch {epoch:.0f}", 14, anchor)
+        _text(
+            draw, (left if epoch == first else right, bottom + 8), f"epoch {epoch:.0f}", 14, anchor
+        )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Copy-paste: needs bpe_simple_vocab_16e6.txt.gz, torch, ftfy, regex
 >>> Tokenizer().encode("a photo of a cat")
 [320, 1125, 539, 320, 2368]
 """
+
 import gzip
 import html
 import operator
@@ -28,7 +29,8 @@ SPECIAL = {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
 # different characters, so the most frequent can stand first. Whitespace only separates.
 WORDS = regex.compile(
     r"\p{L}+|\p{N}|<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[^\s\p{L}\p{N}]+",
-    regex.IGNORECASE)
+    regex.IGNORECASE,
+)
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that name themselves
 BYTES = PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE]  # id -> byte
 BYTE_IDS = bytes(BYTES.index(byte) for byte in range(256))  # byte -> id
@@ -57,9 +59,11 @@ class Tokenizer:
         for text in texts:
             ids = [self.sot_token, *self.encode(text), self.eot_token]
             if len(ids) > context_length and not truncate:
-                raise ValueError(f"{text!r:.200} makes {len(ids)} tokens, context_length is "
-                                 f"{context_length}; shorten it or pass truncate=True")
-            ids[context_length - 1:-1] = []  # none where the text fits
+                raise ValueError(
+                    f"{text!r:.200} makes {len(ids)} tokens, context_length is "
+                    f"{context_length}; shorten it or pass truncate=True"
+                )
+            ids[context_length - 1 : -1] = []  # none where the text fits
             rows.append(ids + [0] * (context_length - len(ids)))
         return torch.tensor(rows, dtype=torch.long).view(-1, context_length)
 
@@ -89,7 +93,7 @@ class Tokenizer:
         if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
             raise ValueError(f"id {wrong[0]} is not in the vocabulary; give ids of 0 to 49407")
         if ids[:1] == [self.sot_token]:
-            ids = ids[1:(ids + [self.eot_token]).index(self.eot_token)]
+            ids = ids[1 : (ids + [self.eot_token]).index(self.eot_token)]
         text = b"".join(self._pieces[i] for i in ids).decode("utf-8", errors="replace")
         return text.replace("</w>", " ")
 
@@ -128,13 +132,17 @@ def merge(word, merges):
 def load_merges(path):
     """Vocabulary file -> ({(left id, right id): merged id}, best first, [bytes of each id])."""
     if not path.is_file():
-        raise FileNotFoundError(f"no vocabulary file {path}; copy {VOCAB_PATH.name} there, or give "
-                                "its place as vocab_path")
+        raise FileNotFoundError(
+            f"no vocabulary file {path}; copy {VOCAB_PATH.name} there, or give "
+            "its place as vocab_path"
+        )
     with gzip.open(path, "rt", encoding="utf-8") as file:
         lines = list(islice(file, 1, NUM_MERGES + 1))
     if len(lines) < NUM_MERGES:
-        raise ValueError(f"{path} has {len(lines)} merges after its header, expected {NUM_MERGES} "
-                         f"or more; copy {VOCAB_PATH.name} again")
+        raise ValueError(
+            f"{path} has {len(lines)} merges after its header, expected {NUM_MERGES} "
+            f"or more; copy {VOCAB_PATH.name} again"
+        )
     names = [*map(chr, PRINTABLE), *map(chr, range(256, 512 - len(PRINTABLE)))]
     ids = {name: i for i, name in enumerate(names + [name + "</w>" for name in names])}
     pieces = [bytes([byte]) + end for end in (b"", b"</w>") for byte in BYTES]

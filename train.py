@@ -56,68 +56,182 @@ from tokenizer import Tokenizer
 
 # xk-huang/OrdinalCLIP@ca10a20 configs/meta_cfgs/morph_compare.yaml, configs/default.yaml
 PAPER = dict(
-    clip="RN50", image_encoder="vgg16", image_weights="imagenet",
-    epochs=100, batch_size=32, lr=1e-4, weight_decay=5e-4,
-)  # fmt: skip
+    clip="RN50",
+    image_encoder="vgg16",
+    image_weights="imagenet",
+    epochs=100,
+    batch_size=32,
+    lr=1e-4,
+    weight_decay=5e-4,
+)
 RECIPES = {  # what differs from the paper's
-    "demo": dict(clip="tiny", image_encoder="clip", epochs=9, lr=3e-3),
+    "demo": dict(clip="tiny", image_encoder="clip", epochs=9, lr=3e-3)
 }
-METHODS = ("linear", "regression", "zeroshot", "coop", "ordinalclip")  # in the order of the paper's rows
+METHODS = (
+    "linear",
+    "regression",
+    "zeroshot",
+    "coop",
+    "ordinalclip",
+)  # in the order of the paper's rows
 INTERPOLATIONS = ("linear", "inverse", "none")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LINEAR_DIM, LINEAR_SCALE = 1024, math.log(100)  # of the baselines where no CLIP is loaded
 CUMULATIVE = 5  # ranks off that still count in the cumulative score CS(5)
 SPANS = (2, 4, 8, 16, 32)  # of the ordinality scores beside the whole one
-MANY, FEW = 100, 20  # training images of a rank above, below which it is many-, few-shot (Yang et al., ICML 2021)
+MANY, FEW = (
+    100,
+    20,
+)  # training images of a rank above, below which it is many-, few-shot (Yang et al., ICML 2021)
 FILES = (
-    "config.json", "splits", "log.csv", "best.pt", "best.pt.part", "predictions-best.csv", "pictures", "exported.pt",
-)  # fmt: skip
+    "config.json",
+    "splits",
+    "log.csv",
+    "best.pt",
+    "best.pt.part",
+    "predictions-best.csv",
+    "pictures",
+    "exported.pt",
+)
 NEEDS_CLIP = "needs --image-encoder clip: the last layer of the others starts at random"
 LISTS = ("base_ranks", "shots", "shift")  # settings that may have several values: a run for each
-MACHINE = ("device", "precision", "workers", "data_root", "out", "seeds")  # that make no other experiment
+MACHINE = (
+    "device",
+    "precision",
+    "workers",
+    "data_root",
+    "out",
+    "seeds",
+)  # that make no other experiment
 
 
 def parse_args(argv=None):
     about = __doc__.split("\n\n")[0]
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=about, formatter_class=ShowDefaults)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=about, formatter_class=ShowDefaults
+    )
     add = parser.add_argument
 
     def recipe(flag, kind, meaning):  # default depends on the dataset
         key = flag[2:].replace("-", "_")
         demo = RECIPES["demo"].get(key, PAPER[key])
-        add(flag, type=kind, help=f"{meaning} (default: {PAPER[key]}; demo: {demo})", default=argparse.SUPPRESS)
+        add(
+            flag,
+            type=kind,
+            help=f"{meaning} (default: {PAPER[key]}; demo: {demo})",
+            default=argparse.SUPPRESS,
+        )
 
     # what
-    add("--data", default="demo", help=f"{', '.join(data.DATASETS)}, or a folder of your own images")
-    add("--data-root", help="where the release lies (default: data/NAME; the demo has a cache folder)")
-    add("--split", help="protocol of the split (default: the first); morph2: random, subject-exclusive")
-    add("--fold", type=fold_number, default=0, help="which of the dataset's splits, or all: one run each")
-    add("--split-seed", type=int, default=1, help="of splits made here, so that all --seeds share them")
-    add("--category", help="aesthetics: nature, animal, urban, people, each (a run for each) or all (as one)")
-    add("--label-rule", help="how labels follow from the release, where it leaves a choice: see data.py")
-    add("--shots", type=int, nargs="+", help="training images of each rank; several: a run for each")
-    add("--shift", type=ranks_and_share, nargs="+", metavar="K,KEEP",
-        help="keep this share of the K most frequent ranks' training images; several: a run for each")
+    add(
+        "--data", default="demo", help=f"{', '.join(data.DATASETS)}, or a folder of your own images"
+    )
+    add(
+        "--data-root",
+        help="where the release lies (default: data/NAME; the demo has a cache folder)",
+    )
+    add(
+        "--split",
+        help="protocol of the split (default: the first); morph2: random, subject-exclusive",
+    )
+    add(
+        "--fold",
+        type=fold_number,
+        default=0,
+        help="which of the dataset's splits, or all: one run each",
+    )
+    add(
+        "--split-seed",
+        type=int,
+        default=1,
+        help="of splits made here, so that all --seeds share them",
+    )
+    add(
+        "--category",
+        help="aesthetics: nature, animal, urban, people, each (a run for each) or all (as one)",
+    )
+    add(
+        "--label-rule",
+        help="how labels follow from the release, where it leaves a choice: see data.py",
+    )
+    add(
+        "--shots", type=int, nargs="+", help="training images of each rank; several: a run for each"
+    )
+    add(
+        "--shift",
+        type=ranks_and_share,
+        nargs="+",
+        metavar="K,KEEP",
+        help="keep this share of the K most frequent ranks' training images; several: a run for each",
+    )
     add("--train-list", help="list file `path label`, instead of a split made here")
-    add("--val-list", help="list file of validation images; default: a tenth of the training images")
+    add(
+        "--val-list", help="list file of validation images; default: a tenth of the training images"
+    )
     add("--test-list", help="list file of test images")
     # method
-    add("--method", default="ordinalclip", choices=METHODS, help="what the rank prototypes come from")
-    add("--interp", default="linear", choices=INTERPOLATIONS, help="base ranks to ranks; none: CoOp")
-    add("--base-ranks", type=int, nargs="+", default=3, help="base rank embeddings, K; several: a run for each")
-    add("--context", help="words that start the prompt, or a number of random tokens (default: the dataset's)")
-    add("--rank-position", default="tail", choices=POSITIONS, help="the rank after, amid or before the context")
+    add(
+        "--method",
+        default="ordinalclip",
+        choices=METHODS,
+        help="what the rank prototypes come from",
+    )
+    add(
+        "--interp", default="linear", choices=INTERPOLATIONS, help="base ranks to ranks; none: CoOp"
+    )
+    add(
+        "--base-ranks",
+        type=int,
+        nargs="+",
+        default=3,
+        help="base rank embeddings, K; several: a run for each",
+    )
+    add(
+        "--context",
+        help="words that start the prompt, or a number of random tokens (default: the dataset's)",
+    )
+    add(
+        "--rank-position",
+        default="tail",
+        choices=POSITIONS,
+        help="the rank after, amid or before the context",
+    )
     add("--rank-init", choices=("random", "names"), help="(default: names for coop, else random)")
     recipe("--clip", str, f"{', '.join(MODELS)}, tiny, or a weights file")
-    add("--tune", default="both", choices=("both", "rank", "context"), help="prompt embeddings that learn")
+    add(
+        "--tune",
+        default="both",
+        choices=("both", "rank", "context"),
+        help="prompt embeddings that learn",
+    )
     add("--regression-loss", default="l1", choices=("l1", "l2"), help="of --method regression")
-    add("--official", action="store_true", help="the official code's target, pixels and ordinality: see README")
-    add("--quick-gelu", action=argparse.BooleanOptionalAction, help="where a weights file does not say")
-    add("--trust-torchscript", action="store_true", help="open a TorchScript archive of unknown origin")
+    add(
+        "--official",
+        action="store_true",
+        help="the official code's target, pixels and ordinality: see README",
+    )
+    add(
+        "--quick-gelu",
+        action=argparse.BooleanOptionalAction,
+        help="where a weights file does not say",
+    )
+    add(
+        "--trust-torchscript",
+        action="store_true",
+        help="open a TorchScript archive of unknown origin",
+    )
     recipe("--image-encoder", str, "clip (the tower of --clip), vgg16, timm:NAME, torchvision:NAME")
     recipe("--image-weights", str, "imagenet, none, or a state dict file; not for clip")
-    add("--freeze-image", action="store_true", help="train prompts only, on cached features of centre crops")
-    add("--init", metavar="CKPT", help="start from best.pt of another run: its encoder, context, resampled ranks")
+    add(
+        "--freeze-image",
+        action="store_true",
+        help="train prompts only, on cached features of centre crops",
+    )
+    add(
+        "--init",
+        metavar="CKPT",
+        help="start from best.pt of another run: its encoder, context, resampled ranks",
+    )
     # optimisation
     recipe("--epochs", int, "passes over the training images; learning rate falls by a cosine")
     recipe("--batch-size", int, "images per step, over all processes")
@@ -127,12 +241,25 @@ def parse_args(argv=None):
     add("--seeds", type=int, nargs="+", help="several runs (paper: 1 27 42 128 114514)")
     # where
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    add("--precision", choices=PRECISIONS, help="of the towers (default: bf16 on a GPU that has it, else fp32)")
-    add("--workers", type=int, help="processes that read images (default: up to 8, leaving one core)")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        help="of the towers (default: bf16 on a GPU that has it, else fp32)",
+    )
+    add(
+        "--workers",
+        type=int,
+        help="processes that read images (default: up to 8, leaving one core)",
+    )
     add("--out", help="folder of the run (default: runs/DATA-METHOD-...-seedS)")
     add("--resume", metavar="RUN", help="go on with the run in this folder, with its own settings")
     add("--eval", metavar="CKPT", help="only test this best.pt or last.pt, with its own settings")
-    add("--report", metavar="RUN", nargs="+", help="only print finished runs as tables, and write report.md")
+    add(
+        "--report",
+        metavar="RUN",
+        nargs="+",
+        help="only print finished runs as tables, and write report.md",
+    )
 
     args = parser.parse_args(argv)
     words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
@@ -150,7 +277,11 @@ class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
     """Those that are values; "(default: None)" says nothing."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+        return (
+            action.help
+            if action.default is None or action.default is False
+            else super()._get_help_string(action)
+        )
 
 
 def fold_number(text):
@@ -172,7 +303,9 @@ def complete(args):
     for key, value in {**PAPER, **RECIPES.get(args.data, {})}.items():
         vars(args).setdefault(key, value)
     preset = data.DATASETS.get(args.data, {})
-    args.split = args.split or preset.get("splits", ("random",))[0]  # written out or not, the same experiment
+    args.split = (
+        args.split or preset.get("splits", ("random",))[0]
+    )  # written out or not, the same experiment
     args.label_rule = args.label_rule or preset.get("label_rules", (None,))[0]
     args.category = args.category or preset.get("categories", (None,))[0]
     for key in LISTS:
@@ -197,11 +330,19 @@ def complete(args):
     if args.workers is None:
         args.workers = max(0, min(8, (os.cpu_count() or 1) - 1))
     if 1 in as_list(args.base_ranks) and args.method == "ordinalclip" and args.interp != "none":
-        raise SystemExit("--base-ranks 1 makes all ranks alike, so nothing can be told apart; give 2 or more")
+        raise SystemExit(
+            "--base-ranks 1 makes all ranks alike, so nothing can be told apart; give 2 or more"
+        )
     if args.freeze_image and args.image_encoder != "clip":
         raise SystemExit(f"--freeze-image {NEEDS_CLIP}")
-    if args.init and args.context is None and "prototypes.context_embeds" in (state := init_state(args)):
-        args.context = str(state["prototypes.context_embeds"].shape[-2])  # so many tokens; values are copied
+    if (
+        args.init
+        and args.context is None
+        and "prototypes.context_embeds" in (state := init_state(args))
+    ):
+        args.context = str(
+            state["prototypes.context_embeds"].shape[-2]
+        )  # so many tokens; values are copied
     if args.out is None and not several(args):
         args.out = str(Path("runs") / run_name(args))
     return args
@@ -220,7 +361,9 @@ def refuse_idle(args):
     if args.fold and args.train_list:
         raise SystemExit(f"--fold {args.fold} says nothing to given lists; leave it out")
     if args.epochs < 1 and args.method != "zeroshot":
-        raise SystemExit(f"--epochs {args.epochs}: expected at least 1; --method zeroshot does without training")
+        raise SystemExit(
+            f"--epochs {args.epochs}: expected at least 1; --method zeroshot does without training"
+        )
 
 
 def as_list(value):
@@ -237,7 +380,9 @@ def several_values(args):
 
 def categories(name):
     """What --category each runs through; (None,) where a dataset has none."""
-    return [kind for kind in data.DATASETS.get(name, {}).get("categories", (None,)) if kind != "all"]
+    return [
+        kind for kind in data.DATASETS.get(name, {}).get("categories", (None,)) if kind != "all"
+    ]
 
 
 def from_checkpoint(args, given, parser):
@@ -245,13 +390,21 @@ def from_checkpoint(args, given, parser):
     here = {"device", "precision", "workers", "data_root"}
     if extra := given - here - {"resume", "eval"}:
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(extra))
-        parser.error(f"{flags}: settings come from the checkpoint; leave them out, or start a new run")
+        parser.error(
+            f"{flags}: settings come from the checkpoint; leave them out, or start a new run"
+        )
     path = Path(args.resume or args.eval)
     path = path / ("last.pt" if args.resume else "best.pt") if path.is_dir() else path
-    saved = argparse.Namespace(**vars(parser.parse_args([])) | load_checkpoint(path, "settings")["settings"])
+    saved = argparse.Namespace(
+        **vars(parser.parse_args([])) | load_checkpoint(path, "settings")["settings"]
+    )
     for name in given & here:
         setattr(saved, name, getattr(args, name))
-    saved.out, saved.resume, saved.eval = str(path.parent), args.resume and str(path), args.eval and str(path)
+    saved.out, saved.resume, saved.eval = (
+        str(path.parent),
+        args.resume and str(path),
+        args.eval and str(path),
+    )
     return complete(saved)
 
 
@@ -267,7 +420,11 @@ def table_name(args):
     name += [args.label_rule] if args.label_rule != preset.get("label_rules", (None,))[0] else []
     name += [f"split{args.split_seed}"] if args.split_seed != 1 else []
     name += ["shots" + joined(args.shots)] if args.shots else []
-    name += ["shift" + "+".join("{}-{:g}".format(*shift) for shift in as_list(args.shift))] if args.shift else []
+    name += (
+        ["shift" + "+".join("{}-{:g}".format(*shift) for shift in as_list(args.shift))]
+        if args.shift
+        else []
+    )
     return "-".join([*name, *([f"fold{args.fold}"] if args.fold else [])])
 
 
@@ -315,18 +472,26 @@ def command_line():
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; --resume RUN goes on after its last whole epoch, and so does the same "
-                         "command where it was of several runs") from None  # fmt: skip
+        raise SystemExit(
+            "interrupted; --resume RUN goes on after its last whole epoch, and so does the same "
+            "command where it was of several runs"
+        ) from None
 
 
 def train_several(args):
     """A run for each combination of values. What is finished is read, what was begun goes on."""
-    folds = range(data.DATASETS.get(args.data, {}).get("folds", 5)) if args.fold == "all" else [args.fold]
+    folds = (
+        range(data.DATASETS.get(args.data, {}).get("folds", 5))
+        if args.fold == "all"
+        else [args.fold]
+    )
     kinds = categories(args.data) if args.category == "each" else [args.category]
     if kinds == [None] and args.category:
         raise SystemExit(f"--category each: {args.data} has no categories; leave it out")
     lists, runs = [as_list(getattr(args, key)) for key in LISTS], []
-    for fold, kind, *chosen, seed in itertools.product(folds, kinds, *lists, args.seeds or [args.seed]):
+    for fold, kind, *chosen, seed in itertools.product(
+        folds, kinds, *lists, args.seeds or [args.seed]
+    ):
         run = copy.copy(args)
         vars(run).update(zip(LISTS, chosen), fold=fold, category=kind, seed=seed)
         run.out = str(Path(args.out or "runs") / run_name(run))
@@ -335,7 +500,9 @@ def train_several(args):
         for run in {joined([run.base_ranks, run.shots, run.shift]): run for run in runs}.values():
             num_ranks = load_task(run).num_ranks
             if run.method == "ordinalclip" and run.base_ranks > num_ranks:
-                raise SystemExit(f"--base-ranks {run.base_ranks}, but {args.data} has {num_ranks} ranks; give fewer")
+                raise SystemExit(
+                    f"--base-ranks {run.base_ranks}, but {args.data} has {num_ranks} ranks; give fewer"
+                )
     results = [finished(run) or train(unfinished(run)) for run in runs]
     if is_main():
         report([run.out for run in runs], f"report-{table_name(args)}.md")
@@ -355,10 +522,15 @@ def finished(args):
 
 
 def refuse_other_settings(args, results):
-    wanted, found = comparable(json.loads(json.dumps(settings_of(args)))), comparable(results["settings"])
+    wanted, found = (
+        comparable(json.loads(json.dumps(settings_of(args)))),
+        comparable(results["settings"]),
+    )
     if differing := [key for key in wanted if wanted[key] != found.get(key)]:
-        raise SystemExit(f"{args.out} is finished, but with another --{differing[0].replace('_', '-')}: "
-                         f"{found.get(differing[0])!r}, not {wanted[differing[0]]!r}; give another --out")
+        raise SystemExit(
+            f"{args.out} is finished, but with another --{differing[0].replace('_', '-')}: "
+            f"{found.get(differing[0])!r}, not {wanted[differing[0]]!r}; give another --out"
+        )
 
 
 def unfinished(args):
@@ -428,12 +600,18 @@ def test_only(args):
 def refuse_to_overwrite(out, args):
     if args.resume:
         if (out / "results.json").exists():
-            raise SystemExit(f"{out} is finished, see {out / 'results.json'}; --eval tests it again")
+            raise SystemExit(
+                f"{out} is finished, see {out / 'results.json'}; --eval tests it again"
+            )
     elif (out / "results.json").exists():
         refuse_other_settings(args, json.loads((out / "results.json").read_text()))
-        raise SystemExit(f"{out} holds a finished run; --eval {out} tests it again, --out starts anew elsewhere")
+        raise SystemExit(
+            f"{out} holds a finished run; --eval {out} tests it again, --out starts anew elsewhere"
+        )
     elif (out / "last.pt").exists():
-        raise SystemExit(f"{out} holds a run; --resume {out} goes on with it, --out elsewhere starts anew")
+        raise SystemExit(
+            f"{out} holds a run; --resume {out} goes on with it, --out elsewhere starts anew"
+        )
     elif out.exists() and (others := {path.name for path in out.iterdir()} - set(FILES)):
         raise SystemExit(f"{out} holds other files ({sorted(others)[0]} ...); give another --out")
 
@@ -450,10 +628,18 @@ def load_task(args):
         raise SystemExit("--val-list and --test-list need a --train-list")
     with main_process_first(), told_plainly():  # it draws the demo, the others find it
         task = data.load(
-            args.data, args.data_root, split=args.split, fold=args.fold, seed=args.split_seed, lists=lists,
-            category=args.category, label_rule=args.label_rule,
-        )  # fmt: skip
-        if lists is None or not (args.resume or args.eval):  # else the lists of the run are these images
+            args.data,
+            args.data_root,
+            split=args.split,
+            fold=args.fold,
+            seed=args.split_seed,
+            lists=lists,
+            category=args.category,
+            label_rule=args.label_rule,
+        )
+        if lists is None or not (
+            args.resume or args.eval
+        ):  # else the lists of the run are these images
             task = data.few_shot(task, args.shots, args.seed) if args.shots is not None else task
             task = data.shifted(task, *args.shift, args.seed) if args.shift else task
     if args.resume or args.eval:  # the same images, so the same protocol
@@ -479,7 +665,9 @@ def build_model(args, task):
     """-> the model on its device, and how its images are prepared."""
     with told_plainly():
         model, preprocess = assemble(args, task)
-    return model.to(args.device, memory_format=torch.channels_last), preprocess  # faster convolutions
+    return model.to(
+        args.device, memory_format=torch.channels_last
+    ), preprocess  # faster convolutions
 
 
 def assemble(args, task):
@@ -494,7 +682,9 @@ def assemble(args, task):
         encoder = build_image_encoder(args.image_encoder, dim, weights=weights, download=download)
         preprocess = dict(image_size=encoder.image_size, mean=encoder.mean, std=encoder.std)
     if args.official:  # xk-huang/OrdinalCLIP@ca10a20 ordinalclip/runner/utils.py#L370-L400
-        preprocess |= dict(mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD, squash=True, resample="bilinear")
+        preprocess |= dict(
+            mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD, squash=True, resample="bilinear"
+        )
     if args.freeze_image:
         encoder.requires_grad_(False)
     if args.method == "regression":
@@ -564,11 +754,14 @@ def build_prototypes(args, task, clip, dim):
             return FixedPrototypes(clip.encode_text(tokenizer(prompts, clip.context_length)))
     names = [tokenizer.encode(name) for name in task.rank_names]
     prompts = RankPrompts(
-        clip, task.num_ranks,
+        clip,
+        task.num_ranks,
         context=int(context) if context.isdigit() else torch.tensor(tokenizer.encode(context)),
         rank_tokens=names if args.rank_init == "names" else None,
-        interp=args.interp, num_base_ranks=args.base_ranks, rank_position=args.rank_position,
-    )  # fmt: skip
+        interp=args.interp,
+        num_base_ranks=args.base_ranks,
+        rank_position=args.rank_position,
+    )
     prompts.rank_embeds.requires_grad_(args.tune != "context")
     prompts.context_embeds.requires_grad_(args.tune != "rank")
     return prompts
@@ -600,8 +793,10 @@ def warm_start(args, model):
     for key, value in taken.items():
         if key not in own or own[key].shape != value.shape:
             found = tuple(own[key].shape) if key in own else "nothing of that name"
-            raise SystemExit(f"--init {args.init}: {key} is {tuple(value.shape)} there, here {found}; "
-                             "use the same --image-encoder, --clip and number of context tokens")  # fmt: skip
+            raise SystemExit(
+                f"--init {args.init}: {key} is {tuple(value.shape)} there, here {found}; "
+                "use the same --image-encoder, --clip and number of context tokens"
+            )
     model.load_state_dict(own | taken)
     if is_main():
         prompts = " and prompts" if "prototypes.rank_embeds" in taken else ""
@@ -671,7 +866,10 @@ def train_epoch(args, model, optimizer, scaler, preprocess, loader, epoch):
     sums, seen, began, shown = torch.zeros(4, device=args.device), 0, time.time(), 0.0
     step_model = on_features(model) if args.freeze_image else model
     for step, (images, labels) in enumerate(loader, 1):
-        images, labels = to_device(images, args, preprocess), labels.to(args.device, non_blocking=True)
+        images, labels = (
+            to_device(images, args, preprocess),
+            labels.to(args.device, non_blocking=True),
+        )
         with autocast(args):
             total, i2t, t2i = step_model.loss(images, labels, target=target, group=group)
         optimizer.zero_grad()
@@ -685,10 +883,17 @@ def train_epoch(args, model, optimizer, scaler, preprocess, loader, epoch):
         if is_main() and sys.stderr.isatty() and time.time() - shown > 0.25:
             shown = time.time()
             speed = f"{seen / (shown - began):.0f} images/s"
-            print(f"\r  epoch {epoch}  {step}/{len(loader)}  {speed} ", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r  epoch {epoch}  {step}/{len(loader)}  {speed} ",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
     loss, i2t, t2i = (sums[:3] / sums[3]).tolist()
     if not math.isfinite(loss):
-        raise FloatingPointError(f"loss is {loss} in epoch {epoch}; try a lower --lr or --precision fp32")
+        raise FloatingPointError(
+            f"loss is {loss} in epoch {epoch}; try a lower --lr or --precision fp32"
+        )
     return dict(loss=loss, i2t=i2t, t2i=t2i, images_per_s=seen / (time.time() - began))
 
 
@@ -733,7 +938,17 @@ def test(args, task, model, preprocess, val_loader, test_loader, out, began, sta
     if is_main():
         save_predictions(out / f"predictions-{name}.csv", task, probs)
         folder = out / ("pictures" if name == "best" else f"pictures-{name}")
-        save_pictures(folder, task, model, preprocess, start, probs, labels, results["per_rank"], read_log(out))
+        save_pictures(
+            folder,
+            task,
+            model,
+            preprocess,
+            start,
+            probs,
+            labels,
+            results["per_rank"],
+            read_log(out),
+        )
         print_results(results)
     return results
 
@@ -749,13 +964,16 @@ def ordinality_scores(args, task, model):
     spans = [span for span in SPANS if span < len(prototypes) - 1]
 
     def both(span):
-        return ordinality(prototypes, span, official), ordinality_chance(len(prototypes), span, official)
+        return ordinality(prototypes, span, official), ordinality_chance(
+            len(prototypes), span, official
+        )
 
     score, chance = both(None)
     return dict(
-        ordinality=score, ordinality_chance=chance,
+        ordinality=score,
+        ordinality_chance=chance,
         ordinality_spans={str(span): dict(zip(("score", "chance"), both(span))) for span in spans},
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
@@ -805,7 +1023,9 @@ def cumulative_score(answers, labels):
 def weighted_kappa(answers, labels):
     """1 - squared error / squared error of the same answers dealt out at random (Cohen 1968)."""
     answers = answers.round()
-    by_chance = answers.var(correction=0) + labels.var(correction=0) + (answers.mean() - labels.mean()) ** 2
+    by_chance = (
+        answers.var(correction=0) + labels.var(correction=0) + (answers.mean() - labels.mean()) ** 2
+    )
     return 1 - (answers - labels).square().mean() / by_chance if by_chance > 0 else torch.ones(())
 
 
@@ -816,22 +1036,30 @@ def per_rank_metrics(task, probs, labels):
     for rank in labels.unique().tolist():
         here = labels == rank
         found = metrics(probs[here], labels[here])
-        rows.append(dict(
-            rank=task.rank_names[rank], train_images=int(train[rank]), test_images=int(here.sum()),
-            mae_expected=found["mae_expected"], mae_argmax=found["mae_argmax"],
-        ))  # fmt: skip
+        rows.append(
+            dict(
+                rank=task.rank_names[rank],
+                train_images=int(train[rank]),
+                test_images=int(here.sum()),
+                mae_expected=found["mae_expected"],
+                mae_argmax=found["mae_argmax"],
+            )
+        )
     return rows
 
 
 def long_tail_metrics(task, probs, labels):
     """MAE of ranks with many, some and few training images."""
-    count = torch.tensor([sample.label for sample in task.train]).bincount(minlength=task.num_ranks)[labels]
+    count = torch.tensor([sample.label for sample in task.train]).bincount(
+        minlength=task.num_ranks
+    )[labels]
     groups = {f"many (>{MANY})": count > MANY, f"few (<{FEW})": count < FEW}
     groups[f"some ({FEW}..{MANY})"] = (count >= FEW) & (count <= MANY)
     return {
         name: dict(test_images=int(here.sum()), **metrics(probs[here], labels[here]))
-        for name, here in groups.items() if here.any()
-    }  # fmt: skip
+        for name, here in groups.items()
+        if here.any()
+    }
 
 
 def majority_metrics(task):
@@ -865,17 +1093,27 @@ def print_results(results):
         print(f"MAE (argmax) by training images of the rank: {', '.join(groups)}")
     if results["ordinality"] is not None:
         spans = (f"{span}: {row['score']:.1%}" for span, row in results["ordinality_spans"].items())
-        print(f"ordinality {results['ordinality']:.1%} (chance {results['ordinality_chance']:.0%}); "
-              f"within spans of {', '.join(spans)}")
+        print(
+            f"ordinality {results['ordinality']:.1%} (chance {results['ordinality_chance']:.0%}); "
+            f"within spans of {', '.join(spans)}"
+        )
 
 
 def save_predictions(path, task, probs):
     ranks = torch.arange(task.num_ranks, dtype=probs.dtype)
-    save_csv(path, [
-        dict(path=s.path, label=task.rank_names[s.label], rank=task.rank_names[int(p.argmax())],
-             expected_rank_index=f"{float(p @ ranks):.4f}", prob=f"{float(p.max()):.4f}")
-        for s, p in zip(task.test, probs)
-    ])  # fmt: skip
+    save_csv(
+        path,
+        [
+            dict(
+                path=s.path,
+                label=task.rank_names[s.label],
+                rank=task.rank_names[int(p.argmax())],
+                expected_rank_index=f"{float(p @ ranks):.4f}",
+                prob=f"{float(p.max()):.4f}",
+            )
+            for s, p in zip(task.test, probs)
+        ],
+    )
 
 
 @torch.no_grad()
@@ -894,7 +1132,9 @@ def save_pictures(folder, task, model, preprocess, start, probs, labels, per_ran
     means = mean_probs(probs, labels)
     pictures = dict(
         confusion=draw_matrices([confusion(probs, labels)], ["test images, counted"], names, axes),
-        distribution=draw_matrices([means], ["mean probability of each rank"], names, axes, (0, float(means.max()))),
+        distribution=draw_matrices(
+            [means], ["mean probability of each rank"], names, axes, (0, float(means.max()))
+        ),
         error=draw_error_by_rank(per_rank),
         sheet=draw_sheet(best_and_worst(task, preprocess, probs, labels)),
     )
@@ -923,7 +1163,9 @@ def mean_probs(probs, labels):
 
 def best_and_worst(task, preprocess, probs, labels, count=6):
     """The test images whose expected rank is nearest to and farthest from the label, for draw_sheet."""
-    pixels = {key: preprocess[key] for key in ("image_size", "squash", "resample") if key in preprocess}
+    pixels = {
+        key: preprocess[key] for key in ("image_size", "squash", "resample") if key in preprocess
+    }
     images, expected = data.ImageList(task.test, task.root, **pixels), expected_rank(probs)
     order = (expected - labels).abs().argsort(stable=True).tolist()
 
@@ -931,8 +1173,10 @@ def best_and_worst(task, preprocess, probs, labels, count=6):
         rank, label = task.rank_names[int(expected[i].round())], task.rank_names[labels[i]]
         return images[i][0], f"expected {rank}\ntrue {label}"
 
-    return [("best predictions", [shown(i) for i in order[:count]]),
-            ("worst predictions", [shown(i) for i in order[::-1][:count]])]  # fmt: skip
+    return [
+        ("best predictions", [shown(i) for i in order[:count]]),
+        ("worst predictions", [shown(i) for i in order[::-1][:count]]),
+    ]
 
 
 def read_log(out):
@@ -952,14 +1196,19 @@ def loaders(args, task, preprocess, model):
     With --freeze-image of (features (B, D), labels (B,)).
     """
     if args.batch_size % num_processes():
-        raise SystemExit(f"--batch-size {args.batch_size} is over all processes: {num_processes()} must divide it")
+        raise SystemExit(
+            f"--batch-size {args.batch_size} is over all processes: {num_processes()} must divide it"
+        )
     made, pixels = [], {key: preprocess[key] for key in ("squash", "resample") if key in preprocess}
     for part in data.PARTS:
         training = part == "train"
         images = data.ImageList(
-            getattr(task, part), task.root, image_size=preprocess["image_size"],
-            train=training and not args.freeze_image, **pixels,
-        )  # fmt: skip
+            getattr(task, part),
+            task.root,
+            image_size=preprocess["image_size"],
+            train=training and not args.freeze_image,
+            **pixels,
+        )
         if args.freeze_image:
             images = cached_features(args, images, preprocess, model)
         sampler = None
@@ -967,11 +1216,16 @@ def loaders(args, task, preprocess, model):
             sampler = DistributedSampler(images, seed=args.seed)
         elif dist.is_initialized():
             images = Subset(images, range(dist.get_rank(), len(images), num_processes()))
-        made.append(DataLoader(
-            images, args.batch_size // num_processes(), shuffle=training and sampler is None,
-            sampler=sampler, num_workers=0 if args.freeze_image else args.workers,
-            pin_memory=args.device.startswith("cuda"),
-        ))  # fmt: skip
+        made.append(
+            DataLoader(
+                images,
+                args.batch_size // num_processes(),
+                shuffle=training and sampler is None,
+                sampler=sampler,
+                num_workers=0 if args.freeze_image else args.workers,
+                pin_memory=args.device.startswith("cuda"),
+            )
+        )
     return made
 
 
@@ -983,7 +1237,9 @@ def cached_features(args, images, preprocess, model):
     for sample in images.samples:
         stat = (images.root / sample.path).stat()
         digest.update(f"{sample.path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    digest.update(repr((sorted(preprocess.items()), args.precision, str(images.root.resolve()))).encode())
+    digest.update(
+        repr((sorted(preprocess.items()), args.precision, str(images.root.resolve()))).encode()
+    )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = cache / "ordinalclip" / "features" / f"{digest.hexdigest()}.pt"
     with main_process_first():
@@ -1036,48 +1292,90 @@ def few_shots(number):
 def printed(rows, figures, digits=2):
     """{row: figure as the paper prints it}; of a pair the second is the deviation over folds."""
     pairs = (figure if isinstance(figure, tuple) else (figure,) for figure in figures)
-    return {row: " ± ".join(f"{number:.{digits}f}" for number in pair) for row, pair in zip(rows, pairs)}
+    return {
+        row: " ± ".join(f"{number:.{digits}f}" for number in pair) for row, pair in zip(rows, pairs)
+    }
 
 
 # The paper's tables, data: {column: {row: figure}}; the paper does not say whether its MAE is that of the expected
 # or of the most probable rank. All tables: xk-huang/OrdinalCLIP, branch gh-pages, images/image*.png.
 OURS, OVERALL = "ordinalclip-linear-K3", "overall"  # the paper's plain mean over the categories
-TUNED = ("tune-rank-random-context", "tune-context-random-context", "random-context", "tune-rank", "tune-context")
+TUNED = (
+    "tune-rank-random-context",
+    "tune-context-random-context",
+    "random-context",
+    "tune-rank",
+    "tune-context",
+)
 ROWS, FEW_ROWS = ("linear", "zeroshot", "coop", OURS), ("linear", "coop", OURS)
 PAPER_MAE = {
     "morph2": {
         "all": {
             **printed(ROWS, (2.63, 14.45, 2.39, 2.32)),
-            **printed([f"ordinalclip-linear-K{k}" for k in (2, 4, 5, 6, 7, 8, 9)],
-                      (2.38, 2.38, 2.36, 2.39, 2.38, 2.40, 2.41)),
-            **printed([f"ordinalclip-inverse-K{k}" for k in range(2, 10)],
-                      (2.39, 2.38, 2.39, 2.40, 2.39, 2.35, 2.38, 2.38)),
+            **printed(
+                [f"ordinalclip-linear-K{k}" for k in (2, 4, 5, 6, 7, 8, 9)],
+                (2.38, 2.38, 2.36, 2.39, 2.38, 2.40, 2.41),
+            ),
+            **printed(
+                [f"ordinalclip-inverse-K{k}" for k in range(2, 10)],
+                (2.39, 2.38, 2.39, 2.40, 2.39, 2.35, 2.38, 2.38),
+            ),
             **printed([f"coop-{tuned}" for tuned in TUNED], (2.58, 2.44, 2.39, 2.41, 2.39)),
             **printed([f"{OURS}-{tuned}" for tuned in TUNED], (2.38, 2.37, 2.36, 2.34, 2.34)),
         },
-        **{few_shots(shots): printed(FEW_ROWS, maes) for shots, *maes in (
-            (1, 8.04, 5.09, 4.94), (2, 6.00, 4.50, 4.36), (4, 4.66, 3.81, 3.55), (8, 3.91, 3.57, 3.31),
-            (16, 3.57, 3.23, 3.07), (32, 3.06, 2.87, 2.76), (64, 2.84, 2.61, 2.57))},
-        **{f"shift {ranks}-{gone}": printed(FEW_ROWS, maes) for ranks, gone, *maes in (
-            (10, 80, 2.88, 2.71, 2.61), (10, 90, 2.98, 2.85, 2.67), (20, 80, 3.46, 2.98, 2.77),
-            (20, 90, 3.68, 3.51, 3.06), (30, 80, 3.19, 3.06, 2.86), (30, 90, 4.06, 3.36, 3.21),
-            (40, 80, 3.28, 2.99, 2.84), (40, 90, 3.65, 3.30, 3.12))},
+        **{
+            few_shots(shots): printed(FEW_ROWS, maes)
+            for shots, *maes in (
+                (1, 8.04, 5.09, 4.94),
+                (2, 6.00, 4.50, 4.36),
+                (4, 4.66, 3.81, 3.55),
+                (8, 3.91, 3.57, 3.31),
+                (16, 3.57, 3.23, 3.07),
+                (32, 3.06, 2.87, 2.76),
+                (64, 2.84, 2.61, 2.57),
+            )
+        },
+        **{
+            f"shift {ranks}-{gone}": printed(FEW_ROWS, maes)
+            for ranks, gone, *maes in (
+                (10, 80, 2.88, 2.71, 2.61),
+                (10, 90, 2.98, 2.85, 2.67),
+                (20, 80, 3.46, 2.98, 2.77),
+                (20, 90, 3.68, 3.51, 3.06),
+                (30, 80, 3.19, 3.06, 2.86),
+                (30, 90, 4.06, 3.36, 3.21),
+                (40, 80, 3.28, 2.99, 2.84),
+                (40, 90, 3.65, 3.30, 3.12),
+            )
+        },
     },
     "adience": {"all": printed(ROWS, ((0.56, 0.09), (1.50, 0.20), (0.50, 0.08), (0.47, 0.06)))},
     "hci": {"all": printed(ROWS, ((0.80, 0.03), (1.48, 0.03), (0.76, 0.06), (0.67, 0.03)))},
-    "aesthetics": {category: printed(ROWS, maes, 3) for category, *maes in (
-        ("nature", .338, .438, .285, .273), ("animal", .381, .737, .298, .279),
-        ("urban", .364, .683, .294, .277), ("people", .377, 1.063, .330, .291),
-        ("overall", .365, .730, .302, .280))},
-}  # fmt: skip
+    "aesthetics": {
+        category: printed(ROWS, maes, 3)
+        for category, *maes in (
+            ("nature", 0.338, 0.438, 0.285, 0.273),
+            ("animal", 0.381, 0.737, 0.298, 0.279),
+            ("urban", 0.364, 0.683, 0.294, 0.277),
+            ("people", 0.377, 1.063, 0.330, 0.291),
+            ("overall", 0.365, 0.730, 0.302, 0.280),
+        )
+    },
+}
 PAPER_ACC = {
     "adience": {"all": printed(ROWS, ((56.0, 5.9), (25.4, 3.5), (60.6, 5.5), (61.2, 4.2)), 1)},
     "hci": {"all": printed(ROWS, ((42.56, 3.04), (26.08, 0.56), (51.90, 2.60), (56.44, 1.66)))},
-    "aesthetics": {category: printed(ROWS, accs) for category, *accs in (
-        ("nature", 72.76, 63.33, 72.74, 73.65), ("animal", 70.44, 36.78, 71.46, 72.85),
-        ("urban", 70.12, 49.84, 72.14, 73.20), ("people", 70.80, 24.79, 69.34, 72.50),
-        ("overall", 71.03, 43.69, 71.42, 73.05))},
-}  # fmt: skip
+    "aesthetics": {
+        category: printed(ROWS, accs)
+        for category, *accs in (
+            ("nature", 72.76, 63.33, 72.74, 73.65),
+            ("animal", 70.44, 36.78, 71.46, 72.85),
+            ("urban", 70.12, 49.84, 72.14, 73.20),
+            ("people", 70.80, 24.79, 69.34, 72.50),
+            ("overall", 71.03, 43.69, 71.42, 73.05),
+        )
+    },
+}
 TABLES = (  # title, where in results, factor, digits, the paper's figures
     ("MAE, expected rank", ("test", "mae_expected"), 1, 3, PAPER_MAE),
     ("MAE, most probable rank", ("test", "mae_argmax"), 1, 3, PAPER_MAE),
@@ -1096,12 +1394,16 @@ def report(paths, name="report.md"):
     """
     runs = [read_run(path) for path in sorted({path.resolve() for path in result_files(paths)})]
     if not runs:
-        raise SystemExit(f"no results.json in {', '.join(map(str, paths))}; give folders of finished runs")
+        raise SystemExit(
+            f"no results.json in {', '.join(map(str, paths))}; give folders of finished runs"
+        )
     name_rows(runs)
     place = Path(os.path.commonpath([run["path"].parent for run in runs]))
     blocks = []
     for key in dict.fromkeys(table_key(run["settings"]) for run in runs):
-        blocks.append(report_data(key, [run for run in runs if table_key(run["settings"]) == key], place))
+        blocks.append(
+            report_data(key, [run for run in runs if table_key(run["settings"]) == key], place)
+        )
     text = "\n".join(blocks)
     write(place / name, lambda part: part.write_text(text))
     print(text + f"\nwritten to {place / name}")
@@ -1128,7 +1430,9 @@ def table_key(settings):
 
 
 def column_name(settings):
-    words = {None: [], "all": ["all categories"]}.get(settings.get("category"), [settings.get("category")])
+    words = {None: [], "all": ["all categories"]}.get(
+        settings.get("category"), [settings.get("category")]
+    )
     words += [few_shots(settings["shots"])] if settings.get("shots") else []
     if settings.get("shift"):
         ranks, keep = settings["shift"]
@@ -1149,8 +1453,12 @@ def name_rows(runs):
         cells.setdefault((table_key(run["settings"]), run["row"], run["column"]), []).append(run)
     for cell in cells.values():
         settings = [comparable(run["settings"]) for run in cell]
-        differing = [key for key in settings[0] if key not in ("seed", "fold") and any(
-            other.get(key) != settings[0][key] for other in settings)]  # fmt: skip
+        differing = [
+            key
+            for key in settings[0]
+            if key not in ("seed", "fold")
+            and any(other.get(key) != settings[0][key] for other in settings)
+        ]
         for run in cell:
             run["row"] += "".join(f" {key}={run['settings'][key]}" for key in differing)
 
@@ -1169,7 +1477,9 @@ def report_data(key, runs, place):
             cells = []
             for column in columns:
                 values = figures(key, [run for run in runs if run["row"] == row], column, where)
-                cells.append(cell([v * factor for v in values], digits, paper.get(column, {}).get(row)))
+                cells.append(
+                    cell([v * factor for v in values], digits, paper.get(column, {}).get(row))
+                )
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
         lines.append("")
     lines += [describe_run(run, os.path.relpath(run["path"], place)) for run in runs]
@@ -1181,11 +1491,19 @@ def describe_run(run, link):
     said = [f"{word.replace('_', ' ')} {settings[word]}" for word in shown if word in settings]
     said += [f"commit {run['commit']}", f"{run['seconds']} s"]
     said += [f"prompt {run['prompt']!r}"] if run.get("prompt") else []
-    said += [f"ordinality by chance {run['ordinality_chance']:.0%}"] if run.get("ordinality_chance") else []
+    said += (
+        [f"ordinality by chance {run['ordinality_chance']:.0%}"]
+        if run.get("ordinality_chance")
+        else []
+    )
     if majority := run.get("majority"):
-        said += [f"always {majority['rank']!r} MAE {majority['mae']:.3f} accuracy {majority['acc']:.1%}"]
-    said += [f"MAE (argmax) of ranks with {name} training images {tail['mae_argmax']:.3f}"
-             for name, tail in run.get("long_tail", {}).items()]  # fmt: skip
+        said += [
+            f"always {majority['rank']!r} MAE {majority['mae']:.3f} accuracy {majority['acc']:.1%}"
+        ]
+    said += [
+        f"MAE (argmax) of ranks with {name} training images {tail['mae_argmax']:.3f}"
+        for name, tail in run.get("long_tail", {}).items()
+    ]
     return f"- [{link}]({link}/results.json): {', '.join(said)}; {run['protocol']}"
 
 
@@ -1208,14 +1526,19 @@ def columns_of(key, runs):
 def figures(key, runs, column, where):
     """A figure of each run in the column; overall: of each seed and fold, the mean over the categories."""
     overall = column.split()[0] == OVERALL
-    parts = [column.replace(OVERALL, kind, 1) for kind in categories(key[0])] if overall else [column]
+    parts = (
+        [column.replace(OVERALL, kind, 1) for kind in categories(key[0])] if overall else [column]
+    )
     found = {}
     for run in runs:
         if run["column"] in parts:
             one = (run["settings"]["seed"], run["settings"]["fold"]) if overall else run["path"]
             found.setdefault(one, {})[run["column"]] = look_up(run, where)
-    return [statistics.mean(values.values()) for values in found.values()
-            if len(values) == len(parts) and None not in values.values()]  # fmt: skip
+    return [
+        statistics.mean(values.values())
+        for values in found.values()
+        if len(values) == len(parts) and None not in values.values()
+    ]
 
 
 def paper_key(key):
@@ -1238,7 +1561,11 @@ def cell(values, digits, theirs):
     if not values:
         return "-" if theirs is None else f"- [{theirs}]"
     text = f"{round(statistics.mean(values), digits) + 0.0:.{digits}f}"  # + 0.0: no -0.000
-    text += f" ± {statistics.stdev(values):.{digits}f} (n={len(values)})" if len(values) > 1 else " (n=1)"
+    text += (
+        f" ± {statistics.stdev(values):.{digits}f} (n={len(values)})"
+        if len(values) > 1
+        else " (n=1)"
+    )
     return text if theirs is None else f"{text} [{theirs}]"
 
 
@@ -1246,7 +1573,9 @@ def cell(values, digits, theirs):
 
 
 def settings_of(args):
-    return {key: value for key, value in vars(args).items() if key not in ("resume", "eval", "report")}
+    return {
+        key: value for key, value in vars(args).items() if key not in ("resume", "eval", "report")
+    }
 
 
 def save_checkpoint(path, model, args, **more):
@@ -1263,7 +1592,9 @@ def load_checkpoint(path, needed):
     except Exception as error:  # zip, pickle and torch each have errors of their own
         raise SystemExit(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     if not isinstance(saved, dict) or needed not in saved:
-        raise SystemExit(f"{path} is no checkpoint of this script for that use: it holds no {needed!r}")
+        raise SystemExit(
+            f"{path} is no checkpoint of this script for that use: it holds no {needed!r}"
+        )
     return saved
 
 
@@ -1304,20 +1635,30 @@ def save_csv(path, rows):
 def provenance():
     """What a figure depends on beside the settings."""
     git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
     )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return dict(
-        commit=git.stdout.strip() or None, torch=str(torch.__version__), python=platform.python_version(),
-        gpu=gpu, processes=num_processes(),
-    )  # fmt: skip
+        commit=git.stdout.strip() or None,
+        torch=str(torch.__version__),
+        python=platform.python_version(),
+        gpu=gpu,
+        processes=num_processes(),
+    )
 
 
 def describe(args, task, model, groups, preprocess):
     if not is_main():
         return
     counts = {group["name"]: sum(p.numel() for p in group["params"]) for group in groups}
-    trained = ", ".join(f"{name} {count:,}" for name, count in counts.items()) if args.epochs else "nothing"
+    trained = (
+        ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        if args.epochs
+        else "nothing"
+    )
     print(
         f"{task.protocol}\n"
         f"method {run_name(args)}   ranks {task.num_ranks}   context {args.context or task.context!r}\n"

@@ -100,7 +100,9 @@ def _lacking(device, dtype):
         return NO_TRITON
     if torch.version.hip:
         return "the fused kernels are for NVIDIA's GPUs"
-    if not torch.compiler.is_compiling() and matching_triton.gpu_generation(device) < 8:  # a query it cannot trace
+    if (
+        not torch.compiler.is_compiling() and matching_triton.gpu_generation(device) < 8
+    ):  # a query it cannot trace
         return f"the fused kernels need compute capability 8.0, this is {matching_triton.gpu_generation(device)}.x"
     return ""
 
@@ -115,7 +117,9 @@ def _op(impl, image_features, prototypes):
     if name == "torch":
         return reference
     if not HAS_TRITON:
-        raise ImportError(f"impl='triton': {NO_TRITON}; pip install 'triton>=3.6', or use impl='torch'")
+        raise ImportError(
+            f"impl='triton': {NO_TRITON}; pip install 'triton>=3.6', or use impl='torch'"
+        )
     if dtype not in FUSED:
         raise ValueError(f"impl='triton' computes in float32; {dtype} features need impl='torch'")
     if not matching_triton.INTERPRET and (lacking := _lacking(device, dtype)):
@@ -159,7 +163,9 @@ def _check_labels(labels, image_features, prototypes):
             "expected one rank index per image, (B,)"
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels are {labels.dtype}; expected integer rank indices (labels.long())")
+        raise ValueError(
+            f"labels are {labels.dtype}; expected integer rank indices (labels.long())"
+        )
     if labels.device != image_features.device:
         raise ValueError(
             f"labels are on {labels.device}, image_features on {image_features.device}; "
@@ -169,7 +175,9 @@ def _check_labels(labels, image_features, prototypes):
         return  # reading a device tensor would wait for it: the ops check it where it lies
     low, high, num_ranks = int(labels.min()), int(labels.max()), len(prototypes)
     if low < 0 or high >= num_ranks:
-        raise ValueError(f"labels run from {low} to {high}; expected rank indices 0..{num_ranks - 1}")
+        raise ValueError(
+            f"labels run from {low} to {high}; expected rank indices 0..{num_ranks - 1}"
+        )
 
 
 def _as_scale(scale, image_features):
@@ -179,5 +187,7 @@ def _as_scale(scale, image_features):
         dtype = torch.float64 if double else torch.float32
         return torch.full((), float(scale), dtype=dtype, device=image_features.device)
     if scale.numel() != 1:
-        raise ValueError(f"scale has shape {tuple(scale.shape)}; expected a number or a 0-dim tensor")
+        raise ValueError(
+            f"scale has shape {tuple(scale.shape)}; expected a number or a 0-dim tensor"
+        )
     return scale.reshape(()).to(image_features.device, non_blocking=True)

@@ -34,7 +34,10 @@ SHAPES = [  # B, R, D
     (65536, 101, 1024),
     (65536, 1000, 512),
 ]
-SQUARE = [(256, 256, 512), (1024, 1024, 512)]  # image i belongs to prototype i: what CLIP trains with
+SQUARE = [
+    (256, 256, 512),
+    (1024, 1024, 512),
+]  # image i belongs to prototype i: what CLIP trains with
 SWEEP = [2**k for k in range(5, 18)]  # B of the picture, at R=101, D=512
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Bytes per second and operations per second (half, fp32) assumed for the floor. Not measured here.
@@ -125,7 +128,10 @@ def contestants(device, square):
         graphs = dict(mode="reduce-overhead")
         if HAS_TRITON:
             found = {OURS: ours, "triton, graphs": torch.compile(ours, **graphs)} | found
-        found |= {"compile": torch.compile(eager), "compile, graphs": torch.compile(eager, **graphs)}
+        found |= {
+            "compile": torch.compile(eager),
+            "compile, graphs": torch.compile(eager, **graphs),
+        }
         for name, (function, package, square_only) in PEERS.items():
             if importlib.util.find_spec(package) and square >= square_only:
                 found[name] = function
@@ -187,7 +193,9 @@ def floor_ms(shape, dtype, backward, device_name):
     forward = max((operands + 16 * B + logits) / rates[0], 2 * B * padded * D / rate)
     if not backward:
         return 1000 * forward
-    return 1000 * (forward + max((2 * operands + 16 * B + logits) / rates[0], 4 * B * padded * D / rate))
+    return 1000 * (
+        forward + max((2 * operands + 16 * B + logits) / rates[0], 4 * B * padded * D / rate)
+    )
 
 
 def exact_gradient(inputs):
@@ -302,7 +310,16 @@ def draw(rows, path, title):
             pen.line([start, end], "#dddddd")
             label = (start[0] - 8, height - margin + 6) if axis == 0 else (14, start[1] - 9)
             pen.text(label, f"{tick:g}", "black")
-    colors = ["#c62828", "#ef8a62", "#1565c0", "#2e7d32", "#6a1b9a", "#00838f", "#f9a825", "#5d4037"]
+    colors = [
+        "#c62828",
+        "#ef8a62",
+        "#1565c0",
+        "#2e7d32",
+        "#6a1b9a",
+        "#00838f",
+        "#f9a825",
+        "#5d4037",
+    ]
     for (name, line), color in zip(sorted(lines.items()), colors * 3):
         color = "black" if name == "floor" else color
         line = sorted(set(line))
@@ -326,11 +343,15 @@ def environment(device):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.bench", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--shapes", nargs="*", help="B,R,D ... instead of the standard ones")
     parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--quick", action="store_true", help="two small shapes, a short sweep")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="for bench.json, bench.png")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/bench"), help="for bench.json, bench.png"
+    )
     args = parser.parse_args(arguments)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -338,7 +359,9 @@ def main(arguments=None):
     print(" | ".join(f"{key} {value}" for key, value in about.items()))
     shapes, square, sweep = SHAPES, SQUARE, SWEEP
     if device == "cpu":
-        print("No GPU: only the PyTorch path is timed, at the smaller shapes. Nothing here is a claim.")
+        print(
+            "No GPU: only the PyTorch path is timed, at the smaller shapes. Nothing here is a claim."
+        )
         shapes, square, sweep = SHAPES[:3], [], SWEEP[:6]
     if args.quick:
         shapes, square, sweep = SHAPES[:2], [], SWEEP[:3]

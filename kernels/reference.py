@@ -55,7 +55,9 @@ def matching_loss(image_features, prototypes, labels, scale, *, target="normaliz
     merged = _all_processes(torch.cat([columns.flatten(), rows]), group)  # (P, 4R + 2)
 
     row_sum, num_images = merged[:, -2:].sum(0)
-    lse, positive, total, count = merged[:, :-2].unflatten(1, columns.shape).unbind(1)  # (P, R) each
+    lse, positive, total, count = (
+        merged[:, :-2].unflatten(1, columns.shape).unbind(1)
+    )  # (P, R) each
     t2i = column_loss(
         lse.logsumexp(0), positive.sum(0), total.sum(0), count.sum(0), num_images, target
     )

@@ -31,7 +31,9 @@ def main():
         images = torch.randn(batch, 3, 224, 224, device=device)
         features = encoder(images)
         alone = OrdinalCLIP(torch.nn.Identity(), ours.prototypes, 4.6).eval().to(device)
-        compare(f"batch {batch}, whole", lambda: ours.predict(images), lambda: linear(images).softmax(1))
+        compare(
+            f"batch {batch}, whole", lambda: ours.predict(images), lambda: linear(images).softmax(1)
+        )
         behind = f"batch {batch}, behind the encoder"
         compare(behind, lambda: alone.predict(features), lambda: head(features).softmax(1))
     print(f"file {size(ours):,} bytes, with a linear head {size(linear):,}")

@@ -42,16 +42,26 @@ def main():
         out.backward(gradient)
         if device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - began, [out.detach()] + [p.grad.clone() for p in prompts.parameters()]
+        return time.perf_counter() - began, [out.detach()] + [
+            p.grad.clone() for p in prompts.parameters()
+        ]
 
     (_, slow), (_, fast) = step(all_77), step(prompts)  # also the warm-up
     error = [((a - b).norm() / b.norm()).item() for a, b in zip(fast, slow)]
     pairs = [(step(all_77)[0], step(prompts)[0]) for _ in range(ROUNDS)]
     times = [statistics.median(column) for column in zip(*pairs)]
     ratios = sorted(a / b for a, b in pairs)
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{where}, torch {torch.__version__}: 77 tokens {times[0]:.3f} s, shared prefix {times[1]:.4f} s")
-    print(f"ratio {statistics.median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}, {ROUNDS} pairs)")
+    where = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
+    print(
+        f"{where}, torch {torch.__version__}: 77 tokens {times[0]:.3f} s, shared prefix {times[1]:.4f} s"
+    )
+    print(
+        f"ratio {statistics.median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}, {ROUNDS} pairs)"
+    )
     print("relative difference: prototypes {:.1e}, d context {:.1e}, d ranks {:.1e}".format(*error))
 
 

@@ -16,22 +16,40 @@ def vgg():
 
 def released(vgg, classes=1000):
     """A state dict as torchvision releases it: the same names, last layer 4096 -> classes with bias."""
-    last = {"classifier.6.weight": torch.zeros(classes, 4096), "classifier.6.bias": torch.zeros(classes)}
+    last = {
+        "classifier.6.weight": torch.zeros(classes, 4096),
+        "classifier.6.bias": torch.zeros(classes),
+    }
     small = {k: v + 1 for k, v in vgg.state_dict().items() if not k.startswith("classifier.6")}
-    large = {k: v.new_zeros(1).expand(v.shape) for k, v in small.items() if v.numel() > 10**7}  # no 500 MB to write
+    large = {
+        k: v.new_zeros(1).expand(v.shape) for k, v in small.items() if v.numel() > 10**7
+    }  # no 500 MB to write
     return small | large | last
 
 
 def test_vgg16_is_the_papers(vgg):
     shapes = {name: tuple(p.shape) for name, p in vgg.named_parameters()}
-    assert shapes["features.0.weight"] == (64, 3, 3, 3) and shapes["features.28.weight"] == (512, 512, 3, 3)
-    assert shapes["classifier.0.weight"] == (4096, 25088) and shapes["classifier.6.weight"] == (8, 4096)
+    assert shapes["features.0.weight"] == (64, 3, 3, 3) and shapes["features.28.weight"] == (
+        512,
+        512,
+        3,
+        3,
+    )
+    assert shapes["classifier.0.weight"] == (4096, 25088) and shapes["classifier.6.weight"] == (
+        8,
+        4096,
+    )
     assert "classifier.6.bias" not in shapes
-    assert sum(p.numel() for name, p in vgg.named_parameters() if "classifier.6" not in name) == 134_260_544
+    assert (
+        sum(p.numel() for name, p in vgg.named_parameters() if "classifier.6" not in name)
+        == 134_260_544
+    )
     torch.manual_seed(0)
     out = vgg(torch.randn(2, 3, 224, 224))
     assert out.shape == (2, 8) and out.std() > 0
-    with pytest.raises(ValueError, match=r"vgg16 got images \(1, 3, 256, 256\); expected \(B, 3, 224, 224\)"):
+    with pytest.raises(
+        ValueError, match=r"vgg16 got images \(1, 3, 256, 256\); expected \(B, 3, 224, 224\)"
+    ):
         vgg(torch.randn(1, 3, 256, 256))
 
 
@@ -42,7 +60,9 @@ def test_weights_are_loaded_but_for_the_last_layer(vgg, tmp_path):
     assert torch.equal(encoder.features[0].weight, vgg.features[0].weight + 1)
     assert torch.equal(encoder.classifier[3].bias, vgg.classifier[3].bias + 1)
     assert not encoder.classifier[0].weight.any()
-    assert encoder.classifier[6].weight.shape == (16, 4096) and encoder.classifier[6].weight.std() > 0
+    assert (
+        encoder.classifier[6].weight.shape == (16, 4096) and encoder.classifier[6].weight.std() > 0
+    )
 
 
 def test_imagenet_weights_come_from_the_public_file_by_its_hash(vgg, tmp_path):
@@ -63,9 +83,13 @@ def test_weights_that_do_not_fit_are_refused(vgg, tmp_path):
     state["features.0.weight"] = torch.zeros(64, 1, 3, 3)
     del state["features.2.bias"]
     torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="does not fit VGG16: 2 entries .* features.0.weight, features.2.bias"):
+    with pytest.raises(
+        ValueError, match="does not fit VGG16: 2 entries .* features.0.weight, features.2.bias"
+    ):
         build_image_encoder("vgg16", 16, weights=tmp_path / "x.pth")
-    with pytest.raises(FileNotFoundError, match="no weights at .*none.pth; give 'imagenet' or a state dict"):
+    with pytest.raises(
+        FileNotFoundError, match="no weights at .*none.pth; give 'imagenet' or a state dict"
+    ):
         build_image_encoder("vgg16", 16, weights=tmp_path / "none.pth")
     (tmp_path / "page.pth").write_text("<html>not found</html>")
     with pytest.raises(ValueError, match="page.pth cannot be read as a state dict"):
@@ -74,14 +98,20 @@ def test_weights_that_do_not_fit_are_refused(vgg, tmp_path):
 
 @pytest.mark.parametrize("name", ["vgg99", "timm", "timm:", "resnet50"])
 def test_unknown_names_list_the_choices(name):
-    with pytest.raises(ValueError, match=f"image encoder '{name}': expected one of vgg16, timm:NAME, torchvision:NAME"):
+    with pytest.raises(
+        ValueError,
+        match=f"image encoder '{name}': expected one of vgg16, timm:NAME, torchvision:NAME",
+    ):
         build_image_encoder(name, 8)
 
 
 @pytest.mark.parametrize("package", ["timm", "torchvision"])
 def test_an_absent_package_is_named(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)  # as if not installed
-    with pytest.raises(ImportError, match=f"image encoder {package}:resnet18 needs {package}: pip install {package}"):
+    with pytest.raises(
+        ImportError,
+        match=f"image encoder {package}:resnet18 needs {package}: pip install {package}",
+    ):
         build_image_encoder(f"{package}:resnet18", 8)
 
 
@@ -90,7 +120,9 @@ class FakeModels:
 
     @staticmethod
     def get_model(name, weights=None):
-        layers = [torch.nn.Flatten(), torch.nn.Linear(12, 10)] if name == "net" else [torch.nn.Flatten()]
+        layers = (
+            [torch.nn.Flatten(), torch.nn.Linear(12, 10)] if name == "net" else [torch.nn.Flatten()]
+        )
         return torch.nn.Sequential(*layers)
 
 

@@ -427,9 +427,14 @@ def test_adience_contradictions_and_missing_images(tmp_path):
     lines = table.read_text().split("\n")
     lines[-2] = lines[-2].replace("(0, 2)", "(4, 6)")
     table.write_text("\n".join(lines))
-    (root / "fold_4_data.txt").write_text((root / "fold_4_data.txt").read_text().rstrip("\n") + "\n" + lines[1] + "\n")
+    (root / "fold_4_data.txt").write_text(
+        (root / "fold_4_data.txt").read_text().rstrip("\n") + "\n" + lines[1] + "\n"
+    )
     notes = load("adience", root).notes
-    assert any(re.fullmatch("1 image has rows of different ranks: 3.@N03/landmark.*", note) for note in notes)
+    assert any(
+        re.fullmatch("1 image has rows of different ranks: 3.@N03/landmark.*", note)
+        for note in notes
+    )
     assert f"1 person is in more than one fold: {lines[1].split(chr(9))[0]}" in notes
     first, second, *_ = sorted((root / "aligned" / "30@N03").iterdir())
     first.unlink()
@@ -606,7 +611,9 @@ def test_aesthetics_bad_table(tmp_path, old, new, words):
 
 
 def test_all_wrong_lines_are_told_at_once(tmp_path):
-    root, _ = edited(tmp_path, lambda lines: [re.sub(r"([MF])\d\d\.JPG", r"\g<1>99.JPG", line) for line in lines])
+    root, _ = edited(
+        tmp_path, lambda lines: [re.sub(r"([MF])\d\d\.JPG", r"\g<1>99.JPG", line) for line in lines]
+    )
     with pytest.raises(ValueError, match=r"csv:2: age 16, .*\n.*csv:3: age \d+, but the name of"):
         load("morph2", root)
     root = make_aesthetics(tmp_path / "a", rows=[(str(i), "sea", "3") for i in range(25)])
@@ -619,7 +626,9 @@ def test_aesthetics_lists_of_scores_are_refused(aesthetics, tmp_path):
     """As published with L2RCLIP: `<id>.png 3.0`, scores from 1."""
     path = tmp_path / "nature_train.txt"
     path.write_text("1.jpg 1.0\n2.jpg 4.0\n")
-    with pytest.raises(ValueError, match="nature_train.txt:1: label 1.0 is a score of 1.0 .. 5.0; expected a rank"):
+    with pytest.raises(
+        ValueError, match="nature_train.txt:1: label 1.0 is a score of 1.0 .. 5.0; expected a rank"
+    ):
         load("aesthetics", aesthetics, lists=(path, None, None))
 
 
@@ -748,9 +757,7 @@ def test_new_splits_are_frozen(adience, aesthetics, hci):
         sorted(paths(load(name, root, fold=2, seed=1).test))
         for name, root in (("aesthetics", aesthetics), ("hci", hci))
     ]
-    digests = [
-        hashlib.sha256("\n".join(some).encode()).hexdigest()[:16] for some in (val, *tests)
-    ]
+    digests = [hashlib.sha256("\n".join(some).encode()).hexdigest()[:16] for some in (val, *tests)]
     assert digests == ["cd49feaa5184a7b4", "4713d60eb23fde30", "8e6b32500ade8b15"]
 
 
@@ -1369,8 +1376,7 @@ def test_demo(demo):
     assert tuple(map(len, parts_of(task))) == SIZES and task.num_ranks == 30
     assert task.rank_names[0] == "1" and task.rank_values[29] == 30.0
     assert task.protocol == (
-        "demo: drawn cross-sections of trees, one fixed split: 60 train / 30 val / "
-        "30 test images"
+        "demo: drawn cross-sections of trees, one fixed split: 60 train / 30 val / 30 test images"
     )
     assert_disjoint(task)
     assert {sample.label for sample in task.train} == set(range(30))

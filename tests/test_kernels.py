@@ -1,8 +1,8 @@
 """The fused kernels against float64: through Triton's interpreter where there is no GPU.
 
-    pytest tests/test_kernels.py                    a sample of the grid, compile gate
-    pytest tests/test_kernels.py -m full            the whole grid, every shipped configuration
-    pytest tests/test_kernels.py -m benchmark -s    the table of kernels/bench.py
+pytest tests/test_kernels.py                    a sample of the grid, compile gate
+pytest tests/test_kernels.py -m full            the whole grid, every shipped configuration
+pytest tests/test_kernels.py -m benchmark -s    the table of kernels/bench.py
 """
 
 import itertools
@@ -25,7 +25,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 triton = pytest.importorskip("triton")
 
-from kernels import bench, match, matching_loss, matching_triton  # noqa: E402
 from test_reference import (  # noqa: E402
     TARGETS,
     check_two_processes,
@@ -36,13 +35,20 @@ from test_reference import (  # noqa: E402
     relative,
 )
 
+from kernels import bench, match, matching_loss, matching_triton  # noqa: E402
+
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 ROOT = Path(__file__).parents[1]
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # |ours - exact| / |exact| of a whole gradient. The interpreter truncates to bfloat16, a GPU rounds.
 GATES = {FP32: 1e-5, FP16: 2e-3, BF16: 6e-3 if CUDA else 2e-2}
-IN_STEPS = ["residual_kernel", "image_gradient_kernel", "rank_sums_kernel", "prototype_gradient_kernel"]
+IN_STEPS = [
+    "residual_kernel",
+    "image_gradient_kernel",
+    "rank_sums_kernel",
+    "prototype_gradient_kernel",
+]
 TOGETHER = [name for name in IN_STEPS if name != "image_gradient_kernel"]  # a tile holds all ranks
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 
@@ -68,7 +74,9 @@ def check(case, target="normalized", weights=(0.7, 1.9), gate=None, **options):
     for i, (ours, exact) in enumerate(zip(grads, exact_grads)):
         assert torch.isfinite(ours).all(), i
         error = relative(ours, exact)
-        if error > gate:  # where all is learnt, exp(A - lse) - 1 cancels: PyTorch's float32 errs as much
+        if (
+            error > gate
+        ):  # where all is learnt, exp(A - lse) - 1 cancels: PyTorch's float32 errs as much
             floor = relative(gradients(case, target, weights, impl="torch")[1][i], exact)
             assert error <= 2 * floor and error <= 1e-2, (i, error, floor)
 
@@ -90,7 +98,9 @@ def launches(monkeypatch):
 def plan(monkeypatch):
     """Names of the kernels that would be launched; nothing is computed."""
     names = []
-    monkeypatch.setattr(matching_triton, "_launch", lambda kernel, *a, **o: names.append(kernel.__name__))
+    monkeypatch.setattr(
+        matching_triton, "_launch", lambda kernel, *a, **o: names.append(kernel.__name__)
+    )
     return names
 
 
@@ -148,7 +158,10 @@ def test_backward_in_steps(launches, monkeypatch, B, R, D, scale, labels, target
 def test_grid(index, dtype, monkeypatch):
     if (index + [FP32, FP16, BF16].index(dtype)) % 2:
         monkeypatch.setattr(matching_triton, "AT_ONCE", 0)
-    (B, R, D), scale = GRID[index], SCALES[(index + index // len(DIMS)) % len(SCALES)]  # not one scale for each D
+    (B, R, D), scale = (
+        GRID[index],
+        SCALES[(index + index // len(DIMS)) % len(SCALES)],
+    )  # not one scale for each D
     if B == 1 or R == 1:
         check_degenerate((B, R, D), min(scale, 14.3), dtype)
     else:
@@ -195,7 +208,11 @@ def test_zero_scale():
 def test_counts_are_exact_beyond_what_fp32_can_count():
     """Else labels that are right would be refused."""
     empty = dict(device="cuda" if CUDA else "cpu", dtype=FP32)
-    parts, columns, counts = torch.zeros(1, 6, 64, **empty), torch.empty(5, 64, **empty), torch.empty(2, **empty)
+    parts, columns, counts = (
+        torch.zeros(1, 6, 64, **empty),
+        torch.empty(5, 64, **empty),
+        torch.empty(2, **empty),
+    )
     parts[0, 1] = 1.0
     integers = parts.view(torch.int32)[0]
     integers[3, :3] = torch.tensor([2**24, 1, 1])
@@ -233,18 +250,27 @@ def test_zero_gradient_would_fail():
 def test_rows_any_distance_apart():
     features, prototypes, labels, scale = make_case(33, 9, 32)
     plain = fused((features, prototypes, labels, scale))
-    features, prototypes, labels, scale = on_device((features, prototypes, labels, scale))  # views stay views
+    features, prototypes, labels, scale = on_device(
+        (features, prototypes, labels, scale)
+    )  # views stay views
     spread = torch.zeros(33, 50, device=DEVICE)
     spread[:, :32] = features
     views = [
         (spread[:, :32], prototypes, labels, scale),
         (features.T.contiguous().T, prototypes, labels, scale),
-        (features, prototypes.repeat_interleave(2, 0)[::2], labels.repeat_interleave(2)[::2], scale),
+        (
+            features,
+            prototypes.repeat_interleave(2, 0)[::2],
+            labels.repeat_interleave(2)[::2],
+            scale,
+        ),
     ]
     for view in views:
         losses, grads = fused(view)
         assert torch.equal(losses, plain[0])
-        for ours, expected in zip(grads, plain[1]):  # on a GPU another stride may be another compiled kernel
+        for ours, expected in zip(
+            grads, plain[1]
+        ):  # on a GPU another stride may be another compiled kernel
             assert relative(ours, expected) < 2e-6 if CUDA else torch.equal(ours, expected)
 
 
@@ -270,7 +296,12 @@ def test_scale_of_any_float_dtype_and_labels_of_any_integer_dtype(monkeypatch, a
     monkeypatch.setattr(matching_triton, "AT_ONCE", at_once)
     features, prototypes, labels, scale = make_case(40, 9, 32, 16.0)
     plain = fused((features, prototypes, labels, scale))
-    for dtype, integer in [(torch.float64, torch.int32), (FP32, torch.uint8), (FP16, torch.int8), (BF16, torch.int16)]:
+    for dtype, integer in [
+        (torch.float64, torch.int32),
+        (FP32, torch.uint8),
+        (FP16, torch.int8),
+        (BF16, torch.int16),
+    ]:
         if dtype == BF16 and not CUDA:
             continue  # the interpreter truncates its gradient
         losses, grads = fused((features, prototypes, labels.to(integer), scale.to(dtype)))
@@ -333,7 +364,9 @@ def test_labels_outside_are_asserted_on_the_gpu(num_images):
 def test_impl_triton_needs_cuda(monkeypatch):
     monkeypatch.setattr(matching_triton, "INTERPRET", False)
     features, prototypes, labels, scale = make_case(4, 3, 16)
-    with pytest.raises(ValueError, match="impl='triton': the fused kernels need CUDA, this is cpu; use impl='auto'"):
+    with pytest.raises(
+        ValueError, match="impl='triton': the fused kernels need CUDA, this is cpu; use impl='auto'"
+    ):
         matching_loss(features, prototypes, labels, scale, impl="triton")
 
 
@@ -389,7 +422,9 @@ def test_impl_torch_and_auto(launches):
 def test_gradients_that_are_not_needed_are_skipped(launches, monkeypatch, needs, shape, dtype, way):
     if way == "together":
         monkeypatch.setattr(matching_triton, "AT_ONCE", 0)
-    features, prototypes, labels, scale = case = on_device(make_case(*shape, scale=14.3, dtype=dtype))
+    features, prototypes, labels, scale = case = on_device(
+        make_case(*shape, scale=14.3, dtype=dtype)
+    )
     leaves = [
         t.clone().requires_grad_(need) for t, need in zip((features, prototypes, scale), needs)
     ]
@@ -532,7 +567,20 @@ def test_opcheck():
     torch.library.opcheck(ops.matching_forward.default, args)
     saved = ops.matching_forward(features, prototypes, labels, scale, True, True, True, "")
     one = torch.ones((), device=DEVICE)
-    args = (one, None, features, prototypes, labels, scale, *saved[:4], True, True, True, False, True)
+    args = (
+        one,
+        None,
+        features,
+        prototypes,
+        labels,
+        scale,
+        *saved[:4],
+        True,
+        True,
+        True,
+        False,
+        True,
+    )
     torch.library.opcheck(ops.matching_backward.default, args)
     torch.library.opcheck(ops.matching_probabilities.default, (features, prototypes, scale))
 
@@ -544,7 +592,9 @@ def test_plain_tensors_go_straight_to_the_launchers(launches, monkeypatch):
     for name in ("_forward", "_backward", "_match"):
         monkeypatch.setattr(matching_triton, name, refuse)
     features, prototypes, labels, scale = on_device(make_case(6, 4, 16))
-    sum(matching_loss(features.requires_grad_(), prototypes, labels, scale, impl="triton")).backward()
+    sum(
+        matching_loss(features.requires_grad_(), prototypes, labels, scale, impl="triton")
+    ).backward()
     match(features.detach(), prototypes, scale, impl="triton")
     assert launches == ["forward_kernel", "backward_kernel", "match_kernel"]
 
@@ -562,7 +612,9 @@ def test_fake_tensors_go_to_the_operators(launches):
 
 def test_two_copies_live_in_one_process(tmp_path):
     """A paper's code may hold the folder under a name of its own, beside this one."""
-    shutil.copytree(ROOT / "kernels", tmp_path / "paper", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "kernels", tmp_path / "paper", ignore=shutil.ignore_patterns("__pycache__")
+    )
     code = "import torch, kernels, paper; a = torch.randn(4, 8), torch.randn(3, 8), torch.tensor([0, 1, 2, 2]), 9.0\n"
     code += "print(torch.equal(*[torch.stack(k.matching_loss(*a, impl='torch')) for k in (kernels, paper)]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
@@ -573,9 +625,7 @@ def test_two_copies_live_in_one_process(tmp_path):
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_whole_with_any_batch_size(launches, target):
     def both(features, prototypes, labels, scale):
-        i2t, t2i = matching_loss(
-            features, prototypes, labels, scale, target=target, impl="triton"
-        )
+        i2t, t2i = matching_loss(features, prototypes, labels, scale, target=target, impl="triton")
         return i2t + t2i
 
     backend = CompileCounterWithBackend("inductor" if CUDA else "aot_eager")
@@ -652,12 +702,15 @@ def test_compiled_with_cuda_graphs():
 @needs_cuda
 @pytest.mark.parametrize("dtype", [FP16, BF16])
 @pytest.mark.parametrize(
-    "shape", [(4096, 101, 512), (5000, 101, 100), (4096, 61, 640), (4096, 300, 512), (20000, 101, 512)]
+    "shape",
+    [(4096, 101, 512), (5000, 101, 100), (4096, 61, 640), (4096, 300, 512), (20000, 101, 512)],
 )
 def test_many_images(dtype, shape):
     """Tiles of 64 images and more, whose wgmma runs beside the next loads; and the same for prediction."""
     case = make_case(*shape, 14.3, dtype=dtype)
-    check(case, weights=(700, 1900))  # as loss scaling does: a mean over 20,000 images underflows in fp16
+    check(
+        case, weights=(700, 1900)
+    )  # as loss scaling does: a mean over 20,000 images underflows in fp16
     features, prototypes, _, scale = on_device(case)
     probs, expected, _ = match(features, prototypes, scale, impl="triton")
     exact = exact_logits(case[0].double(), case[1].double(), case[3].double()).softmax(1)
@@ -671,7 +724,9 @@ def test_many_images(dtype, shape):
 def test_a_group_of_one_process_on_the_gpu(tmp_path, num_images):
     case = on_device(make_case(num_images, 101, 512, 14.3, dtype=BF16))
     alone = gradients(case, impl="triton")
-    dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    dist.init_process_group(
+        "nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
     try:
         losses, grads = gradients(case, impl="triton", group=dist.group.WORLD)
     finally:
@@ -700,8 +755,19 @@ def test_streams_do_not_share_counters():
 # Triton compiles for a GPU that is not there. Done in a process of its own, without the interpreter:
 # `python tests/test_kernels.py BATCH` prints what each kernel of a batch of cases needs.
 
-SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes per program; 80: as sm_86 and sm_89
-MULTIPLY = ("forward_kernel", "backward_kernel", "match_kernel", "image_gradient_kernel", "rank_sums_kernel")
+SHARED = {
+    80: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+}  # bytes per program; 80: as sm_86 and sm_89
+MULTIPLY = (
+    "forward_kernel",
+    "backward_kernel",
+    "match_kernel",
+    "image_gradient_kernel",
+    "rank_sums_kernel",
+)
 SHIPPED = {
     "sample": [  # the longest first
         ((65536, 101, 512), BF16, "ieee", True),
@@ -714,7 +780,14 @@ SHIPPED = {
     "all": [
         (shape, dtype, precision, smooth)
         for shape in [(32, 61, 512), (256, 101, 1024), (65536, 5, 512), (65536, 101, 512)]
-        + [(4096, 61, 640), (4096, 101, 100), (4097, 101, 100), (4097, 300, 101), (65536, 1000, 512), (300, 200, 512)]
+        + [
+            (4096, 61, 640),
+            (4096, 101, 100),
+            (4097, 101, 100),
+            (4097, 300, 101),
+            (65536, 1000, 512),
+            (300, 200, 512),
+        ]
         for dtype, precision in [(BF16, "ieee"), (FP16, "ieee")]
         + [(FP32, precision) for precision in ("ieee", "tf32x3", "tf32")]
         for smooth in (False, True)
@@ -775,7 +848,9 @@ def compile_launch(kernel, args, options, capability):
         )
         code = subprocess.check_output([tools / "nvdisasm", "-c", file.name], text=True)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    counts = {word.lower(): len(re.findall(rf"\b{word}", code)) for word in ("HGMMA", "HMMA", "LDL")}
+    counts = {
+        word.lower(): len(re.findall(rf"\b{word}", code)) for word in ("HGMMA", "HMMA", "LDL")
+    }
     counts["waits"] = len(re.findall(r"WARPGROUP\.DEPBAR", code))  # for wgmma
     pending = max(map(int, re.findall(r"pendings = (\d+)", compiled.asm["ttgir"])), default=0)
     return dict(
@@ -790,7 +865,9 @@ def compile_case(job):
     for kernel, args, options in planned(*case, capability, everything):
         report = compile_launch(kernel, args, options, capability)
         shape, dtype, precision, smooth = case
-        reports.append(report | dict(shape=shape, dtype=str(dtype)[6:], precision=precision, smooth=smooth))
+        reports.append(
+            report | dict(shape=shape, dtype=str(dtype)[6:], precision=precision, smooth=smooth)
+        )
     return reports
 
 
@@ -812,7 +889,11 @@ def check_report(report):
             assert report["hgmma"] + report["hmma"], f"no tensor cores: {report}"
         if report["dtype"] != "float32" and report["capability"] == 90 and report["rows"] >= 64:
             assert report["hgmma"], f"no wgmma: {report}"
-    if report["kernel"] == "forward_kernel" and report["shape"][0] > matching_triton.AT_ONCE and report["hgmma"]:
+    if (
+        report["kernel"] == "forward_kernel"
+        and report["shape"][0] > matching_triton.AT_ONCE
+        and report["hgmma"]
+    ):
         assert report["waits"] < report["hgmma"], f"every wgmma is waited for: {report}"
 
 
@@ -849,7 +930,9 @@ def test_benchmark(tmp_path):
 
 if __name__ == "__main__":
     batch = sys.argv[1]
-    work = [(case, capability, batch == "all") for case in SHIPPED[batch] for capability in (90, 80)]
+    work = [
+        (case, capability, batch == "all") for case in SHIPPED[batch] for capability in (90, 80)
+    ]
     work += [(case, capability, False) for case in SHIPPED[batch][::5] for capability in (100, 120)]
     with multiprocessing.get_context("fork").Pool(2) as pool:
         print(json.dumps(sum(pool.map(compile_case, work, chunksize=1), [])))

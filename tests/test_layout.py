@@ -11,10 +11,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OURS = {"ordinalclip", "clip_model", "tokenizer", "kernels", "data", "backbones", "train", "predict"}
+OURS = {
+    "ordinalclip",
+    "clip_model",
+    "tokenizer",
+    "kernels",
+    "data",
+    "backbones",
+    "train",
+    "predict",
+}
 THIRD = {"torch", "ftfy", "regex", "PIL", "numpy", "triton"}
 OPTIONAL = {"timm", "torchvision"}
-PEERS = {"inf_cl", "cut_cross_entropy", "memeff", "open_clip", "liger_kernel"}  # kernels/bench.py only
+PEERS = {
+    "inf_cl",
+    "cut_cross_entropy",
+    "memeff",
+    "open_clip",
+    "liger_kernel",
+}  # kernels/bench.py only
 ARROWS = {
     "tokenizer.py": (set(), {"torch", "ftfy", "regex"}),
     "clip_model.py": (set(), {"torch"}),
@@ -48,7 +63,9 @@ def test_arrows_go_one_way(name):
 def test_the_kernels_import_nothing_of_the_project():
     for path in (ROOT / "kernels").glob("*.py"):
         found = set(imports(path)) - sys.stdlib_module_names - {"kernels"}
-        assert found <= {"torch", "triton", "PIL", "numpy"} | (PEERS if path.name == "bench.py" else set())
+        assert found <= {"torch", "triton", "PIL", "numpy"} | (
+            PEERS if path.name == "bench.py" else set()
+        )
 
 
 def test_requirements_are_exactly_these():
@@ -83,7 +100,9 @@ def test_the_python_snippets_run_and_print_what_they_say(snippet, tmp_path):
         if package in snippet:
             pytest.importorskip(module)  # no requirement of ours
     if "runs/demo" in snippet:
-        snippet = snippet.replace("runs/demo-ordinalclip-linear-K3-seed1", str(exported_run(tmp_path)))
+        snippet = snippet.replace(
+            "runs/demo-ordinalclip-linear-K3-seed1", str(exported_run(tmp_path))
+        )
     done = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     printed = re.findall(r"print\(.*\)\s+# (.*)", snippet)
@@ -96,7 +115,16 @@ def exported_run(folder):
     import train
 
     data._make_demo(folder / "demo", (60, 30, 30))
-    argv = ["--data", "demo", "--data-root", str(folder / "demo"), "--epochs", "1", "--workers", "0"]
+    argv = [
+        "--data",
+        "demo",
+        "--data-root",
+        str(folder / "demo"),
+        "--epochs",
+        "1",
+        "--workers",
+        "0",
+    ]
     train.main([*argv, "--device", "cpu", "--out", str(folder / "run")])
     return folder / "run"
 
@@ -120,7 +148,9 @@ def test_a_module_pasted_alone_works(files, tmp_path):
     for name in files:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
-    done = subprocess.run([sys.executable, "-c", ALONE[files]], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE[files]], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stdout.strip() == "(1, 77)", done.stderr
 
 
@@ -131,7 +161,10 @@ def test_every_command_of_the_readme_parses():
     lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"`(python train.py [^`]*)`", (ROOT / "README.md").read_text())
     lines = [shlex.split(line, comments=True) for line in lines if "train.py" in line]
-    commands = [next(words[i + 1 :] for i, w in enumerate(words) if w.endswith("train.py")) for words in lines]
+    commands = [
+        next(words[i + 1 :] for i, w in enumerate(words) if w.endswith("train.py"))
+        for words in lines
+    ]
     assert len(commands) >= 5
     for words in commands:
         if not {"--eval", "--resume", "--help"} & set(words):  # those need a run

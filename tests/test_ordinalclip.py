@@ -41,13 +41,19 @@ def clip64():
 
 def test_weights_are_those_of_the_paper():
     linear, inverse = (interpolation_weights(101, 3, kind) for kind in ("linear", "inverse"))
-    for rank, row in {0: (2 / 3, 1 / 3, 0), 25: (3 / 7, 3 / 7, 1 / 7), 50: (1 / 4, 1 / 2, 1 / 4)}.items():
+    for rank, row in {
+        0: (2 / 3, 1 / 3, 0),
+        25: (3 / 7, 3 / 7, 1 / 7),
+        50: (1 / 4, 1 / 2, 1 / 4),
+    }.items():
         torch.testing.assert_close(linear[rank], torch.tensor(row), atol=1e-6, rtol=0)
     torch.testing.assert_close(inverse[25], torch.tensor([3 / 7, 3 / 7, 1 / 7]), atol=1e-6, rtol=0)
     for base, rank in enumerate((0, 50, 100)):
         assert inverse[rank, base] > 1 - 1e-6  # passes through its base ranks
     two = interpolation_weights(11, 2, "linear")
-    torch.testing.assert_close(two[:, 1], torch.arange(11) / 10)  # K = 2 is plain linear interpolation
+    torch.testing.assert_close(
+        two[:, 1], torch.arange(11) / 10
+    )  # K = 2 is plain linear interpolation
 
 
 @pytest.mark.parametrize("kind", ["linear", "inverse"])
@@ -59,7 +65,9 @@ def test_weights_are_finite_and_sum_to_one(kind):
             weights = interpolation_weights(ranks, bases, kind)
             assert weights.shape == (ranks, bases) and weights.dtype == torch.float32
             assert torch.isfinite(weights).all() and (weights >= 0).all()
-            torch.testing.assert_close(weights.double().sum(1), torch.ones(ranks).double(), atol=1e-6, rtol=0)
+            torch.testing.assert_close(
+                weights.double().sum(1), torch.ones(ranks).double(), atol=1e-6, rtol=0
+            )
             torch.testing.assert_close(weights, weights.flip(0, 1))  # no end is preferred
 
 
@@ -85,14 +93,33 @@ def sentences(prompts, clip, position, lengths):
     weights, table = prompts.weights, clip.token_embedding.weight.detach()
     rows = []
     for rank, length in enumerate(lengths):
-        context = prompts.context_embeds if prompts.context_embeds.dim() == 2 else prompts.context_embeds[rank]
+        context = (
+            prompts.context_embeds
+            if prompts.context_embeds.dim() == 2
+            else prompts.context_embeds[rank]
+        )
         name = sum(w * e for w, e in zip(weights[rank], prompts.rank_embeds))[:length]
         cut = {"tail": len(context), "middle": len(context) // 2, "front": 0}[position]
-        parts = [table[49406][None], context[:cut], name, context[cut:], table[269][None], table[49407][None]]
+        parts = [
+            table[49406][None],
+            context[:cut],
+            name,
+            context[cut:],
+            table[269][None],
+            table[49407][None],
+        ]
         words = torch.cat(parts)
         rows.append(torch.cat([words, table[0].expand(77 - len(words), -1)]))
-    return torch.stack(rows), [len(prompts.context_embeds[0] if prompts.context_embeds.dim() == 3
-                                   else prompts.context_embeds) + length + 2 for length in lengths]
+    return torch.stack(rows), [
+        len(
+            prompts.context_embeds[0]
+            if prompts.context_embeds.dim() == 3
+            else prompts.context_embeds
+        )
+        + length
+        + 2
+        for length in lengths
+    ]
 
 
 def encode_77(clip, embeds, eot):
@@ -101,9 +128,13 @@ def encode_77(clip, embeds, eot):
     mask = torch.full((77, 77), -math.inf, dtype=x.dtype).triu(1)
     for block in clip.transformer.resblocks:
         h = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
-        q, k, v = (t.reshape(len(x), 77, block.attn.num_heads, -1).transpose(1, 2) for t in h.chunk(3, -1))
+        q, k, v = (
+            t.reshape(len(x), 77, block.attn.num_heads, -1).transpose(1, 2) for t in h.chunk(3, -1)
+        )
         scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5 + mask
-        x = x + block.attn.out_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(len(x), 77, -1))
+        x = x + block.attn.out_proj(
+            (scores.softmax(-1) @ v).transpose(1, 2).reshape(len(x), 77, -1)
+        )
         x = x + block.mlp(block.ln_2(x))
     return clip.ln_final(x)[torch.arange(len(x)), eot] @ clip.text_projection
 
@@ -116,7 +147,13 @@ PROMPTS = [
     dict(context=CONTEXT, rank_tokens=NAMES, interp="none", rank_position="middle"),
     dict(context=CONTEXT, rank_tokens=NAMES, interp="none", rank_position="front"),
     dict(context=CONTEXT, rank_specific_context=True),
-    dict(context=3, rank_specific_context=True, rank_position="middle", rank_tokens=NAMES, tokens_per_rank=3),
+    dict(
+        context=3,
+        rank_specific_context=True,
+        rank_position="middle",
+        rank_tokens=NAMES,
+        tokens_per_rank=3,
+    ),
     dict(context=0),
 ]
 
@@ -136,7 +173,9 @@ def test_prototypes_and_gradients_equal_those_of_77_tokens(clip64, options):
     weight = torch.randn(7, 48, dtype=torch.float64)
     params = [prompts.context_embeds, prompts.rank_embeds]
     wanted = torch.autograd.grad((expected * weight).sum(), params)
-    for name, a, b in zip(("context", "rank"), torch.autograd.grad((got * weight).sum(), params), wanted):
+    for name, a, b in zip(
+        ("context", "rank"), torch.autograd.grad((got * weight).sum(), params), wanted
+    ):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=name)
         assert b.numel() == 0 or b.abs().max() > 0
 
@@ -145,7 +184,9 @@ def test_shared_tokens_are_encoded_once(clip):
     """R=101 with 10 context tokens: 11 + 101 * 3 rows go through the tower, not 101 * 77."""
     prompts = RankPrompts(clip, 101, context=10)
     rows = []
-    hook = clip.transformer.resblocks[1].mlp.register_forward_hook(lambda _, x, y: rows.append(x[0].shape))
+    hook = clip.transformer.resblocks[1].mlp.register_forward_hook(
+        lambda _, x, y: rows.append(x[0].shape)
+    )
     prompts()
     hook.remove()
     assert rows == [(11 + 101 * 3, 128)]
@@ -156,7 +197,9 @@ def test_padding_behind_eot_does_not_matter(clip):
     shared, own, eot = torch.randn(4, 128), torch.randn(3, 5, 128), torch.tensor([1, 4, 2])
     other = own.clone()
     other[0, 2:], other[2, 3:] = 9.0, -9.0
-    torch.testing.assert_close(encode_prompts(clip, shared, own, eot), encode_prompts(clip, shared, other, eot))
+    torch.testing.assert_close(
+        encode_prompts(clip, shared, own, eot), encode_prompts(clip, shared, other, eot)
+    )
 
 
 def test_encode_prompts_refuses_what_the_tower_cannot_read(clip):
@@ -231,8 +274,12 @@ def test_only_context_and_ranks_train(clip):
     assert set(prompts.state_dict()) == {"context_embeds", "rank_embeds"}
     assert {name for name, _ in prompts.named_parameters()} == {"context_embeds", "rank_embeds"}
     prompts.train().requires_grad_(True)()[:, 0].sum().backward()
-    text = [p for name, p in clip.named_parameters() if name.split(".")[0] in
-            ("transformer", "positional_embedding", "ln_final", "text_projection")]
+    text = [
+        p
+        for name, p in clip.named_parameters()
+        if name.split(".")[0]
+        in ("transformer", "positional_embedding", "ln_final", "text_projection")
+    ]
     assert len(text) > 30 and all(p.grad is None and not p.requires_grad for p in text)
     assert all(p.grad.abs().sum() > 0 for p in prompts.parameters())
     assert all(p.requires_grad for p in clip.visual.parameters())  # the image tower is left alone
@@ -263,8 +310,12 @@ def test_base_ranks_start_at_the_names_nearest_their_positions(clip):
     prompts = RankPrompts(clip, 101, context=CONTEXT, rank_tokens=names, num_base_ranks=3)
     torch.testing.assert_close(prompts.rank_embeds[:, 0], table[[500, 550, 600]])
     prompts = RankPrompts(clip, 7, context=CONTEXT, rank_tokens=NAMES, num_base_ranks=2)
-    torch.testing.assert_close(prompts.rank_embeds[0, 0], table[[1000, 2000]].mean(0))  # a name of two tokens
-    prompts = RankPrompts(clip, 7, context=CONTEXT, rank_tokens=NAMES, num_base_ranks=2, tokens_per_rank=2)
+    torch.testing.assert_close(
+        prompts.rank_embeds[0, 0], table[[1000, 2000]].mean(0)
+    )  # a name of two tokens
+    prompts = RankPrompts(
+        clip, 7, context=CONTEXT, rank_tokens=NAMES, num_base_ranks=2, tokens_per_rank=2
+    )
     torch.testing.assert_close(prompts.rank_embeds[0], table[[1000, 2000]])
 
 
@@ -301,7 +352,10 @@ def test_untrained_coop_is_zero_shot(clip):
         (dict(rank_tokens=NAMES[:6] + [[49408]]), r"token ids \[49408\]; expected 0 to 49407"),
         (dict(context=75), "a prompt of 79 tokens, .* the text tower reads 77"),
         (dict(context=-1), "context=-1: expected a number of tokens or their ids"),
-        (dict(context=torch.zeros(2, 3).long()), r"context of shape \(2, 3\).*expected token ids \(N,\)"),
+        (
+            dict(context=torch.zeros(2, 3).long()),
+            r"context of shape \(2, 3\).*expected token ids \(N,\)",
+        ),
         (dict(context=torch.rand(3)), "torch.float32; expected token ids"),
     ],
 )
@@ -325,7 +379,10 @@ def test_logits_loss_and_prediction_agree(clip):
     features, prototypes = model.image_encoder(images), model.prototypes()
     scale = clip.logit_scale.exp()
     torch.testing.assert_close(
-        logits, scale * F.cosine_similarity(features[:, None], prototypes[None], dim=-1), rtol=1e-3, atol=1e-3
+        logits,
+        scale * F.cosine_similarity(features[:, None], prototypes[None], dim=-1),
+        rtol=1e-3,
+        atol=1e-3,
     )
     total, i2t, t2i = model.loss(images, labels)
     torch.testing.assert_close(total, i2t + t2i)
@@ -370,8 +427,13 @@ def test_training_moves_what_should_train_and_nothing_else(clip):
         model.loss(torch.randn(8, 3, 64, 64), torch.arange(8))[0].backward()
         optimizer.step()
     assert all(torch.equal(value, frozen[key]) for key, value in tower.state_dict().items())
-    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
-    assert {"prototypes.context_embeds", "prototypes.rank_embeds"} <= moved and "logit_scale" not in moved
+    moved = {
+        key for key, value in model.state_dict().items() if not torch.equal(value, before[key])
+    }
+    assert {
+        "prototypes.context_embeds",
+        "prototypes.rank_embeds",
+    } <= moved and "logit_scale" not in moved
     assert any(key.startswith("image_encoder.") for key in moved)
 
 
@@ -381,7 +443,9 @@ def test_the_temperature_is_a_copy_and_can_be_set_free(clip):
     model.logit_scale.requires_grad_()
     model.loss(torch.randn(4, 3, 64, 64), torch.arange(4))[0].backward()
     assert model.logit_scale.grad.abs() > 0
-    assert OrdinalCLIP(clip.visual, LinearPrototypes(3, 48), math.log(7)).logit_scale.exp().item() == pytest.approx(7)
+    assert OrdinalCLIP(
+        clip.visual, LinearPrototypes(3, 48), math.log(7)
+    ).logit_scale.exp().item() == pytest.approx(7)
 
 
 def test_linear_prototypes_train(clip):
@@ -393,7 +457,9 @@ def test_linear_prototypes_train(clip):
 def test_fixed_prototypes_are_a_copy():
     tensor = torch.randn(4, 8, requires_grad=True)
     fixed = FixedPrototypes(tensor)
-    assert torch.equal(fixed(), tensor) and not fixed().requires_grad and not list(fixed.parameters())
+    assert (
+        torch.equal(fixed(), tensor) and not fixed().requires_grad and not list(fixed.parameters())
+    )
     with pytest.raises(ValueError, match=r"got prototypes \(8,\); expected \(R, D\)"):
         FixedPrototypes(tensor[0])
 
@@ -441,9 +507,13 @@ def test_chance_levels_are_those_of_random_prototypes():
     assert ordinality_chance(61, 1, official=True) == 1
 
 
-@pytest.mark.parametrize("ranks, span, official", [(2, None, False), (9, 1, False), (9, 9, False), (9, 0, True)])
+@pytest.mark.parametrize(
+    "ranks, span, official", [(2, None, False), (9, 1, False), (9, 9, False), (9, 0, True)]
+)
 def test_ordinality_refuses(ranks, span, official):
-    with pytest.raises(ValueError, match=f"of {ranks} prototypes: expected {1 + (not official)} to R-1"):
+    with pytest.raises(
+        ValueError, match=f"of {ranks} prototypes: expected {1 + (not official)} to R-1"
+    ):
         ordinality(torch.randn(ranks, 4), span, official)
 
 

@@ -21,7 +21,9 @@ from clip_model import tiny_clip
 from ordinalclip import FixedPrototypes, OrdinalCLIP
 
 ROOT = Path(__file__).parents[1]
-TINY = "--clip tiny --image-encoder clip --batch-size 16 --workers 0 --device cpu --lr 0.002".split()
+TINY = (
+    "--clip tiny --image-encoder clip --batch-size 16 --workers 0 --device cpu --lr 0.002".split()
+)
 NAMES = ["none", "a little", "some", "much"]
 PREPROCESS = dict(image_size=64, mean=data.CLIP_MEAN, std=data.CLIP_STD)
 
@@ -49,7 +51,9 @@ def exported(run):
 
 
 def image_of(seed, mode="RGB", size=(80, 70)):
-    pixels = np.random.RandomState(seed).randint(0, 256, (size[1], size[0], len(mode)), dtype=np.uint8)
+    pixels = np.random.RandomState(seed).randint(
+        0, 256, (size[1], size[0], len(mode)), dtype=np.uint8
+    )
     return Image.fromarray(pixels, mode) if mode == "RGB" else Image.fromarray(pixels)
 
 
@@ -75,7 +79,9 @@ def test_it_answers_what_the_run_answered(run, exported):
     assert found["name"] == [row["rank"] for row in rows]
     expected = [float(row["expected_rank_index"]) for row in rows]
     assert found["expected"].tolist() == pytest.approx(expected, abs=2e-4)
-    assert found["probs"].max(1).values.tolist() == pytest.approx([float(r["prob"]) for r in rows], abs=2e-4)
+    assert found["probs"].max(1).values.tolist() == pytest.approx(
+        [float(r["prob"]) for r in rows], abs=2e-4
+    )
     assert [predictor.rank_names[r] for r in found["rank"]] == found["name"]
     assert found["probs"].shape == (len(rows), 4) and (found["probs"].sum(1) - 1).abs().max() < 1e-5
 
@@ -140,7 +146,9 @@ def test_a_vgg16_gets_its_memory_from_the_file_only(tmp_path):
     assert isinstance(encoder, backbones.VGG16) and all(p.is_meta for p in encoder.parameters())
 
 
-@pytest.mark.parametrize("preprocess", [{}, dict(squash=True), dict(resample="bilinear"), dict(squash=False)])
+@pytest.mark.parametrize(
+    "preprocess", [{}, dict(squash=True), dict(resample="bilinear"), dict(squash=False)]
+)
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "upright"])
 def test_a_pil_image_is_prepared_as_its_file_is(tmp_path, mode, preprocess):
     path, exif = tmp_path / "a b.tif", Image.Exif()
@@ -198,7 +206,9 @@ def test_other_files_are_refused(run, tmp_path):
         predict.load(tmp_path / "none.pt")
     with pytest.raises(ValueError, match=f"text.pt cannot be read .*; {ours}"):
         predict.load(tmp_path / "text.pt")
-    with pytest.raises(ValueError, match=f"is another file: got format None with model, .*; {ours}"):
+    with pytest.raises(
+        ValueError, match=f"is another file: got format None with model, .*; {ours}"
+    ):
         predict.load(run[0] / "best.pt")
     for content, message in [
         ([1], "is another file: got format None with no entries"),
@@ -227,20 +237,29 @@ def test_prototypes_alone(run, exported, tmp_path):
     assert predict.main([exported, "--save-prototypes", str(tmp_path / "p.pt")]) == 0
     found, predictor = predict.load_prototypes(tmp_path / "p.pt"), predict.load(exported)
     assert torch.equal(found["prototypes"], predictor.model.prototypes())
-    assert found["rank_names"] == predictor.rank_names and found["rank_values"] == predictor.rank_values
+    assert (
+        found["rank_names"] == predictor.rank_names
+        and found["rank_values"] == predictor.rank_values
+    )
     assert found["logit_scale"] == pytest.approx(predictor.model.logit_scale.item())
     encoder = predictor.model.image_encoder
     again = OrdinalCLIP(encoder, FixedPrototypes(found["prototypes"]), found["logit_scale"]).eval()
     images = torch.randn(2, 3, 96, 96)
-    torch.testing.assert_close(again.predict(images)["probs"], predictor.model.predict(images)["probs"])
+    torch.testing.assert_close(
+        again.predict(images)["probs"], predictor.model.predict(images)["probs"]
+    )
     assert (tmp_path / "p.pt").stat().st_size < 10_000
 
     predict.save_prototypes(tmp_path / "q.pt", torch.ones(2, 3).half(), ("a", "b"), 1)
     found = predict.load_prototypes(tmp_path / "q.pt")
     assert found["rank_values"] == [0.0, 1.0] and found["prototypes"].dtype == torch.float32
-    with pytest.raises(ValueError, match=r"got prototypes \(2, 3\), 1 rank_names and 1 rank_values"):
+    with pytest.raises(
+        ValueError, match=r"got prototypes \(2, 3\), 1 rank_names and 1 rank_values"
+    ):
         predict.save_prototypes(tmp_path / "r.pt", torch.ones(2, 3), ["a"], 1)
-    with pytest.raises(ValueError, match="got format 'ordinalclip-1' .*a file that save_prototypes writes"):
+    with pytest.raises(
+        ValueError, match="got format 'ordinalclip-1' .*a file that save_prototypes writes"
+    ):
         predict.load_prototypes(exported)
     with pytest.raises(FileNotFoundError, match="no file"):
         predict.load_prototypes(tmp_path / "r.pt")
@@ -254,16 +273,23 @@ def test_the_table_the_csv_and_the_json_say_the_same(run, exported, tmp_path, ca
     images = sorted((root / "2 stripes").glob("*.png"))[:3]
     files = dict(csv=tmp_path / "o.csv", json=tmp_path / "o.json")
     flags = [word for name, path in files.items() for word in (f"--{name}", str(path))]
-    assert predict.main([exported, *map(str, images), *flags, "--device", "cpu", "--batch-size", "2"]) == 0
+    assert (
+        predict.main([exported, *map(str, images), *flags, "--device", "cpu", "--batch-size", "2"])
+        == 0
+    )
     found = predict.load(exported)(images)
     rows, told = list(csv.DictReader(open(files["csv"]))), json.loads(files["json"].read_text())
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["file", "rank", "expected", "prob", "top", "3"] and len(lines) == 4
-    assert told["rank_names"] == [f"{i} stripes" for i in (1, 2, 3, 4)] and told["not_predicted"] == []
+    assert (
+        told["rank_names"] == [f"{i} stripes" for i in (1, 2, 3, 4)] and told["not_predicted"] == []
+    )
     for i, (line, row, image) in enumerate(zip(lines[1:], rows, told["images"])):
         assert line.startswith(str(images[i])) and row["file"] == image["file"] == str(images[i])
         assert row["rank"] == image["rank"] == found["name"][i] and f"  {row['rank']}  " in line
-        assert f"  {found['value'][i]:.2f}  " in line and f"  {found['probs'][i].max():.1%}  " in line
+        assert (
+            f"  {found['value'][i]:.2f}  " in line and f"  {found['probs'][i].max():.1%}  " in line
+        )
         assert float(row["value"]) == pytest.approx(image["value"], abs=1e-4)
         assert image["probs"] == pytest.approx(found["probs"][i].tolist(), abs=1e-6)
         assert int(row["rank_index"]) == image["rank_index"] == int(found["rank"][i])
@@ -275,11 +301,21 @@ def test_the_table_the_csv_and_the_json_say_the_same(run, exported, tmp_path, ca
 def test_bad_files_are_told_at_the_end_and_the_rest_is_predicted(run, exported, tmp_path, capsys):
     good = sorted(run[1].rglob("*.png"))[:2]
     (tmp_path / "bad.png").write_bytes(b"no image")
-    words = [exported, str(good[0]), str(tmp_path / "bad.png"), str(tmp_path / "gone.jpg"), str(good[1])]
+    words = [
+        exported,
+        str(good[0]),
+        str(tmp_path / "bad.png"),
+        str(tmp_path / "gone.jpg"),
+        str(good[1]),
+    ]
     assert predict.main([*words, "--json", str(tmp_path / "o.json"), "--batch-size", "1"]) == 1
     out, err = capsys.readouterr()
     assert [line.split(".png")[0] + ".png" for line in out.splitlines()[1:]] == list(map(str, good))
-    assert "not predicted: " in err and "bad.png cannot be read" in err and "gone.jpg: there is no" in err
+    assert (
+        "not predicted: " in err
+        and "bad.png cannot be read" in err
+        and "gone.jpg: there is no" in err
+    )
     told = json.loads((tmp_path / "o.json").read_text())
     assert len(told["images"]) == 2
     assert [Path(file["file"]).name for file in told["not_predicted"]] == ["bad.png", "gone.jpg"]
@@ -303,7 +339,11 @@ def test_folders_are_searched_to_the_bottom(run, tmp_path):
 @pytest.mark.parametrize(
     "name, text, found",
     [
-        ("l.txt", "a.png\n# no\n\nb c.jpg 3\nd 4.png\n./#e.png 0", ["a.png", "b c.jpg", "d 4.png", "#e.png"]),
+        (
+            "l.txt",
+            "a.png\n# no\n\nb c.jpg 3\nd 4.png\n./#e.png 0",
+            ["a.png", "b c.jpg", "d 4.png", "#e.png"],
+        ),
         ("l.txt", "path label\na.png 1\n", ["a.png"]),
         ("l.csv", "label,path\n3,a b.png\n4,c.png\n", ["a b.png", "c.png"]),
         ("l.csv", 'a b.png,3\n"c, d.png",1\n', ["a b.png", "c, d.png"]),
@@ -365,11 +405,15 @@ def test_the_picture(run, exported, tmp_path):
     assert picture.format == "PNG" and picture.size == (1000, 330 * 6)
     for row in range(6):
         part = np.asarray(picture)[330 * row : 330 * (row + 1)]
-        assert part[14:284, 30:300].std() > 10 and (part[84:276, 390:970] == (29, 58, 95)).all(2).sum() > 1000
+        assert (
+            part[14:284, 30:300].std() > 10
+            and (part[84:276, 390:970] == (29, 58, 95)).all(2).sum() > 1000
+        )
 
 
 @pytest.mark.parametrize(
-    "num_ranks, name", [(2, "{}"), (101, "{}"), (9, "a rather long name of rank {}"), (3, "w" * 200)]
+    "num_ranks, name",
+    [(2, "{}"), (101, "{}"), (9, "a rather long name of rank {}"), (3, "w" * 200)],
 )
 def test_names_of_ranks_do_not_touch(num_ranks, name, monkeypatch):
     drawn, text = [], ImageDraw.ImageDraw.text
@@ -396,7 +440,9 @@ def test_names_of_ranks_do_not_touch(num_ranks, name, monkeypatch):
 def test_it_runs_without_the_rest_of_the_project(run, exported, tmp_path):
     for name in ("predict.py", "ordinalclip.py", "clip_model.py", "backbones.py", "data.py"):
         shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__")
+    )
     image = sorted(run[1].rglob("*.png"))[0]
     command = [sys.executable, "predict.py", exported, str(image), str(tmp_path / "gone.png")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -407,10 +453,18 @@ def test_it_runs_without_the_rest_of_the_project(run, exported, tmp_path):
 def test_a_model_is_rebuilt_without_data_and_backbones(exported, tmp_path):
     for name in ("predict.py", "ordinalclip.py", "clip_model.py"):
         shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    code = f"import torch, predict; p = predict.load({exported!r}); s = p.preprocess['image_size']\n"
-    code += "print(p.model.predict(torch.zeros(2, 3, s, s))['probs'].shape == (2, len(p.rank_names)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    shutil.copytree(
+        ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    code = (
+        f"import torch, predict; p = predict.load({exported!r}); s = p.preprocess['image_size']\n"
+    )
+    code += (
+        "print(p.model.predict(torch.zeros(2, 3, s, s))['probs'].shape == (2, len(p.rank_names)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stdout.strip() == "True", done.stderr
 
 

@@ -53,7 +53,10 @@ def test_few_shot_draws_by_seed_and_leaves_the_rest(folder):
     assert four.train == data.few_shot(task, 4, seed=1).train
     twenty = data.few_shot(task, 20)
     assert counts(twenty) == [8, 20, 8, 8]  # where there are fewer, all, and it says so
-    assert "few-shot: 20 of each rank (all of the 3 that have fewer), drawn by seed 0: 44 train" in twenty.protocol
+    assert (
+        "few-shot: 20 of each rank (all of the 3 that have fewer), drawn by seed 0: 44 train"
+        in twenty.protocol
+    )
     assert "few-shot: 4 of each rank, drawn by seed 1: 16 train images" in four.protocol
     with pytest.raises(ValueError, match="shots=0: expected at least 1"):
         data.few_shot(task, 0)
@@ -70,8 +73,21 @@ def test_shift_thins_out_the_most_frequent_ranks(folder):
             data.shifted(task, ranks, keep)
 
 
-def test_seeds_and_folds_are_one_command_and_finished_runs_are_read(folder, tmp_path, monkeypatch, capsys):
-    argv = ["--data", str(folder), *TINY, "--out", str(tmp_path / "runs"), "--seeds", "1", "27", "--fold", "all"]
+def test_seeds_and_folds_are_one_command_and_finished_runs_are_read(
+    folder, tmp_path, monkeypatch, capsys
+):
+    argv = [
+        "--data",
+        str(folder),
+        *TINY,
+        "--out",
+        str(tmp_path / "runs"),
+        "--seeds",
+        "1",
+        "27",
+        "--fold",
+        "all",
+    ]
     results = train.main(argv)
     assert [(r["settings"]["fold"], r["settings"]["seed"]) for r in results] == [
         (fold, seed) for fold in range(5) for seed in (1, 27)
@@ -83,7 +99,9 @@ def test_seeds_and_folds_are_one_command_and_finished_runs_are_read(folder, tmp_
     assert f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} (n=10)" in capsys.readouterr().out
     (tmp_path / "runs" / "gray-ordinalclip-linear-K3-fold3-seed27" / "results.json").unlink()
     trained, run = [], train.train
-    monkeypatch.setattr(train, "train", lambda args: trained.append((args.fold, args.seed)) or run(args))
+    monkeypatch.setattr(
+        train, "train", lambda args: trained.append((args.fold, args.seed)) or run(args)
+    )
     again = train.main(argv)
     assert trained == [(3, 27)]  # and it goes on from its last.pt, where nothing is left to train
     assert [r["test"] for r in again] == [r["test"] for r in results]
@@ -95,8 +113,12 @@ def test_few_shot_and_shift_reach_the_training(folder, tmp_path):
     few = train.main(["--data", str(folder), *TINY, "--out", str(tmp_path / "few"), "--shots", "2"])
     assert few["images"] == dict(train=8, val=7, test=7)
     assert len((tmp_path / "few" / "splits" / "train.txt").read_text().splitlines()) == 8
-    assert train.main(["--eval", str(tmp_path / "few"), "--workers", "0"])["images"] == few["images"]
-    thin = train.main(["--data", str(folder), *TINY, "--out", str(tmp_path / "thin"), "--shift", "1,0.2"])
+    assert (
+        train.main(["--eval", str(tmp_path / "few"), "--workers", "0"])["images"] == few["images"]
+    )
+    thin = train.main(
+        ["--data", str(folder), *TINY, "--out", str(tmp_path / "thin"), "--shift", "1,0.2"]
+    )
     assert thin["images"]["train"] == 30 and thin["settings"]["shift"] in ((1, 0.2), [1, 0.2])
 
 
@@ -114,7 +136,9 @@ def test_a_run_cut_off_before_its_first_last_pt_is_begun_again(folder, tmp_path)
         (tmp_path / "run" / name).unlink()
     assert train.main(argv)["test"] == results["test"]
     (tmp_path / "run" / "results.json").unlink()
-    with pytest.raises(SystemExit, match="holds a run; --resume .* goes on with it, --out elsewhere"):
+    with pytest.raises(
+        SystemExit, match="holds a run; --resume .* goes on with it, --out elsewhere"
+    ):
         train.main(argv)
     (tmp_path / "run" / "last.pt").rename(tmp_path / "run" / "thesis.txt")
     with pytest.raises(SystemExit, match="holds other files .thesis.txt ....; give another --out"):
@@ -137,7 +161,9 @@ def test_regression_is_one_neuron(folder, tmp_path, loss):
     answers = model.neuron(model.image_encoder(images))[:, 0]
     total, same, zero = model.loss(images, labels)
     error = answers - labels
-    assert torch.allclose(total, error.abs().mean() if loss == "l1" else error.square().mean(), rtol=1e-5)
+    assert torch.allclose(
+        total, error.abs().mean() if loss == "l1" else error.square().mean(), rtol=1e-5
+    )
     assert total == same and zero == 0
     model.eval()
     answers = model(images).clamp(0, 3).double()
@@ -149,26 +175,48 @@ def test_regression_is_one_neuron(folder, tmp_path, loss):
 
 def test_regression_runs_and_learns(folder, tmp_path):
     out = tmp_path / "regression"
-    results = train.main(["--data", str(folder), *TINY, "--method", "regression", "--epochs", "4", "--out", str(out)])
+    results = train.main(
+        ["--data", str(folder), *TINY, "--method", "regression", "--epochs", "4", "--out", str(out)]
+    )
     assert results["ordinality"] is None and not (out / "exported.pt").exists()
     log = torch.load(out / "last.pt", weights_only=True)["log"]
     assert log[-1]["loss"] < log[0]["loss"]
 
 
-@pytest.mark.parametrize("tune, learnt", [("rank", {"rank_embeds"}), ("context", {"context_embeds"})])
+@pytest.mark.parametrize(
+    "tune, learnt", [("rank", {"rank_embeds"}), ("context", {"context_embeds"})]
+)
 def test_prompt_ablations_train_what_they_say(folder, tmp_path, tune, learnt):
     start = build(folder, tmp_path, "--tune", tune).state_dict()
     train.main(["--data", str(folder), *TINY, "--tune", tune, "--out", str(tmp_path / "run")])
     end = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["model"]
-    moved = {key.split(".")[1] for key in start if key.startswith("prototypes.") and not torch.equal(start[key], end[key])}
+    moved = {
+        key.split(".")[1]
+        for key in start
+        if key.startswith("prototypes.") and not torch.equal(start[key], end[key])
+    }
     assert moved == learnt
 
 
 def test_zero_shot_says_its_prompt(folder, tmp_path, capsys):
-    train.main(["--data", str(folder), *TINY, "--method", "zeroshot", "--context", "a shade of", "--out", str(tmp_path / "z")])
+    train.main(
+        [
+            "--data",
+            str(folder),
+            *TINY,
+            "--method",
+            "zeroshot",
+            "--context",
+            "a shade of",
+            "--out",
+            str(tmp_path / "z"),
+        ]
+    )
     out = capsys.readouterr().out
     assert "prompt of the first rank: 'a shade of 0 gray.'" in out and "trains nothing\n" in out
-    assert json.loads((tmp_path / "z" / "results.json").read_text())["prompt"] == "a shade of 0 gray."
+    assert (
+        json.loads((tmp_path / "z" / "results.json").read_text())["prompt"] == "a shade of 0 gray."
+    )
 
 
 def test_a_frozen_encoder_stays_and_its_features_are_computed_once(folder, tmp_path, monkeypatch):
@@ -210,7 +258,9 @@ def test_features_give_the_logits_that_images_give(folder, tmp_path):
     (["--report", "none"], "no results.json in none"),
 ])  # fmt: skip
 def test_mistakes_are_told_plainly(folder, tmp_path, argv, message):
-    first = [] if "--report" in argv else ["--data", str(folder), *TINY, "--out", str(tmp_path / "o")]
+    first = (
+        [] if "--report" in argv else ["--data", str(folder), *TINY, "--out", str(tmp_path / "o")]
+    )
     with pytest.raises(SystemExit, match=message):
         train.main([*first, *argv])
 
@@ -243,7 +293,9 @@ def seven(tmp_path):
     for rank in range(7):
         (tmp_path / "seven" / str(rank)).mkdir(parents=True)
         for i in range(10):
-            Image.new("RGB", (16, 16), (30 * rank, i, 9)).save(tmp_path / "seven" / str(rank) / f"{i}.png")
+            Image.new("RGB", (16, 16), (30 * rank, i, 9)).save(
+                tmp_path / "seven" / str(rank) / f"{i}.png"
+            )
     return tmp_path / "seven"
 
 
@@ -269,23 +321,45 @@ def test_warm_start_on_other_ranks(source, seven, tmp_path, monkeypatch, base_ra
         if key.startswith("image_encoder.") or key == "prototypes.context_embeds":
             assert torch.equal(start[key], state[key])
     old, new = state["prototypes.rank_embeds"], start["prototypes.rank_embeds"]
-    assert len(new) == base_ranks and torch.equal(new[0], old[0]) and torch.allclose(new[-1], old[-1])
+    assert (
+        len(new) == base_ranks and torch.equal(new[0], old[0]) and torch.allclose(new[-1], old[-1])
+    )
     if base_ranks == 5:
         assert torch.allclose(new[1], (old[0] + old[1]) / 2, atol=1e-7)
-    assert train.main(["--eval", out, "--workers", "0"])["test"] == results["test"]  # needs the source no more
-    assert train.init_state(SimpleNamespace(init=str(path.parent))).keys() == state.keys()  # its folder will do
+    assert (
+        train.main(["--eval", out, "--workers", "0"])["test"] == results["test"]
+    )  # needs the source no more
+    assert (
+        train.init_state(SimpleNamespace(init=str(path.parent))).keys() == state.keys()
+    )  # its folder will do
 
 
 def test_warm_start_of_a_baseline_takes_the_encoder_alone(source, seven, tmp_path, monkeypatch):
     start, _ = warm(monkeypatch, "--data", str(seven), *TINY, "--method", "linear", "--init", str(source[0]),
                     "--out", str(tmp_path / "l"))  # fmt: skip
-    assert all(torch.equal(start[key], value) for key, value in source[1].items() if key.startswith("image_encoder."))
+    assert all(
+        torch.equal(start[key], value)
+        for key, value in source[1].items()
+        if key.startswith("image_encoder.")
+    )
     assert start["prototypes.weight"].shape[0] == 7
 
 
 def test_warm_start_of_another_shape_is_told_plainly(source, seven, tmp_path):
-    argv = ["--data", str(seven), *TINY, "--init", str(source[0]), "--out", str(tmp_path / "l"), "--context", "2"]
-    with pytest.raises(SystemExit, match=r"context_embeds is \(\d+, \d+\) there, here \(2, \d+\); use the same"):
+    argv = [
+        "--data",
+        str(seven),
+        *TINY,
+        "--init",
+        str(source[0]),
+        "--out",
+        str(tmp_path / "l"),
+        "--context",
+        "2",
+    ]
+    with pytest.raises(
+        SystemExit, match=r"context_embeds is \(\d+, \d+\) there, here \(2, \d+\); use the same"
+    ):
         train.main(argv)
 
 
@@ -308,7 +382,10 @@ def test_cumulative_score_and_kappa():
     found = train.metrics(F.one_hot(torch.tensor(answers), 20).float(), torch.tensor(labels))
     assert found["qwk_argmax"] == pytest.approx(kappa(answers, labels, 20), abs=1e-9)
     assert found["qwk_expected"] == pytest.approx(found["qwk_argmax"])
-    assert found["cs_argmax"] == pytest.approx((abs(answers - labels) <= 5).mean()) and found["cs_argmax"] < 1
+    assert (
+        found["cs_argmax"] == pytest.approx((abs(answers - labels) <= 5).mean())
+        and found["cs_argmax"] < 1
+    )
     assert train.metrics(torch.eye(3)[:1], torch.tensor([0]))["qwk_argmax"] == 1  # one image, right
     assert train.metrics(torch.eye(3)[:1], torch.tensor([2]))["qwk_argmax"] == 0
 
@@ -330,10 +407,16 @@ def test_per_rank_and_long_tail(folder):
 
 
 def test_official_pixels_and_ordinality(folder, tmp_path):
-    args = train.parse_args(["--data", str(folder), "--out", str(tmp_path / "o"), *TINY, "--official"])
+    args = train.parse_args(
+        ["--data", str(folder), "--out", str(tmp_path / "o"), *TINY, "--official"]
+    )
     task = train.load_task(args)
     model, preprocess = train.build_model(args, task)
-    assert preprocess["mean"] == data.IMAGENET_MEAN and preprocess["squash"] and preprocess["resample"] == "bilinear"
+    assert (
+        preprocess["mean"] == data.IMAGENET_MEAN
+        and preprocess["squash"]
+        and preprocess["resample"] == "bilinear"
+    )
     images = train.loaders(args, task, preprocess, model)[0].dataset
     assert images.squash and images.resample == Image.Resampling.BILINEAR
     scores = train.ordinality_scores(args, task, model)
@@ -347,7 +430,11 @@ def official_step(model, images, labels, steps, lr, decay):
     KL summed over present ranks / their number, cross-entropy, RAdam (Liu et al. 2020) with decay p -= decay lr p.
     """
     prompts, text = model.prototypes, model.prototypes._text[0]
-    params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
+    params = {
+        name: p.detach().clone().requires_grad_()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
     table = tiny_clip(vision="vit", image_size=96).token_embedding.weight.detach()
     ranks, history = len(prompts.weights), []
     weights = interpolation_weights(ranks, 3, "linear")
@@ -369,7 +456,11 @@ def official_step(model, images, labels, steps, lr, decay):
             )[0]  # fmt: skip
             x = x + block.mlp(block.ln_2(x))
         texts = text.ln_final(x.transpose(0, 1))[:, num - 1] @ text.text_projection
-        encoder = {k.removeprefix("image_encoder."): p for k, p in params.items() if k.startswith("image_encoder.")}
+        encoder = {
+            k.removeprefix("image_encoder."): p
+            for k, p in params.items()
+            if k.startswith("image_encoder.")
+        }
         features = torch.func.functional_call(model.image_encoder, encoder, (images,))
         features, texts = (t / t.norm(dim=-1, keepdim=True) for t in (features, texts))
         logits = model.logit_scale.exp() * features @ texts.t()
@@ -402,7 +493,9 @@ def test_official_logits_loss_and_steps_equal_its_formulas():
     torch.manual_seed(4)
     images, labels = torch.randn(8, 3, 96, 96), torch.tensor([0, 0, 3, 6, 6, 6, 2, 2])
     history, _ = official_step(model, images, labels, steps=8, lr=1e-3, decay=5e-4)
-    optimizer = torch.optim.RAdam(train.param_groups(model), lr=1e-3, weight_decay=5e-4, decoupled_weight_decay=True)
+    optimizer = torch.optim.RAdam(
+        train.param_groups(model), lr=1e-3, weight_decay=5e-4, decoupled_weight_decay=True
+    )
     for step, (logits, loss) in enumerate(history):
         total, _, _ = model.loss(images, labels, target="softmax10")
         if step == 0:
@@ -412,15 +505,24 @@ def test_official_logits_loss_and_steps_equal_its_formulas():
         total.backward()
         optimizer.step()
         if step == 0:
-            first = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            first = {
+                name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad
+            }
         assert total.item() == pytest.approx(loss, rel=2e-3)  # rounding grows from step to step
     _, once = official_step(rewound(), images, labels, steps=1, lr=1e-3, decay=5e-4)
     start = dict(rewound().named_parameters())
-    for name in ("prototypes.context_embeds", "prototypes.rank_embeds"):  # the step itself, not where it ends
+    for name in (
+        "prototypes.context_embeds",
+        "prototypes.rank_embeds",
+    ):  # the step itself, not where it ends
         step = once[name] - start[name]
         assert (first[name] - once[name]).norm() <= 5e-5 * step.norm() and step.norm() > 1e-3, name
-    ours, theirs = (torch.cat([(new[n] - start[n]).flatten() for n in once]) for new in (first, once))
-    assert (ours - theirs).norm() <= 1e-3 * theirs.norm()  # steps near the rounding of large weights
+    ours, theirs = (
+        torch.cat([(new[n] - start[n]).flatten() for n in once]) for new in (first, once)
+    )
+    assert (
+        ours - theirs
+    ).norm() <= 1e-3 * theirs.norm()  # steps near the rounding of large weights
     assert all((first[n] - once[n]).norm() <= 1e-5 * once[n].norm() for n in once)
 
 
@@ -428,7 +530,9 @@ def rewound():
     """The model of the test above as it was at first."""
     fresh = tiny_clip(vision="vit", image_size=96)
     torch.manual_seed(3)
-    prompts = RankPrompts(fresh, 7, context=torch.tensor(Tokenizer().encode("age of the person is")))
+    prompts = RankPrompts(
+        fresh, 7, context=torch.tensor(Tokenizer().encode("age of the person is"))
+    )
     return OrdinalCLIP(fresh.visual.requires_grad_(True), prompts, fresh.logit_scale)
 
 
@@ -469,10 +573,19 @@ def test_the_report_has_the_papers_layout(tmp_path, capsys):
     assert text in capsys.readouterr().out and (tmp_path / "report.md").read_text() == text
     lines = text.splitlines()
     assert lines[4] == "| method | all | 4 shots | shift 10-80 |"
-    assert lines[7] == "| ordinalclip-linear-K3 | 2.500 ± 0.500 (n=3) [2.32] | 4.000 (n=1) [3.55] | 6.000 (n=1) [2.61] |"
+    assert (
+        lines[7]
+        == "| ordinalclip-linear-K3 | 2.500 ± 0.500 (n=3) [2.32] | 4.000 (n=1) [3.55] | 6.000 (n=1) [2.61] |"
+    )
     assert lines[6] == "| coop | 5.000 (n=1) [2.39] | - [3.81] | - [2.71] |"
-    assert "- [a27](a27/results.json): seed 27, fold 0, commit abc, 3 s, always '31' MAE 7.000 accuracy 25.0%; a protocol" in lines
-    assert "Cumulative score CS(5), expected rank, %" in lines and "Quadratic weighted kappa, expected rank" in lines
+    assert (
+        "- [a27](a27/results.json): seed 27, fold 0, commit abc, 3 s, always '31' MAE 7.000 accuracy 25.0%; a protocol"
+        in lines
+    )
+    assert (
+        "Cumulative score CS(5), expected rank, %" in lines
+        and "Quadratic weighted kappa, expected rank" in lines
+    )
 
 
 def test_the_papers_figure_stands_beside_its_protocol_only(tmp_path):
@@ -480,7 +593,9 @@ def test_the_papers_figure_stands_beside_its_protocol_only(tmp_path):
     write_run(tmp_path / "b", 3.0, rank_position="front")
     write_run(tmp_path / "c", 4.0, context="years:")
     write_run(tmp_path / "d", 5.0, train_list="train.txt")
-    assert "[2.32]" not in "".join(line for line in train.report([tmp_path]).splitlines() if "(n=1)" in line)
+    assert "[2.32]" not in "".join(
+        line for line in train.report([tmp_path]).splitlines() if "(n=1)" in line
+    )
 
 
 def test_runs_that_differ_are_not_averaged(tmp_path):
@@ -494,11 +609,17 @@ def test_runs_that_differ_are_not_averaged(tmp_path):
 def test_the_papers_figures_are_where_they_belong():
     """A few read off the tables again."""
     morph = train.PAPER_MAE["morph2"]
-    assert morph["all"]["ordinalclip-inverse-K7"] == "2.35" and morph["all"]["ordinalclip-linear-K9"] == "2.41"
+    assert (
+        morph["all"]["ordinalclip-inverse-K7"] == "2.35"
+        and morph["all"]["ordinalclip-linear-K9"] == "2.41"
+    )
     assert morph["all"]["coop-tune-rank-random-context"] == "2.58"
     assert morph["all"]["ordinalclip-linear-K3-tune-context"] == "2.34"
     assert morph["64 shots"][train.OURS] == "2.57" and morph["shift 40-90"]["linear"] == "3.65"
-    assert train.PAPER_ACC["adience"]["all"]["zeroshot"] == "25.4 ± 3.5" and train.PAPER_MAE["hci"]["all"]["coop"] == "0.76 ± 0.06"
+    assert (
+        train.PAPER_ACC["adience"]["all"]["zeroshot"] == "25.4 ± 3.5"
+        and train.PAPER_MAE["hci"]["all"]["coop"] == "0.76 ± 0.06"
+    )
     assert train.PAPER_ACC["aesthetics"]["people"]["zeroshot"] == "24.79"
     assert train.PAPER_MAE["aesthetics"]["animal"]["linear"] == "0.381"
 
@@ -509,7 +630,9 @@ def test_the_papers_overall_is_the_mean_of_its_categories(figures):
     assert list(figures) == [*kinds, "overall"]
     for row, overall in figures["overall"].items():
         mean = sum(float(figures[kind][row]) for kind in kinds) / 4
-        assert abs(mean - float(overall)) < (0.011 if float(overall) > 1 else 0.0011), row  # as rounded in print
+        assert abs(mean - float(overall)) < (0.011 if float(overall) > 1 else 0.0011), (
+            row
+        )  # as rounded in print
 
 
 def test_aesthetics_is_one_table_with_the_categories_and_their_mean(tmp_path):
@@ -519,22 +642,42 @@ def test_aesthetics_is_one_table_with_the_categories_and_their_mean(tmp_path):
             shared = dict(data="aesthetics", label_rule="median", category=kind)
             write_run(tmp_path / f"{kind}{fold}", mae, fold=fold, **shared)
             if (kind, fold) != ("people", 1):
-                write_run(tmp_path / f"coop-{kind}{fold}", mae + 1, fold=fold, method="coop", interp="none", **shared)
+                write_run(
+                    tmp_path / f"coop-{kind}{fold}",
+                    mae + 1,
+                    fold=fold,
+                    method="coop",
+                    interp="none",
+                    **shared,
+                )
     write_run(tmp_path / "few", 3.0, shots=4, **shared)
     write_run(tmp_path / "whole", 4.0, data="aesthetics", label_rule="median", category="all")
     lines = train.report([tmp_path]).splitlines()
     assert [line for line in lines if line.startswith("## ")] == ["## aesthetics median random"]
-    assert lines[4] == "| method | all categories | nature | animal | urban | people | overall | people 4 shots |"
-    rows = {cells[1]: cells[2:-1] for cells in ([word.strip() for word in line.split("|")] for line in lines[6:8])}
+    assert (
+        lines[4]
+        == "| method | all categories | nature | animal | urban | people | overall | people 4 shots |"
+    )
+    rows = {
+        cells[1]: cells[2:-1]
+        for cells in ([word.strip() for word in line.split("|")] for line in lines[6:8])
+    }
     assert rows["ordinalclip-linear-K3"] == [
         "4.000 (n=1)", "0.200 ± 0.141 (n=2) [0.273]", "0.300 ± 0.141 (n=2) [0.279]", "0.300 ± 0.000 (n=2) [0.277]",
         "0.700 ± 0.141 (n=2) [0.291]", "0.375 ± 0.106 (n=2) [0.280]", "3.000 (n=1)"]  # fmt: skip
-    assert rows["coop"][4:6] == ["1.600 (n=1) [0.330]", "1.300 (n=1) [0.302]"]  # fold 1 lacks people
+    assert rows["coop"][4:6] == [
+        "1.600 (n=1) [0.330]",
+        "1.300 (n=1) [0.302]",
+    ]  # fold 1 lacks people
 
 
 def test_a_row_of_a_table_is_one_command(monkeypatch):
     seen = []
-    monkeypatch.setattr(train, "train", lambda args: seen.append((args.shots, args.shift, args.seed, Path(args.out).name)))
+    monkeypatch.setattr(
+        train,
+        "train",
+        lambda args: seen.append((args.shots, args.shift, args.seed, Path(args.out).name)),
+    )
     reports = []
     monkeypatch.setattr(train, "load_task", lambda run: SimpleNamespace(num_ranks=101))
     monkeypatch.setattr(train, "report", lambda runs, name: reports.append(name))
@@ -546,9 +689,16 @@ def test_a_row_of_a_table_is_one_command(monkeypatch):
     assert [run[:3] for run in seen] == [(1, None, 1), (1, None, 27), (4, None, 1), (4, None, 27)]
     seen.clear()
     train.main(["--data", "morph2", "--method", "coop", "--shift", "10,0.2", "40,0.1"])
-    assert seen == [(None, (10, 0.2), 1, "morph2-coop-shift10-0.2-seed1"), (None, (40, 0.1), 1, "morph2-coop-shift40-0.1-seed1")]
-    alone = train.parse_args(["--data", "morph2", "--shots", "4", "--shift", "10,0.2", "--base-ranks", "5"])
-    assert (alone.shots, alone.shift, alone.base_ranks) == (4, (10, 0.2), 5) and not train.several(alone)
+    assert seen == [
+        (None, (10, 0.2), 1, "morph2-coop-shift10-0.2-seed1"),
+        (None, (40, 0.1), 1, "morph2-coop-shift40-0.1-seed1"),
+    ]
+    alone = train.parse_args(
+        ["--data", "morph2", "--shots", "4", "--shift", "10,0.2", "--base-ranks", "5"]
+    )
+    assert (alone.shots, alone.shift, alone.base_ranks) == (4, (10, 0.2), 5) and not train.several(
+        alone
+    )
 
 
 def test_an_interrupted_run_says_how_to_go_on(monkeypatch):
@@ -556,7 +706,9 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "main", interrupted)
-    with pytest.raises(SystemExit, match="interrupted; --resume RUN goes on after its last whole epoch"):
+    with pytest.raises(
+        SystemExit, match="interrupted; --resume RUN goes on after its last whole epoch"
+    ):
         train.command_line()
 
 
@@ -567,13 +719,20 @@ def test_a_run_named_twice_counts_once(tmp_path):
 
 def test_category_each_runs_all_four_and_refuses_other_data(tmp_path, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(train, "train", lambda args: seen.append((args.category, args.fold, args.seed, args.out)))
+    monkeypatch.setattr(
+        train, "train", lambda args: seen.append((args.category, args.fold, args.seed, args.out))
+    )
     monkeypatch.setattr(train, "report", lambda runs, name: seen.append(name))
     train.main(["--data", "aesthetics", "--category", "each", "--fold", "all", "--seed", "3"])
     kinds = ["nature", "animal", "urban", "people"]
-    assert [run[:3] for run in seen[:-1]] == [(kind, fold, 3) for fold in range(5) for kind in kinds]
+    assert [run[:3] for run in seen[:-1]] == [
+        (kind, fold, 3) for fold in range(5) for kind in kinds
+    ]
     assert seen[1][3] == str(Path("runs/aesthetics-animal-ordinalclip-linear-K3-seed3"))
-    assert len({run[3] for run in seen[:-1]}) == 20 and seen[-1] == "report-aesthetics-each-ordinalclip-linear-K3-foldall.md"
+    assert (
+        len({run[3] for run in seen[:-1]}) == 20
+        and seen[-1] == "report-aesthetics-each-ordinalclip-linear-K3-foldall.md"
+    )
     with pytest.raises(SystemExit, match="--category each: hci has no categories; leave it out"):
         train.main(["--data", "hci", "--category", "each"])
 
@@ -587,16 +746,23 @@ def test_every_run_and_every_evaluation_draws_its_pictures(source, folder):
     assert {path.stem for path in (out / "pictures").glob("*.png")} == names
     train.main(["--eval", str(out), "--workers", "0"])
     for name in names:
-        drawn, again = (Image.open(out / place / f"{name}.png") for place in ("pictures", "pictures-eval-best"))
+        drawn, again = (
+            Image.open(out / place / f"{name}.png") for place in ("pictures", "pictures-eval-best")
+        )
         assert drawn.width >= 500 and len(drawn.convert("L").getcolors()) > 10, name
-        assert np.array_equal(drawn, again), name  # the state before training comes back from the seed
+        assert np.array_equal(drawn, again), (
+            name
+        )  # the state before training comes back from the seed
 
 
 def test_a_baseline_without_prototypes_or_training_draws_what_it_has(folder, tmp_path):
     for method, missing in (("regression", "similarity"), ("zeroshot", "curves")):
         out = tmp_path / method
         train.main(["--data", str(folder), *TINY, "--method", method, "--out", str(out)])
-        assert len(list((out / "pictures").iterdir())) == 5 and not (out / "pictures" / f"{missing}.png").exists()
+        assert (
+            len(list((out / "pictures").iterdir())) == 5
+            and not (out / "pictures" / f"{missing}.png").exists()
+        )
 
 
 def test_confusion_and_distribution():
@@ -610,7 +776,9 @@ def test_confusion_and_distribution():
 def test_a_matrix_is_drawn_with_its_rows_downwards_and_darker_where_larger():
     matrix = torch.zeros(20, 20)
     matrix[3, 15] = 1  # true rank 3, predicted 15
-    picture = np.asarray(train.draw_matrices([matrix], ["t"], [str(i) for i in range(20)], ("x", "y")).convert("L"))
+    picture = np.asarray(
+        train.draw_matrices([matrix], ["t"], [str(i) for i in range(20)], ("x", "y")).convert("L")
+    )
     area = picture[56:456, 120:520].reshape(20, 20, 20, 20).mean((1, 3))  # cells of 20 x 20 pixels
     assert np.unravel_index(area.argmin(), area.shape) == (3, 15) and area[3, 15] < 60
     assert np.delete(area.ravel(), 3 * 20 + 15).min() > 200

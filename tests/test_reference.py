@@ -1,6 +1,6 @@
 """The matching op in plain PyTorch against formulas written out in float64.
 
-    pytest tests/test_reference.py
+pytest tests/test_reference.py
 """
 
 import subprocess
@@ -70,14 +70,18 @@ def relative(ours, exact):
     return float(difference.norm() / exact.norm().clamp_min(1e-300))
 
 
-def make_case(num_images, num_ranks, dim, scale=100.0, labels="uniform", dtype=torch.float32, seed=0):
+def make_case(
+    num_images, num_ranks, dim, scale=100.0, labels="uniform", dtype=torch.float32, seed=0
+):
     """Random features near their prototype: beyond chance, yet not so sure that gradients vanish."""
     random = torch.Generator().manual_seed(seed)
     prototypes = torch.randn(num_ranks, dim, generator=random)
     picked = {
         "uniform": torch.randint(num_ranks, (num_images,), generator=random),
         "one": torch.full((num_images,), num_ranks // 2),
-        "half": torch.randint((num_ranks + 1) // 2, (num_images,), generator=random) * 2 % num_ranks,
+        "half": torch.randint((num_ranks + 1) // 2, (num_images,), generator=random)
+        * 2
+        % num_ranks,
     }[labels]
     noise = torch.randn(num_images, dim, generator=random)
     features = 3 * (noise + min(0.5, 5 / scale) * prototypes[picked])
@@ -274,7 +278,10 @@ def test_which_impl(monkeypatch):
         assert which_impl("cuda", dtype=dtype) == (
             "torch", f"the fused kernels compute in float32, this is {str(dtype)[6:]}")  # fmt: skip
     gpu.gpu_generation = lambda device: 7
-    assert which_impl("cuda") == ("torch", "the fused kernels need compute capability 8.0, this is 7.x")
+    assert which_impl("cuda") == (
+        "torch",
+        "the fused kernels need compute capability 8.0, this is 7.x",
+    )
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert which_impl("cuda") == ("torch", "the fused kernels are for NVIDIA's GPUs")
 
@@ -295,7 +302,9 @@ def test_without_triton(monkeypatch):
     monkeypatch.setattr(kernels, "HAS_TRITON", False)
     monkeypatch.setattr(kernels, "NO_TRITON", "triton is not installed")
     assert which_impl("cuda") == ("torch", "triton is not installed")
-    with pytest.raises(ImportError, match="impl='triton': triton is not installed; pip install 'triton>=3.6'"):
+    with pytest.raises(
+        ImportError, match="impl='triton': triton is not installed; pip install 'triton>=3.6'"
+    ):
         matching_loss(X, P, Y, 1.0, impl="triton")
 
 
@@ -330,8 +339,12 @@ def test_only_a_missing_triton_is_forgiven():
 
 
 def test_an_old_triton_is_left_alone():
-    run = subprocess.run([sys.executable, "-c", OLD], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert run.stdout == "False ('torch', 'triton is 3.5.1+git1, the fused kernels need 3.6')\n", run.stderr
+    run = subprocess.run(
+        [sys.executable, "-c", OLD], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert run.stdout == "False ('torch', 'triton is 3.5.1+git1, the fused kernels need 3.6')\n", (
+        run.stderr
+    )
 
 
 # --- two processes --------------------------------------------------------------------------------

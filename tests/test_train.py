@@ -20,7 +20,9 @@ from clip_model import tiny_clip
 from ordinalclip import OrdinalCLIP, RankPrompts
 
 ROOT = Path(__file__).parents[1]
-TINY = "--clip tiny --image-encoder clip --batch-size 16 --workers 0 --device cpu --lr 0.002".split()
+TINY = (
+    "--clip tiny --image-encoder clip --batch-size 16 --workers 0 --device cpu --lr 0.002".split()
+)
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +102,20 @@ def test_eval_repeats_the_result(finished):
     again = train.main(["--eval", str(out / "best.pt"), "--workers", "0"])
     assert again["test"] == results["test"] and again["protocol"] == results["protocol"]
     assert json.loads((out / "eval-best.json").read_text())["test"] == results["test"]
-    assert (out / "predictions-eval-best.csv").read_bytes() == (out / "predictions-best.csv").read_bytes()
+    assert (out / "predictions-eval-best.csv").read_bytes() == (
+        out / "predictions-best.csv"
+    ).read_bytes()
 
 
 def test_a_finished_run_is_not_written_over(finished, folder):
     out, _ = finished
-    with pytest.raises(SystemExit, match="is finished, but with another --epochs: 3, not 5; give another --out"):
+    with pytest.raises(
+        SystemExit, match="is finished, but with another --epochs: 3, not 5; give another --out"
+    ):
         train.main(["--data", str(folder), "--out", str(out), *TINY, "--epochs", "5"])
-    with pytest.raises(SystemExit, match="holds a finished run; --eval .* tests it again, --out starts"):
+    with pytest.raises(
+        SystemExit, match="holds a finished run; --eval .* tests it again, --out starts"
+    ):
         train.main(["--data", str(folder), "--out", str(out), *TINY, "--epochs", "3"])
     with pytest.raises(SystemExit, match="is finished, see .*results.json"):
         train.main(["--resume", str(out)])
@@ -154,7 +162,9 @@ def test_every_method_trains(folder, tmp_path, options, trained):
 
 
 def test_zero_shot_needs_no_training(folder, tmp_path):
-    results = train.main(["--data", str(folder), "--method", "zeroshot", "--out", str(tmp_path / "z"), *TINY])
+    results = train.main(
+        ["--data", str(folder), "--method", "zeroshot", "--out", str(tmp_path / "z"), *TINY]
+    )
     assert not (tmp_path / "z" / "log.csv").exists() and 0 <= results["test"]["mae_argmax"] <= 3
 
 
@@ -192,12 +202,21 @@ def test_a_half_written_file_never_gets_the_name(tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--data", "morph2", "--data-root", "{tmp}/none"], "MORPH(.|\n)*morph_2008_nonCommercial.csv"),
+        (
+            ["--data", "morph2", "--data-root", "{tmp}/none"],
+            "MORPH(.|\n)*morph_2008_nonCommercial.csv",
+        ),
         (["--data", "{tmp}/none"], "no dataset or folder .*demo"),
         (["--data", "{folder}", "--split", "x"], "has no split 'x'"),
         (["--data", "{folder}", "--clip", "ViT-Z"], "no weights at 'ViT-Z'; expected one of RN50"),
-        (["--data", "{folder}", "--image-encoder", "vgg99"], "image encoder 'vgg99': expected one of vgg16"),
-        (["--data", "{folder}", "--base-ranks", "5"], "num_base_ranks=5: expected 1 to num_ranks=4"),
+        (
+            ["--data", "{folder}", "--image-encoder", "vgg99"],
+            "image encoder 'vgg99': expected one of vgg16",
+        ),
+        (
+            ["--data", "{folder}", "--base-ranks", "5"],
+            "num_base_ranks=5: expected 1 to num_ranks=4",
+        ),
         (["--data", "{folder}", "--val-list", "x"], "need a --train-list"),
         (["--eval", "{tmp}/none.pt"], "no checkpoint at"),
         (["--eval", "{folder}/1 stripes/image 0.png"], "cannot be read"),
@@ -215,7 +234,9 @@ def test_mistakes_are_told_plainly(folder, tmp_path, argv, message):
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "x.pt")
-    with pytest.raises(SystemExit, match="is no checkpoint of this script for that use: it holds no 'settings'"):
+    with pytest.raises(
+        SystemExit, match="is no checkpoint of this script for that use: it holds no 'settings'"
+    ):
         train.main(["--eval", str(tmp_path / "x.pt")])
 
 
@@ -232,7 +253,19 @@ def test_wrong_flags_are_refused(capsys, argv, message):
 
 def test_a_loss_that_is_not_a_number_stops_the_run(folder, tmp_path):
     with pytest.raises(FloatingPointError, match="loss is nan in epoch 1; try a lower --lr"):
-        train.main(["--data", str(folder), "--epochs", "1", "--out", str(tmp_path / "n"), *TINY, "--lr", "1e30"])
+        train.main(
+            [
+                "--data",
+                str(folder),
+                "--epochs",
+                "1",
+                "--out",
+                str(tmp_path / "n"),
+                *TINY,
+                "--lr",
+                "1e30",
+            ]
+        )
 
 
 def test_batches_are_shared_out_evenly(monkeypatch):
@@ -258,7 +291,10 @@ def test_the_demo_command_of_the_readme_at_toy_size(tmp_path):
 
 def test_the_morph_command_of_the_readme_at_toy_size(tmp_path):
     assert "train.py --data morph2 --interp linear\n" in (ROOT / "README.md").read_text()
-    root, header = tmp_path / "morph", "id_num,picture_num,dob,doa,race,gender,facial_hair,age,age_diff,glasses,photo"
+    root, header = (
+        tmp_path / "morph",
+        "id_num,picture_num,dob,doa,race,gender,facial_hair,age,age_diff,glasses,photo",
+    )
     (root / "Album2").mkdir(parents=True)
     rows = [header]
     for i in range(40):
@@ -272,7 +308,9 @@ def test_the_morph_command_of_the_readme_at_toy_size(tmp_path):
 
 
 def test_help_names_every_flag():
-    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     for flag in ("--data --data-root --method --interp --base-ranks --context --rank-position --clip "
                  "--image-encoder --epochs --batch-size --lr --weight-decay --seed --device --precision "
                  "--out --resume --eval").split():  # fmt: skip
@@ -303,7 +341,9 @@ def half_a_step(rank, store, out):
     params = [p for p in model.parameters() if p.requires_grad]
     train.sum_gradients(params)
     rows = train.all_processes(labels[rank::2])
-    torch.save(dict(total=total.detach(), grads=[p.grad for p in params], rows=rows), f"{out}{rank}.pt")
+    torch.save(
+        dict(total=total.detach(), grads=[p.grad for p in params], rows=rows), f"{out}{rank}.pt"
+    )
     dist.destroy_process_group()
 
 
