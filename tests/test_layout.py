@@ -19,6 +19,8 @@ OURS = {
     "data",
     "backbones",
     "train",
+    "training",
+    "evaluation",
     "predict",
 }
 THIRD = {"torch", "ftfy", "regex", "PIL", "numpy", "triton"}
