@@ -1,5 +1,7 @@
 """pytest tests/test_evaluate.py -- the pictures of runs and evaluations."""
 
+import shutil
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,14 +14,15 @@ from evaluation.evaluate import best_and_worst
 from evaluation.plots import draw_matrices
 
 
-def test_every_run_and_every_evaluation_draws_its_pictures(finished_run):
-    out = finished_run[0]
+def test_every_run_and_every_evaluation_draws_its_pictures(finished_run, tmp_path):
+    out = shutil.copytree(finished_run[0], tmp_path / "run")
     names = {"similarity", "confusion", "distribution", "error", "sheet", "curves"}
     assert {path.stem for path in (out / "pictures").glob("*.png")} == names
     train.main(["--eval", str(out), "--workers", "0"])
     for name in names:
         drawn, again = (
-            Image.open(out / place / f"{name}.png") for place in ("pictures", "pictures-eval-best")
+            Image.open(out / folder / f"{name}.png")
+            for folder in ("pictures", "pictures-eval-best")
         )
         assert drawn.width >= 500 and len(drawn.convert("L").getcolors()) > 10, name
         assert np.array_equal(drawn, again), (

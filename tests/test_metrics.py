@@ -25,11 +25,11 @@ def test_metrics():
 
 def kappa(answers, labels, num_ranks):
     """Quadratic weighted kappa from the confusion matrix, as in Cohen's definition."""
-    seen = np.zeros((num_ranks, num_ranks))
-    np.add.at(seen, (labels, answers), 1)
-    by_chance = np.outer(seen.sum(1), seen.sum(0)) / len(labels)
+    counts = np.zeros((num_ranks, num_ranks))
+    np.add.at(counts, (labels, answers), 1)
+    by_chance = np.outer(counts.sum(1), counts.sum(0)) / len(labels)
     weight = np.subtract.outer(np.arange(num_ranks), np.arange(num_ranks)) ** 2
-    return 1 - (weight * seen).sum() / (weight * by_chance).sum()
+    return 1 - (weight * counts).sum() / (weight * by_chance).sum()
 
 
 def test_cumulative_score_and_kappa():

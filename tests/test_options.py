@@ -69,24 +69,24 @@ def test_mistakes_are_told_plainly(gray, tmp_path, argv, message):
 
 
 def test_a_row_of_a_table_is_one_command(monkeypatch):
-    seen = []
+    calls = []
     monkeypatch.setattr(
         train,
         "train",
-        lambda args: seen.append((args.shots, args.shift, args.seed, Path(args.out).name)),
+        lambda args: calls.append((args.shots, args.shift, args.seed, Path(args.out).name)),
     )
     reports = []
     monkeypatch.setattr(train, "load_task", lambda run: SimpleNamespace(num_ranks=101))
     monkeypatch.setattr(train, "write_report", lambda runs, name: reports.append(name))
     train.main(["--data", "morph2", "--base-ranks", "2", "9"])
-    assert [run[3] for run in seen] == [f"morph2-ordinalclip-linear-K{k}-seed1" for k in (2, 9)]
+    assert [run[3] for run in calls] == [f"morph2-ordinalclip-linear-K{k}-seed1" for k in (2, 9)]
     assert reports.pop() == "report-morph2-ordinalclip-linear-K2-9.md"
-    seen.clear()
+    calls.clear()
     train.main(["--data", "morph2", "--shots", "1", "4", "--seeds", "1", "27"])
-    assert [run[:3] for run in seen] == [(1, None, 1), (1, None, 27), (4, None, 1), (4, None, 27)]
-    seen.clear()
+    assert [run[:3] for run in calls] == [(1, None, 1), (1, None, 27), (4, None, 1), (4, None, 27)]
+    calls.clear()
     train.main(["--data", "morph2", "--method", "coop", "--shift", "10,0.2", "40,0.1"])
-    assert seen == [
+    assert calls == [
         (None, (10, 0.2), 1, "morph2-coop-shift10-0.2-seed1"),
         (None, (40, 0.1), 1, "morph2-coop-shift40-0.1-seed1"),
     ]
@@ -97,20 +97,20 @@ def test_a_row_of_a_table_is_one_command(monkeypatch):
 
 
 def test_category_each_runs_all_four_and_refuses_other_data(tmp_path, monkeypatch, capsys):
-    seen = []
+    calls = []
     monkeypatch.setattr(
-        train, "train", lambda args: seen.append((args.category, args.fold, args.seed, args.out))
+        train, "train", lambda args: calls.append((args.category, args.fold, args.seed, args.out))
     )
-    monkeypatch.setattr(train, "write_report", lambda runs, name: seen.append(name))
+    monkeypatch.setattr(train, "write_report", lambda runs, name: calls.append(name))
     train.main(["--data", "aesthetics", "--category", "each", "--fold", "all", "--seed", "3"])
-    kinds = ["nature", "animal", "urban", "people"]
-    assert [run[:3] for run in seen[:-1]] == [
-        (kind, fold, 3) for fold in range(5) for kind in kinds
+    names = ["nature", "animal", "urban", "people"]
+    assert [run[:3] for run in calls[:-1]] == [
+        (name, fold, 3) for fold in range(5) for name in names
     ]
-    assert seen[1][3] == str(Path("runs/aesthetics-animal-ordinalclip-linear-K3-seed3"))
+    assert calls[1][3] == str(Path("runs/aesthetics-animal-ordinalclip-linear-K3-seed3"))
     assert (
-        len({run[3] for run in seen[:-1]}) == 20
-        and seen[-1] == "report-aesthetics-each-ordinalclip-linear-K3-foldall.md"
+        len({run[3] for run in calls[:-1]}) == 20
+        and calls[-1] == "report-aesthetics-each-ordinalclip-linear-K3-foldall.md"
     )
     with pytest.raises(SystemExit, match="--category each: hci has no categories; leave it out"):
         train.main(["--data", "hci", "--category", "each"])

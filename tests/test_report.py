@@ -9,15 +9,15 @@ from evaluation import report
 from evaluation.report import write_report
 
 
-def write_run(place, mae, **settings):
+def write_run(run_dir, mae, **settings):
     base = dict(data="morph2", category=None, label_rule=None, split="random", method="ordinalclip", interp="linear",
                 base_ranks=3, rank_position="tail", tune="both", freeze_image=False, official=False, context=None, shots=None, shift=None,
                 seed=1, fold=0, lr=1e-4, regression_loss="l1",
                 clip="RN50", image_encoder="vgg16", image_weights="imagenet")  # fmt: skip
     results = dict(images=dict(train=3955, val=439, test=1098), test=dict(mae_expected=mae, mae_argmax=mae + 0.1, acc_argmax=0.5, cs_expected=0.9, qwk_expected=0.8), ordinality=0.9, commit="abc",
                    seconds=3, protocol="a protocol", majority=dict(rank="31", mae=7.0, acc=0.25), settings=base | settings)  # fmt: skip
-    place.mkdir(parents=True)
-    (place / "results.json").write_text(json.dumps(results))
+    run_dir.mkdir(parents=True)
+    (run_dir / "results.json").write_text(json.dumps(results))
 
 
 def test_the_report_has_the_papers_layout(tmp_path, capsys):
@@ -88,10 +88,10 @@ def test_the_papers_figures_are_where_they_belong():
     "figures", [report.PAPER_MAE["aesthetics"], report.PAPER_ACC["aesthetics"]]
 )
 def test_the_papers_overall_is_the_mean_of_its_categories(figures):
-    kinds = ("nature", "animal", "urban", "people")
-    assert list(figures) == [*kinds, "overall"]
+    categories = ("nature", "animal", "urban", "people")
+    assert list(figures) == [*categories, "overall"]
     for row, overall in figures["overall"].items():
-        mean = sum(float(figures[kind][row]) for kind in kinds) / 4
+        mean = sum(float(figures[category][row]) for category in categories) / 4
         assert abs(mean - float(overall)) < (0.011 if float(overall) > 1 else 0.0011), (
             row
         )  # as rounded in print
@@ -99,13 +99,13 @@ def test_the_papers_overall_is_the_mean_of_its_categories(figures):
 
 def test_aesthetics_is_one_table_with_the_categories_and_their_mean(tmp_path):
     maes = dict(nature=(0.1, 0.3), animal=(0.2, 0.4), urban=(0.3, 0.3), people=(0.6, 0.8))
-    for kind, (first, second) in maes.items():
+    for category, (first, second) in maes.items():
         for fold, mae in enumerate((first, second)):
-            shared = dict(data="aesthetics", label_rule="median", category=kind)
-            write_run(tmp_path / f"{kind}{fold}", mae, fold=fold, **shared)
-            if (kind, fold) != ("people", 1):
+            shared = dict(data="aesthetics", label_rule="median", category=category)
+            write_run(tmp_path / f"{category}{fold}", mae, fold=fold, **shared)
+            if (category, fold) != ("people", 1):
                 write_run(
-                    tmp_path / f"coop-{kind}{fold}",
+                    tmp_path / f"coop-{category}{fold}",
                     mae + 1,
                     fold=fold,
                     method="coop",

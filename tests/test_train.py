@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +78,9 @@ def test_the_exported_file_has_no_text_tower_and_is_plain_tensors(finished_run):
     assert (out / "exported.pt").stat().st_size < 7e6  # the vocabulary alone would be 25 MB
 
 
-def test_eval_repeats_the_result(finished_run):
-    out, results = finished_run
+def test_eval_repeats_the_result(finished_run, tmp_path):
+    out = shutil.copytree(finished_run[0], tmp_path / "run")
+    results = finished_run[1]
     again = train.main(["--eval", str(out / "best.pt"), "--workers", "0"])
     assert again["test"] == results["test"] and again["protocol"] == results["protocol"]
     assert json.loads((out / "eval-best.json").read_text())["test"] == results["test"]
@@ -180,10 +182,11 @@ def test_prompt_ablations_train_what_they_say(gray, tmp_path, tune, learnt):
     assert moved == learnt
 
 
+@pytest.mark.parametrize("num_folds", [2, pytest.param(5, marks=pytest.mark.full)])
 def test_seeds_and_folds_are_one_command_and_finished_runs_are_read(
-    gray, tmp_path, monkeypatch, capsys
+    gray, tmp_path, monkeypatch, capsys, num_folds
 ):
-    monkeypatch.setattr(options, "OWN_DATA_FOLDS", 2)
+    monkeypatch.setattr(options, "OWN_DATA_FOLDS", num_folds)
     argv = [
         "--data",
         str(gray),
@@ -198,13 +201,16 @@ def test_seeds_and_folds_are_one_command_and_finished_runs_are_read(
     ]
     results = train.main(argv)
     assert [(r["settings"]["fold"], r["settings"]["seed"]) for r in results] == [
-        (fold, seed) for fold in range(2) for seed in (1, 27)
+        (fold, seed) for fold in range(num_folds) for seed in (1, 27)
     ]
     assert results[0]["protocol"] == results[1]["protocol"]  # seeds share the split, folds do not
     assert results[0]["protocol"] != results[2]["protocol"]
     assert results[0]["test"] != results[1]["test"]
     values = [r["test"]["mae_argmax"] for r in results]
-    assert f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} (n=4)" in capsys.readouterr().out
+    assert (
+        f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} (n={2 * num_folds})"
+        in capsys.readouterr().out
+    )
     (tmp_path / "runs" / "gray-ordinalclip-linear-K3-fold1-seed27" / "results.json").unlink()
     trained, run = [], train.train
     monkeypatch.setattr(
@@ -238,17 +244,17 @@ def test_a_default_written_out_is_the_same_experiment(gray, tmp_path):
 
 
 def test_official_takes_its_column_target(gray, tmp_path, monkeypatch):
-    seen, loss = [], OrdinalCLIP.loss
+    targets, loss = [], OrdinalCLIP.loss
 
     def spy(self, *args, **options):
-        seen.append(options["target"])
+        targets.append(options["target"])
         return loss(self, *args, **options)
 
     monkeypatch.setattr(OrdinalCLIP, "loss", spy)
     train.main(["--data", str(gray), *TINY, "--out", str(tmp_path / "o"), "--official"])
-    assert set(seen) == {"softmax10"}
+    assert set(targets) == {"softmax10"}
     train.main(["--data", str(gray), *TINY, "--out", str(tmp_path / "p")])
-    assert set(seen) == {"softmax10", "normalized"}
+    assert set(targets) == {"softmax10", "normalized"}
 
 
 def test_an_interrupted_run_says_how_to_go_on(monkeypatch):
