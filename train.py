@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from evaluation.evaluate import evaluate_test_set, predict_loader, similarity_matrix
 from evaluation.metrics import compute_metrics
 from evaluation.report import write_report
 from training import options
+from training.checkpoints import TrainingState, load_checkpoint, save_checkpoint
 from training.distributed import barrier, data_parallel, init_distributed, is_main, world_size
 from training.loaders import (
     autocast,
@@ -44,19 +45,18 @@ from training.methods import LossModule, build_model, param_groups, warm_start
 from training.options import expand_runs, has_sweep_values, is_sweep
 from training.run_folder import (
     Run,
-    check_run_dir_is_free,
+    check_run_dir,
+    check_same_images,
     export_model,
     join_values,
-    load_checkpoint,
     load_finished_results,
+    lock_run_dir,
     peak_memory,
-    provenance,
     run_name,
-    save_checkpoint,
     save_csv,
     save_json,
-    settings_dict,
     table_name,
+    write_config,
 )
 
 
@@ -65,35 +65,55 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def main(argv: list[str] | None = None) -> dict | list[dict] | str:
-    """-> results of the run; a list of them where there are several; tables with --report."""
+    """-> results of the run; a list of them where there are several; tables with --report.
+
+    SystemExit for user errors: bad flags or files, a full disk, a loss that is not finite.
+    """
     args = parse_args(argv)
-    if args.report:
-        return write_report(args.report)
-    init_distributed(args)
     try:
+        if args.report:
+            return write_report(args.report)
+        init_distributed(args)
         if args.eval:
             return evaluate_checkpoint(args)
         return train_sweep(args) if is_sweep(args) else train(args)
+    except (OSError, FloatingPointError) as error:
+        if args.debug:
+            raise
+        raise SystemExit(f"train.py: {error}") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def train(args: Namespace) -> dict[str, Any]:
-    """One run, in the order of the paper: ranks, model, matching loss, best epoch, test."""
-    start_time = time.time()
-    check_run_dir_is_free(args)
+    """One run, from where its folder stands: a new one, or an unfinished one that goes on."""
+    with lock_run_dir(Path(args.out)):
+        check_run_dir(args)
+        return train_run(args)
 
+
+def train_run(args: Namespace) -> dict[str, Any]:
+    """The run in the order of the paper: ranks, model, matching loss, best epoch, test."""
+    start_time = time.time()
     # 1. Images and their ranks, under a named protocol (paper, section 4.1)
     task = load_task(args)
+    check_same_images(args, task)
     # 2. Image encoder, rank prototypes, temperature (sections 3.1 to 3.3)
     torch.manual_seed(args.seed)
     with exit_on_user_error():
         model, preprocess = build_model(args, task)
-    if args.init and not args.resume:
-        warm_start(args, model)
     run = Run(args, task, model, preprocess)
-    initial_similarity = similarity_matrix(model) if args.epochs else None
+    saved = None
+    if (run.dir / "last.pt").exists():  # before the loaders: features are of this encoder
+        saved = load_checkpoint(run.dir / "last.pt", "log")
+        model.load_state_dict(saved["model"])
+        start_time -= saved["seconds"]
+    elif args.init:
+        warm_start(args, model)
+    initial_similarity = saved["initial_similarity"] if saved else None
+    if args.epochs and not saved:
+        initial_similarity = similarity_matrix(model)
     train_loader, val_loader, test_loader = make_loaders(args, task, preprocess, model)
     print_run_header(run)
     write_config(run)
@@ -102,7 +122,7 @@ def train(args: Namespace) -> dict[str, Any]:
     if args.epochs == 0:
         save_checkpoint(run.dir / "best.pt", model, args, epoch=0)
     else:
-        fit(run, train_loader, val_loader)
+        fit(run, train_loader, val_loader, saved, start_time, initial_similarity)
     # 5. The test images are looked at once, with the best epoch
     barrier()  # the main process writes best.pt
     model.load_state_dict(load_checkpoint(run.dir / "best.pt", "model")["model"])
@@ -114,33 +134,37 @@ def train(args: Namespace) -> dict[str, Any]:
     return results
 
 
-def fit(run: Run, train_loader: DataLoader, val_loader: DataLoader) -> None:
-    """All epochs; leaves last.pt, and best.pt: the lowest validation MAE (argmax)."""
+def fit(
+    run: Run,
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    saved: dict[str, Any] | None,
+    start_time: float,
+    initial_similarity: Tensor | None,
+) -> None:
+    """All epochs; leaves last.pt, and best.pt: the lowest validation MAE (argmax).
+
+    saved: last.pt of the run, from which it goes on, perhaps within an epoch.
+    """
     args, model = run.args, run.model
     optimizer = torch.optim.RAdam(
         param_groups(model), lr=args.lr, weight_decay=args.weight_decay, decoupled_weight_decay=True
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
     scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.precision == "fp16")
-    training_state = dict(optimizer=optimizer, schedule=schedule, scaler=scaler)
-    log, start_epoch = [], 1
-    if args.resume:
-        saved = load_checkpoint(args.resume, "log")
-        model.load_state_dict(saved["model"])
-        for name, part in training_state.items():
-            part.load_state_dict(saved[name])
-        log, start_epoch = saved["log"], saved["epoch"] + 1
-
+    state = TrainingState(run, optimizer, schedule, scaler, start_time, initial_similarity)
+    if saved:
+        state.load(saved)
     loss_module = LossModule(
         without_image_encoder(model) if args.freeze_image else model,
         "softmax10" if args.official else "normalized",
     )
     loss_module = data_parallel(loss_module)
-    start_time = time.time()
+    log, start_epoch, fit_start = state.log, len(state.log) + 1, time.time()
     for epoch in range(start_epoch, args.epochs + 1):
-        torch.manual_seed(args.seed * 1_000_003 + epoch)  # so a resumed run draws the same
+        torch.manual_seed(args.seed * 1_000_003 + epoch)  # of dropout; images have seeds of theirs
         row = dict(epoch=epoch, lr=schedule.get_last_lr()[0])
-        row |= train_one_epoch(run, loss_module, optimizer, scaler, train_loader, epoch)
+        row |= train_one_epoch(run, loss_module, state, train_loader, epoch)
         schedule.step()
         val = compute_metrics(*predict_loader(run, val_loader))
         row |= {f"val_{name}": value for name, value in val.items()}
@@ -148,31 +172,29 @@ def fit(run: Run, train_loader: DataLoader, val_loader: DataLoader) -> None:
         is_best = row["val_mae_argmax"] < min((r["val_mae_argmax"] for r in log), default=math.inf)
         log.append(row)
         if is_main():
-            seconds = (time.time() - start_time) / (epoch - start_epoch + 1)
+            seconds = (time.time() - fit_start) / (epoch - start_epoch + 1)
             print_epoch(row, args.epochs, seconds * (args.epochs - epoch), is_best)
-            if is_best:
+            if is_best:  # before last.pt: a run cut off between the two repeats the epoch
                 save_checkpoint(run.dir / "best.pt", model, args, epoch=epoch)
+            state.save()
             save_csv(run.dir / "log.csv", log)
-            states = {name: part.state_dict() for name, part in training_state.items()}
-            save_checkpoint(run.dir / "last.pt", model, args, epoch=epoch, log=log, **states)
 
 
 def train_one_epoch(
-    run: Run,
-    loss_module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    loader: DataLoader,
-    epoch: int,
+    run: Run, loss_module: nn.Module, state: TrainingState, loader: DataLoader, epoch: int
 ) -> dict[str, float]:
-    """-> mean losses, images per second of one pass. FloatingPointError: loss is not finite."""
-    args = run.args
+    """-> mean losses and images per second. FloatingPointError: a loss is not finite.
+
+    Goes on where `state` says that the epoch was cut off.
+    """
+    args, optimizer, scaler = run.args, state.optimizer, state.scaler
     run.model.train()
-    if isinstance(loader.sampler, DistributedSampler):
-        loader.sampler.set_epoch(epoch)
     loss_sums = torch.zeros(4, device=args.device)
+    steps = state.start_epoch(loss_sums)
+    loader.sampler.epoch, loader.sampler.start = epoch, steps * loader.batch_size
+    num_steps = steps + len(loader)
     num_images, start_time, last_print = 0, time.time(), 0.0
-    for step, (images, labels) in enumerate(loader, 1):
+    for step, (images, labels) in enumerate(loader, steps + 1):
         images = prepare_batch(images, args, run.preprocess)
         labels = labels.to(args.device, non_blocking=True)
         with autocast(args):
@@ -187,15 +209,25 @@ def train_one_epoch(
         if is_main() and sys.stderr.isatty() and time.time() - last_print > 0.25:
             last_print = time.time()
             speed = f"{num_images / (last_print - start_time):.0f} images/s"
-            line = f"\r  epoch {epoch}  {step}/{len(loader)}  {speed} "
+            line = f"\r  epoch {epoch}  {step}/{num_steps}  {speed} "
             print(line, end="", file=sys.stderr, flush=True)
+        if state.is_save_due():
+            check_finite(loss_sums, epoch, step)
+            state.save_within_epoch(step, loss_sums)
+    check_finite(loss_sums, epoch, num_steps)
     loss, i2t, t2i = (loss_sums[:3] / loss_sums[3]).tolist()
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"loss is {loss} in epoch {epoch}; try a lower --lr or --precision fp32"
-        )
     images_per_s = num_images / (time.time() - start_time)
     return dict(loss=loss, i2t=i2t, t2i=t2i, images_per_s=images_per_s)
+
+
+def check_finite(loss_sums: Tensor, epoch: int, step: int) -> None:
+    """FloatingPointError naming the first loss that is not finite; last.pt stays as it was."""
+    for name, value in zip(("loss", "i2t", "t2i"), loss_sums.tolist()):
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{name} is {value} in epoch {epoch}, by step {step}; try a lower --lr or "
+                "--precision fp32. --resume goes on from the last checkpoint"
+            )
 
 
 def evaluate_checkpoint(args: Namespace) -> dict[str, Any]:
@@ -203,6 +235,7 @@ def evaluate_checkpoint(args: Namespace) -> dict[str, Any]:
     start_time = time.time()
     saved = load_checkpoint(args.eval, "model")
     task = load_task(args)
+    check_same_images(args, task)
     torch.manual_seed(args.seed)
     with exit_on_user_error():
         model, preprocess = build_model(args, task)
@@ -232,26 +265,10 @@ def train_sweep(args: Namespace) -> list[dict[str, Any]]:
                     f"--base-ranks {run.base_ranks}, but {args.data} has {num_ranks} ranks; "
                     "give fewer"
                 )
-    results = []
-    for run in runs:
-        last = Path(run.out) / "last.pt"
-        run_results = load_finished_results(run)
-        if run_results is None:
-            run.resume = str(last) if last.exists() else None
-            run_results = train(run)
-        results.append(run_results)
+    results = [load_finished_results(run) or train(run) for run in runs]
     if is_main():
         write_report([run.out for run in runs], f"report-{table_name(args)}.md")
     return results
-
-
-def write_config(run: Run) -> None:
-    """config.json and splits/: what the run is, before it starts."""
-    if is_main():
-        run.dir.mkdir(parents=True, exist_ok=True)
-        run.task.write_lists(run.dir / "splits")
-        config = dict(settings=settings_dict(run.args), protocol=run.task.protocol, **provenance())
-        save_json(run.dir / "config.json", config)
 
 
 def print_run_header(run: Run) -> None:

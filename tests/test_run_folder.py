@@ -1,17 +1,21 @@
 """pytest tests/test_run_folder.py -- what is written where, and when a folder is refused."""
 
+import shutil
+import subprocess
+
 import pytest
 import torch
 from conftest import TINY
 
 import data
 import train
+from training.run_folder import lock_run_dir, provenance
 
 
 def test_a_finished_run_is_not_written_over(finished_run, stripes):
     out, _ = finished_run
     with pytest.raises(
-        SystemExit, match="is finished, but with another --epochs: 3, not 5; give another --out"
+        SystemExit, match="is finished with other settings: --epochs 3, not 5. Choose another --out"
     ):
         train.main(["--data", str(stripes), "--out", str(out), *TINY, "--epochs", "5"])
     with pytest.raises(
@@ -49,20 +53,95 @@ def test_a_checkpoint_away_from_its_run_is_told_plainly(finished_run, tmp_path):
         train.main(["--eval", str(tmp_path / "best.pt")])
 
 
-def test_a_run_cut_off_before_its_first_last_pt_is_begun_again(gray, tmp_path):
-    argv = ["--data", str(gray), *TINY, "--out", str(tmp_path / "run")]
+def test_the_same_command_goes_on_wherever_it_was_cut_off(gray, tmp_path):
+    run_dir = tmp_path / "run"
+    argv = ["--data", str(gray), *TINY, "--out", str(run_dir)]
     results = train.main(argv)
-    for name in ("results.json", "last.pt"):
-        (tmp_path / "run" / name).unlink()
-    assert train.main(argv)["test"] == results["test"]
-    (tmp_path / "run" / "results.json").unlink()
-    with pytest.raises(
-        SystemExit, match="holds a run; --resume .* goes on with it, --out elsewhere"
+    for names in (
+        ["exported.pt", "pictures"],  # after the test images
+        ["last.pt", "log.csv"],
+        ["last.pt", "log.csv", "best.pt", "config.json"],
     ):
-        train.main(argv)
-    (tmp_path / "run" / "last.pt").rename(tmp_path / "run" / "thesis.txt")
-    with pytest.raises(
-        SystemExit,
-        match="is not empty and is not a run folder .it holds thesis.txt.; choose another",
+        for name in ["results.json", *names]:
+            path = run_dir / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        (run_dir / "best.pt.part").write_bytes(b"half")
+        assert train.main(argv)["test"] == results["test"]
+    (run_dir / "results.json").unlink()
+    assert train.main(["--resume", str(run_dir)])["test"] == results["test"]
+
+
+def test_other_settings_than_the_run_was_begun_with_are_refused(gray, tmp_path):
+    argv = ["--data", str(gray), *TINY, "--out", str(tmp_path / "runs"), "--seeds", "1"]
+    train.main(argv)
+    (next((tmp_path / "runs").glob("*/results.json"))).unlink()
+    with pytest.raises(SystemExit) as error:
+        train.main([*argv, "--lr", "0.5", "--batch-size", "8", "--epochs", "2"])
+    for words in ("was begun with other settings", "--lr 0.002, not 0.5", "--batch-size 16, not 8",
+                  "--epochs 1, not 2"):  # fmt: skip
+        assert words in str(error.value)
+    train.main([*argv, "--workers", "1", "--save-every", "3"])  # these change no result
+
+
+def test_other_files_are_not_written_over(gray, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(SystemExit, match="is not empty and is not a run folder .it holds thesis"):
+        train.main(["--data", str(gray), *TINY, "--out", str(tmp_path / "run")])
+
+
+def test_lists_that_changed_since_the_run_began_are_refused(gray, tmp_path):
+    for part, ranks in (("train", "0123"), ("test", "13")):
+        lines = [f"{rank} gray/{i}.png {rank}" for rank in ranks for i in range(8)]
+        (tmp_path / f"{part}.txt").write_text("\n".join(lines) + "\n")
+    lists = [f"--train-list={tmp_path}/train.txt", f"--test-list={tmp_path}/test.txt"]
+    run_dir = tmp_path / "run"
+    argv = ["--data", str(gray), *TINY, *lists, "--out", str(run_dir)]
+    train.main(argv)
+    (run_dir / "results.json").unlink()
+    for path, command in (
+        (tmp_path / "test.txt", argv),
+        (run_dir / "splits" / "test.txt", ["--resume", str(run_dir)]),
+        (run_dir / "splits" / "test.txt", ["--eval", str(run_dir)]),
     ):
-        train.main(argv)
+        text = path.read_text()
+        path.write_text(text.split("\n", 1)[1])
+        with pytest.raises(SystemExit, match="the list of test images changed since the run began"):
+            train.main(command)
+        path.write_text(text)
+    train.main(argv)
+
+
+def test_two_processes_do_not_write_one_run(gray, tmp_path):
+    argv = ["--data", str(gray), *TINY, "--out", str(tmp_path / "run")]
+    with lock_run_dir(tmp_path / "run"):
+        with pytest.raises(SystemExit, match="another process is writing this run; wait for it"):
+            train.main(argv)
+        assert (tmp_path / "run").is_dir()
+    assert not (tmp_path / "run").exists()  # nothing was written
+    train.main(argv)
+
+
+@pytest.mark.parametrize("out", ["file", "file/under", "/proc/run"])
+def test_an_out_that_cannot_be_a_folder_is_refused(gray, tmp_path, out):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"--out .*; choose another --out"):
+        train.main(["--data", str(gray), *TINY, "--out", str(tmp_path / out)])
+
+
+def test_a_damaged_json_is_named(gray, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    for name in ("results.json", "config.json"):
+        (run_dir / name).write_text("{")
+        with pytest.raises(SystemExit, match=f"{name} is damaged .*; delete it, or restore it"):
+            train.main(["--data", str(gray), *TINY, "--out", str(run_dir)])
+        (run_dir / name).unlink()
+
+
+def test_without_git_the_commit_is_null(monkeypatch):
+    def missing(*args, **options):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert provenance()["commit"] is None

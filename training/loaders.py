@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 import data
 from training.distributed import main_process_first, world_size
@@ -87,20 +87,70 @@ def make_loaders(
         if args.freeze_image:
             images = cached_features(args, images, preprocess, model)
         sampler = None
-        if dist.is_initialized() and is_train:
-            sampler = DistributedSampler(images, seed=args.seed)
+        if is_train:
+            sampler = EpochSampler(len(images), args.seed)
+            images = SeededImages(images, args.seed)
         elif dist.is_initialized():
             images = Subset(images, range(dist.get_rank(), len(images), world_size()))
         loader = DataLoader(
             images,
             args.batch_size // world_size(),
-            shuffle=is_train and sampler is None,
             sampler=sampler,
             num_workers=0 if args.freeze_image else args.workers,
             pin_memory=args.device.startswith("cuda"),
+            generator=torch.Generator(),  # its draws would move the seed of what the model draws
         )
         loaders.append(loader)
     return loaders
+
+
+class EpochSampler(Sampler[int]):
+    """Keys of this process's share of the images, in an order that seed and epoch decide.
+
+    A key is epoch * num_images + index, see SeededImages. As DistributedSampler does, the first
+    images are repeated until all processes have equally many.
+    """
+
+    def __init__(self, num_images: int, seed: int) -> None:
+        self.num_images, self.seed = num_images, seed
+        self.epoch, self.start = 0, 0  # start: images of this process to skip, when resuming
+
+    def __len__(self) -> int:
+        return -(-self.num_images // world_size()) - self.start
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        order = torch.randperm(self.num_images, generator=generator)
+        share = -(-self.num_images // world_size())
+        order = order.repeat(1 + world_size())[: share * world_size()]
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        keys = order[rank :: world_size()] + self.epoch * self.num_images
+        return iter(keys[self.start :].tolist())
+
+
+class SeededImages(Dataset):
+    """Images by keys of EpochSampler: their augmentation follows from seed, epoch and index.
+
+    So neither the number of workers nor an interruption changes what an image looks like.
+    """
+
+    def __init__(self, images: Dataset, seed: int) -> None:
+        self.images, self.seed = images, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: int) -> tuple[Tensor, int]:
+        epoch, index = divmod(key, len(self.images))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix_seed(self.seed, epoch, index))
+            return self.images[index]
+
+
+def mix_seed(*numbers: int) -> int:
+    """A 63-bit seed from several numbers."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def make_images(
@@ -133,6 +183,9 @@ def cached_features(
 ) -> Dataset:
     """The frozen encoder's [(feature (D,), label)] of all images, cached per encoder and list."""
     encoder, digest = model.image_encoder, hashlib.sha256()
+    digest.update(
+        f"{encoder} {args.device.split(':')[0]}".encode()
+    )  # its modules: QuickGELU or GELU
     for key, value in encoder.state_dict().items():
         digest.update(key.encode() + value.detach().cpu().float().numpy().tobytes())
     for sample in images.samples:
@@ -143,12 +196,21 @@ def cached_features(
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = cache / "ordinalclip" / "features" / f"{digest.hexdigest()}.pt"
     with main_process_first():
-        if not path.exists():
+        features = load_features(path, len(images))
+        if features is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             features = compute_features(args, images, preprocess, encoder)
             data.atomic_write(path, lambda tmp_path: torch.save(features, tmp_path))
-    features = torch.load(path, map_location="cpu", weights_only=True)
     return list(zip(features, (sample.label for sample in images.samples)))
+
+
+def load_features(path: Path, num_images: int) -> Tensor | None:
+    """Features (M, D) of a cache file; None where there is none, or a broken one."""
+    try:
+        features = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # zip, pickle and torch each have errors of their own
+        return None
+    return features if torch.is_tensor(features) and len(features) == num_images else None
 
 
 @torch.no_grad()

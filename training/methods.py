@@ -24,8 +24,8 @@ from backbones import build_image_encoder
 from clip_model import CLIP, download, tiny_clip
 from ordinalclip import FixedPrototypes, LinearPrototypes, OrdinalCLIP, RankPrompts
 from tokenizer import Tokenizer
+from training.checkpoints import load_checkpoint
 from training.distributed import is_main, main_process_first, world_size
-from training.run_folder import load_checkpoint
 
 LINEAR_DIM, LINEAR_SCALE = 1024, math.log(100)  # of the baselines where no CLIP is loaded
 

@@ -17,8 +17,9 @@ import torch
 import data
 from clip_model import MODELS
 from ordinalclip import POSITIONS
+from training.checkpoints import load_checkpoint
 from training.methods import METHODS, init_state
-from training.run_folder import as_list, load_checkpoint, run_name
+from training.run_folder import as_list, load_json, run_name
 
 # xk-huang/OrdinalCLIP@ca10a20 configs/meta_cfgs/morph_compare.yaml, configs/default.yaml
 PAPER = dict(
@@ -128,6 +129,8 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add("--precision", choices=PRECISIONS, help="of the towers (default: bf16 on a GPU, else fp32)")
     add("--workers", type=int, help="processes that read images (default: up to 8, leaving a core)")
     add("--out", help="folder of the run (default: runs/DATA-METHOD-...-seedS)")
+    add("--save-every", type=float, default=10, metavar="MINUTES", help="write last.pt this often")
+    add("--debug", action="store_true", help="show the traceback of every error")
     add("--resume", metavar="RUN", help="go on with the run in this folder, with its own settings")
     add("--eval", metavar="CKPT", help="only test this checkpoint, with its own settings")
     add("--report", metavar="RUN", nargs="+", help="print finished runs as tables, write report.md")
@@ -247,7 +250,11 @@ def args_from_checkpoint(
         )
     path = Path(args.resume or args.eval)
     path = path / ("last.pt" if args.resume else "best.pt") if path.is_dir() else path
-    settings = load_checkpoint(path, "settings")["settings"]
+    config_path = path.parent / "config.json"
+    if args.resume and not path.exists() and config_path.exists():  # cut off before last.pt
+        settings = load_json(config_path)["settings"]
+    else:
+        settings = load_checkpoint(path, "settings")["settings"]
     saved = Namespace(**vars(parser.parse_args([])) | settings)
     for name in explicit_flags & machine_flags:
         setattr(saved, name, getattr(args, name))

@@ -6,13 +6,17 @@ predictions-best.csv and pictures/*.png. Every file is written under a temporary
 Needs: data (for atomic_write), training.distributed.
 """
 
+import contextlib
 import csv
+import hashlib
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +27,20 @@ import data
 from ordinalclip import OrdinalCLIP
 from training.distributed import is_main, world_size
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
+
 RUN_FILES = (
-    "config.json", "splits", "log.csv", "best.pt", "best.pt.part", "predictions-best.csv",
-    "pictures", "exported.pt",
+    "config.json", "splits", "log.csv", "best.pt", "last.pt", "predictions-best.csv", "pictures",
+    "exported.pt",
 )  # fmt: skip
 # Settings that do not change the result: ignored when two runs are compared.
-NOT_COMPARED = ("device", "precision", "workers", "data_root", "out", "seeds")
+NOT_COMPARED = (
+    "device", "precision", "workers", "data_root", "out", "seeds", "save_every", "debug",
+)  # fmt: skip
+NOT_SETTINGS = ("resume", "eval", "report", "debug")  # what to do, not what the run is
 
 
 class Run(NamedTuple):
@@ -102,11 +114,26 @@ def join_values(values: Any) -> str:
 
 
 def settings_dict(args: Namespace) -> dict[str, Any]:
-    return {key: v for key, v in vars(args).items() if key not in ("resume", "eval", "report")}
+    return {key: v for key, v in vars(args).items() if key not in NOT_SETTINGS}
 
 
 def comparable_settings(settings: dict) -> dict:
     return {key: value for key, value in settings.items() if key not in NOT_COMPARED}
+
+
+def check_same_settings(args: Namespace, saved: dict, state: str) -> None:
+    """SystemExit naming each setting of args that differs from the saved ones."""
+    requested = comparable_settings(json.loads(json.dumps(settings_dict(args))))
+    differing = [
+        f"--{key.replace('_', '-')} {saved.get(key)!r}, not {value!r}"
+        for key, value in requested.items()
+        if value != saved.get(key) and (key in saved or value)  # a flag younger than the run
+    ]
+    if differing:
+        raise SystemExit(
+            f"{args.out} {state} with other settings: {'; '.join(differing)}. "
+            "Choose another --out, or repeat its settings"
+        )
 
 
 def load_finished_results(args: Namespace) -> dict | None:
@@ -114,75 +141,99 @@ def load_finished_results(args: Namespace) -> dict | None:
     path = Path(args.out) / "results.json"
     if not path.exists():
         return None
-    results = json.loads(path.read_text())
-    check_same_settings(args, results)
+    results = load_json(path)
+    check_same_settings(args, results["settings"], "is finished")
     if is_main():
         print(f"{args.out}: already finished, reading results.json")
     return results
 
 
-def check_same_settings(args: Namespace, results: dict) -> None:
-    requested = comparable_settings(json.loads(json.dumps(settings_dict(args))))
-    saved = comparable_settings(results["settings"])
-    if differing := [key for key in requested if requested[key] != saved.get(key)]:
-        raise SystemExit(
-            f"{args.out} is finished, but with another --{differing[0].replace('_', '-')}: "
-            f"{saved.get(differing[0])!r}, not {requested[differing[0]]!r}; give another --out"
-        )
-
-
-def check_run_dir_is_free(args: Namespace) -> None:
+def check_run_dir(args: Namespace) -> None:
+    """SystemExit unless args.out is free, or holds this very run, unfinished: then it goes on."""
     run_dir = Path(args.out)
-    finished = (run_dir / "results.json").exists()
-    if finished and args.resume:
-        raise SystemExit(
-            f"{run_dir} is finished, see {run_dir}/results.json; --eval tests it again"
-        )
-    if args.resume:
-        return
-    if finished:
-        check_same_settings(args, json.loads((run_dir / "results.json").read_text()))
+    results_path, config_path = run_dir / "results.json", run_dir / "config.json"
+    if results_path.exists():
+        if args.resume:
+            raise SystemExit(f"{run_dir} is finished, see {results_path}; --eval tests it again")
+        check_same_settings(args, load_json(results_path)["settings"], "is finished")
         raise SystemExit(
             f"{run_dir} holds a finished run; --eval {run_dir} tests it again, "
             "--out starts anew elsewhere"
         )
-    if (run_dir / "last.pt").exists():
-        raise SystemExit(
-            f"{run_dir} holds a run; --resume {run_dir} goes on with it, "
-            "--out elsewhere starts anew"
-        )
-    if run_dir.exists():
-        unknown = sorted({path.name for path in run_dir.iterdir()} - set(RUN_FILES))
-        if unknown:
+    if config_path.exists():
+        check_same_settings(args, load_json(config_path)["settings"], "was begun")
+    elif run_dir.exists():
+        names = {p.name for p in run_dir.iterdir() if p.suffix != ".part"}
+        if unknown := sorted(names - set(RUN_FILES)):
             raise SystemExit(
                 f"{run_dir} is not empty and is not a run folder (it holds {unknown[0]}); "
                 "choose another --out"
             )
 
 
-# --- files ---
+@contextlib.contextmanager
+def lock_run_dir(run_dir: Path) -> Iterator[None]:
+    """Make the folder, and refuse a second process that writes into it.
 
-
-def save_checkpoint(path: Path, model: nn.Module, args: Namespace, **more: Any) -> None:
-    """Model, settings and `more`; written by the main process only."""
-    if is_main():
-        content = dict(model=model.state_dict(), settings=settings_dict(args), **more)
-        data.atomic_write(path, lambda tmp_path: torch.save(content, tmp_path))
-
-
-def load_checkpoint(path: str | Path, needed: str) -> dict[str, Any]:
-    """The checkpoint at path, on the CPU. SystemExit if it is none or lacks the key `needed`."""
-    if not Path(path).is_file():
-        raise SystemExit(f"no checkpoint at {path}")
+    The lock is the system's, on the folder itself: a killed run leaves none behind. Windows has no
+    such lock. A folder in which nothing was written is removed again.
+    """
+    if not is_main():
+        yield
+        return
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and torch each have errors of their own
-        raise SystemExit(f"{path} cannot be read ({type(error).__name__}: {error})") from error
-    if not isinstance(saved, dict) or needed not in saved:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        folder = os.open(run_dir, os.O_RDONLY) if fcntl else None
+        if not os.access(run_dir, os.W_OK):
+            raise PermissionError(13, "no permission to write", str(run_dir))
+    except OSError as error:
+        raise SystemExit(f"--out {run_dir}: {error}; choose another --out") from error
+    try:
+        if fcntl:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
         raise SystemExit(
-            f"{path} is no checkpoint of this script for that use: it holds no {needed!r}"
+            f"{run_dir}: another process is writing this run; wait for it, or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        if fcntl:
+            os.close(folder)
+        with contextlib.suppress(OSError):  # it holds files, as it should
+            run_dir.rmdir()
+
+
+def split_digests(task: data.Task) -> dict[str, str]:
+    """sha256 of the images and labels of each part, in order."""
+    lines = {part: [f"{s.path} {s.label}" for s in getattr(task, part)] for part in data.PARTS}
+    return {part: hashlib.sha256("\n".join(v).encode()).hexdigest() for part, v in lines.items()}
+
+
+def check_same_images(args: Namespace, task: data.Task) -> None:
+    """SystemExit if the images of a run that was begun are not those of its config.json."""
+    path = Path(args.out) / "config.json"
+    if not path.exists():
+        return
+    saved, digests = load_json(path).get("splits", {}), split_digests(task)
+    if changed := [part for part in data.PARTS if saved.get(part, digests[part]) != digests[part]]:
+        raise SystemExit(
+            f"{args.out}: the list of {' and '.join(changed)} images changed since the run began; "
+            "restore the lists and images, or start a new run with another --out"
         )
-    return saved
+
+
+def write_config(run: Run) -> None:
+    """config.json and splits/: what the run is, before it starts."""
+    if is_main() and not (run.dir / "config.json").exists():
+        run.task.write_lists(run.dir / "splits")
+        config = dict(settings=settings_dict(run.args), protocol=run.task.protocol)
+        config |= dict(splits=split_digests(run.task), **provenance())
+        save_json(run.dir / "config.json", config)
+
+
+# --- files ---
 
 
 def export_model(path: Path, run: Run, results: dict) -> None:
@@ -203,12 +254,20 @@ def export_model(path: Path, run: Run, results: dict) -> None:
 
 def save_json(path: Path, content: dict) -> None:
     text = json.dumps(content, indent=1) + "\n"
-    data.atomic_write(path, lambda tmp_path: tmp_path.write_text(text))
+    data.atomic_write(path, lambda tmp_path: tmp_path.write_text(text, encoding="utf-8"))
+
+
+def load_json(path: Path) -> dict:
+    """SystemExit for a file that is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SystemExit(f"{path} is damaged ({error}); delete it, or restore it") from error
 
 
 def save_csv(path: Path, rows: list[dict]) -> None:
     def save(tmp_path: Path) -> None:
-        with open(tmp_path, "w", newline="") as file:
+        with open(tmp_path, "w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, rows[0])
             table.writeheader()
             table.writerows(rows)
@@ -220,7 +279,7 @@ def read_log(run_dir: Path) -> list[dict[str, float]]:
     """Rows of log.csv as numbers; [] where nothing was trained."""
     if not (run_dir / "log.csv").exists():
         return []
-    with open(run_dir / "log.csv", newline="") as file:
+    with open(run_dir / "log.csv", newline="", encoding="utf-8") as file:
         return [{key: float(v) for key, v in row.items()} for row in csv.DictReader(file)]
 
 
@@ -228,14 +287,15 @@ def read_log(run_dir: Path) -> list[dict[str, float]]:
 
 
 def provenance() -> dict[str, Any]:
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
+    """commit (None without git), versions, GPU and number of processes."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    except OSError:  # git is not installed
+        commit = None
     return dict(
-        commit=git.stdout.strip() or None,
+        commit=commit,
         torch=str(torch.__version__),
         python=platform.python_version(),
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -1,0 +1,109 @@
+"""Checkpoints: last.pt, from which a run goes on, and best.pt, the best epoch by validation MAE.
+
+Needs: data (for atomic_write), training.distributed, training.run_folder.
+"""
+
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import data
+from training.distributed import is_main
+from training.run_folder import Run, settings_dict
+
+
+def save_checkpoint(path: Path, model: nn.Module, args: Namespace, **more: Any) -> None:
+    """Model, settings and `more`; written by the main process only."""
+    if is_main():
+        content = dict(model=model.state_dict(), settings=settings_dict(args), **more)
+        data.atomic_write(path, lambda tmp_path: torch.save(content, tmp_path))
+
+
+def load_checkpoint(path: str | Path, needed: str) -> dict[str, Any]:
+    """The checkpoint at path, on the CPU. SystemExit if it is none or lacks the key `needed`."""
+    if not Path(path).is_file():
+        raise SystemExit(f"no checkpoint at {path}")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and torch each have errors of their own
+        raise SystemExit(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    if not isinstance(saved, dict) or needed not in saved:
+        raise SystemExit(
+            f"{path} is no checkpoint of this script for that use: it holds no {needed!r}"
+        )
+    return saved
+
+
+class TrainingState:
+    """What last.pt holds beside the model: optimizer, schedule, scaler, log, where in the epoch."""
+
+    def __init__(
+        self,
+        run: Run,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        scaler: torch.amp.GradScaler,
+        start_time: float,
+        initial_similarity: Tensor
+        | None,  # (R, R) of the prototypes before training, for a picture
+    ) -> None:
+        self.run, self.start_time = run, start_time
+        self.initial_similarity = initial_similarity
+        self.optimizer, self.schedule, self.scaler = optimizer, schedule, scaler
+        self.log: list[dict[str, float]] = []  # one row per whole epoch
+        self.progress: dict[str, Any] | None = None  # steps, loss sums, RNG of a cut-off epoch
+        self.last_save = time.time()
+
+    def load(self, saved: dict[str, Any]) -> None:
+        for name in ("optimizer", "schedule", "scaler"):
+            getattr(self, name).load_state_dict(saved[name])
+        self.log, self.progress = saved["log"], saved.get("progress")
+
+    def save(self, progress: dict[str, Any] | None = None) -> None:
+        """Write last.pt after a whole epoch, or within one after progress["steps"] steps."""
+        save_checkpoint(
+            self.run.dir / "last.pt",
+            self.run.model,
+            self.run.args,
+            epoch=len(self.log),
+            log=self.log,
+            progress=progress,
+            initial_similarity=self.initial_similarity,
+            seconds=time.time() - self.start_time,
+            optimizer=self.optimizer.state_dict(),
+            schedule=self.schedule.state_dict(),
+            scaler=self.scaler.state_dict(),
+        )
+        self.last_save = time.time()
+
+    def is_save_due(self) -> bool:
+        """--save-every minutes have passed since the last one; only on the main process."""
+        return is_main() and time.time() - self.last_save >= 60 * self.run.args.save_every
+
+    def save_within_epoch(self, steps: int, loss_sums: Tensor) -> None:
+        rng = get_rng_state(self.run.args.device)
+        self.save(dict(steps=steps, loss_sums=loss_sums.cpu(), rng=rng))
+
+    def start_epoch(self, loss_sums: Tensor) -> int:
+        """Steps of this epoch that were done before an interruption, restored with their losses."""
+        if not self.progress:
+            return 0
+        loss_sums += self.progress["loss_sums"].to(loss_sums.device)
+        set_rng_state(self.progress["rng"], self.run.args.device)
+        steps, self.progress = self.progress["steps"], None
+        return steps
+
+
+def get_rng_state(device: str) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.startswith("cuda") else states
+
+
+def set_rng_state(states: list[Tensor], device: str) -> None:
+    torch.set_rng_state(states[0])
+    if device.startswith("cuda") and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
