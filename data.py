@@ -1251,3 +1251,17 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def atomic_write(path, save):
+    """save(tmp_path), then tmp_path takes the name of path: a cut leaves no half-written file."""
+    tmp_path = path.with_name(path.name + ".part")
+    try:
+        save(tmp_path)
+        os.replace(tmp_path, path)
+    finally:
+        tmp_path.unlink(missing_ok=True)
+
+
+distribution_shift = shifted
+make_demo = _make_demo

@@ -1,13 +1,16 @@
-"""What every test file needs before it is imported: the path, the interpreter, the markers."""
+"""Shared by all test files: the path, the interpreter, the markers, small data and a finished run."""
 
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that plain `pytest` finds the modules
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when triton is imported
 
@@ -15,6 +18,10 @@ MARKERS = {
     "full": "the whole grid of shapes and dtypes, many minutes: pytest -m full",
     "benchmark": "prints a table of times, needs a GPU to mean anything: pytest -m benchmark",
 }
+TINY = (  # flags of a run of seconds
+    "--clip tiny --image-encoder clip --batch-size 16 --workers 0 --device cpu --lr 0.002 "
+    "--epochs 1".split()
+)
 
 
 def pytest_configure(config):
@@ -22,3 +29,47 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"{name}: {meaning}")
     if not config.option.markexpr:  # nothing chosen with -m: the short suite
         config.option.markexpr = " and ".join(f"not {name}" for name in MARKERS)
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(tmp_path, monkeypatch):
+    """Features and downloads of a test stay in its folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def stripes(tmp_path_factory):
+    """Own data: 4 x 20 images, ranks by the number of stripes, every name with a space."""
+    root = tmp_path_factory.mktemp("own data") / "stripes"
+    rng = np.random.RandomState(0)
+    for rank in range(4):
+        (root / f"{rank + 1} stripes").mkdir(parents=True)
+        for i in range(20):
+            x = np.linspace(0, 2 * np.pi * (rank + 1), 80)[None, :, None]
+            pixels = 128 + 100 * np.sin(x + rng.uniform(0, 6)) + rng.normal(0, 10, (80, 80, 3))
+            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            image.save(root / f"{rank + 1} stripes" / f"image {i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def gray(tmp_path_factory):
+    """Own data: 70 images of gray levels in 4 ranks, four times as many of the second rank."""
+    root = tmp_path_factory.mktemp("gray") / "gray"
+    rng = np.random.RandomState(0)
+    for rank, count in enumerate((10, 40, 10, 10)):
+        (root / f"{rank} gray").mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.normal(60 + 40 * rank, 12, (16, 16, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / f"{rank} gray" / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished_run(stripes, tmp_path_factory):
+    """(folder, results) of one whole run of 3 epochs, read by many tests and changed by none."""
+    import train
+
+    run_dir = tmp_path_factory.mktemp("runs") / "a"
+    argv = ["--data", str(stripes), "--out", str(run_dir), *TINY, "--epochs", "3"]
+    return run_dir, train.main(argv)

@@ -1,0 +1,219 @@
+"""A model on a loader: predictions, then metrics, predictions.csv and pictures of the test set.
+
+Read evaluate_test_set first. Needs: data, kernels, ordinalclip, training, .metrics, .plots.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import data
+from evaluation.metrics import (
+    METRICS,
+    compute_metrics,
+    confusion_matrix,
+    expected_rank,
+    long_tail_metrics,
+    majority_baseline,
+    mean_probs_by_rank,
+    per_rank_metrics,
+)
+from evaluation.plots import draw_curves, draw_error_by_rank, draw_matrices, draw_sheet
+from kernels import unit
+from ordinalclip import ordinality, ordinality_chance
+from training.distributed import all_gather_rows, average_buffers, is_main
+from training.loaders import autocast, make_images, prepare_batch, without_image_encoder
+from training.methods import Regression, zeroshot_prompt
+from training.run_folder import Run, provenance, read_log, run_name, save_csv, settings_dict
+
+ORDINALITY_SPANS = (2, 4, 8, 16, 32)  # of the ordinality scores beside the whole one
+
+
+@torch.no_grad()
+def predict_loader(run: Run, loader: DataLoader) -> tuple[Tensor, Tensor]:
+    """-> probs (M, R) and labels (M,) of all the loader's images, on the CPU, in order."""
+    average_buffers(run.model)
+    eval_model = run.model.export().eval()  # the text tower runs once
+    if run.args.freeze_image:
+        eval_model = without_image_encoder(eval_model)
+    probs, labels = [], []
+    for images, batch_labels in loader:
+        with autocast(run.args):
+            outputs = eval_model.predict(prepare_batch(images, run.args, run.preprocess))
+        probs.append(outputs["probs"].cpu())
+        labels.append(batch_labels)
+    return all_gather_rows(torch.cat(probs)), all_gather_rows(torch.cat(labels))  # (M, R), (M,)
+
+
+def evaluate_test_set(
+    run: Run,
+    val_loader: DataLoader,
+    test_loader: DataLoader,
+    start_time: float,
+    initial_similarity: Tensor | None = None,
+    name: str = "best",
+) -> dict[str, Any]:
+    """Metrics of the test images (and of the validation images once more), printed and returned.
+
+    Writes predictions-NAME.csv and pictures/ (pictures-NAME/ for another name than best).
+    """
+    args, task = run.args, run.task
+    probs, labels = predict_loader(run, test_loader)
+    val = compute_metrics(*predict_loader(run, val_loader)) if len(val_loader) else None
+    train_counts = torch.tensor([s.label for s in task.train]).bincount(minlength=task.num_ranks)
+    majority = majority_baseline(torch.tensor([s.label for s in task.test]), train_counts)
+    first_prompt = zeroshot_prompt(args, task, task.rank_names[0])
+    results = dict(
+        data=task.name,
+        protocol=task.protocol,
+        method=run_name(args),
+        images=dict(train=len(task.train), val=len(task.val), test=len(task.test)),
+        val_is_test=task.val_is_test,
+        prompt=first_prompt if args.method == "zeroshot" else None,
+        test=compute_metrics(probs, labels),
+        val=val,
+        majority=majority | dict(rank=task.rank_names[majority["rank"]]),
+        per_rank=per_rank_metrics(probs, labels, train_counts, task.rank_names),
+        long_tail=long_tail_metrics(probs, labels, train_counts),
+        **ordinality_scores(run),
+        seconds=round(time.time() - start_time, 1),
+        settings=settings_dict(args),
+        **provenance(),
+    )
+    if is_main():
+        save_predictions(run.dir / f"predictions-{name}.csv", task, probs)
+        pictures_dir = run.dir / ("pictures" if name == "best" else f"pictures-{name}")
+        save_pictures(pictures_dir, run, initial_similarity, probs, labels, results["per_rank"])
+        print_results(results)
+    return results
+
+
+@torch.no_grad()
+def ordinality_scores(run: Run) -> dict[str, Any]:
+    """Over all ranks, and within a few spans, each beside the score of unordered prototypes."""
+    if run.args.method == "regression" or run.task.num_ranks < 3:
+        return dict(ordinality=None, ordinality_chance=None, ordinality_spans={})
+    prototypes, official = run.model.prototypes().float(), run.args.official
+    if official and run.task.name == "morph2":
+        prototypes = prototypes[15:76]  # scripts/vis_ordinality.py: ages 15 to 75
+    scores = {
+        span: dict(
+            score=ordinality(prototypes, span, official),
+            chance=ordinality_chance(len(prototypes), span, official),
+        )
+        for span in (None, *ORDINALITY_SPANS)
+        if span is None or span < len(prototypes) - 1
+    }
+    whole = scores.pop(None)
+    return dict(
+        ordinality=whole["score"],
+        ordinality_chance=whole["chance"],
+        ordinality_spans={str(span): score for span, score in scores.items()},
+    )
+
+
+def print_results(results: dict[str, Any]) -> None:
+    test, majority = results["test"], results["majority"]
+    print(f"\n{results['protocol']}")
+    if results["prompt"]:
+        print(f"prompt of the first rank: {results['prompt']!r}")
+    if results["val_is_test"]:
+        print("NOTE: the epoch was chosen on the test images themselves, as this protocol has it")
+    figures = []
+    for name, metric in METRICS.items():
+        expected, argmax = (
+            format(test[f"{name}_{a}"], metric.format) for a in ("expected", "argmax")
+        )
+        figures.append(f"{metric.label} {expected} expected {argmax} argmax")
+    for i in range(0, len(figures), 2):
+        print(("test   " if i == 0 else "") + "   ".join(figures[i : i + 2]))
+    print(
+        f"always {majority['rank']!r}: MAE {majority['mae']:.3f}   accuracy {majority['acc']:.1%}"
+    )
+    if len(results["long_tail"]) > 1:
+        groups = (f"{name} {row['mae_argmax']:.3f}" for name, row in results["long_tail"].items())
+        print(f"MAE (argmax) by training images of the rank: {', '.join(groups)}")
+    if results["ordinality"] is not None:
+        line = f"ordinality {results['ordinality']:.1%} (chance {results['ordinality_chance']:.0%})"
+        spans = [f"{span}: {row['score']:.1%}" for span, row in results["ordinality_spans"].items()]
+        print(line + (f"; within spans of {', '.join(spans)}" if spans else ""))
+
+
+def save_predictions(path: Path, task: data.Task, probs: Tensor) -> None:
+    """predictions-NAME.csv: path, true and predicted rank, expected rank index, probability."""
+    ranks = torch.arange(task.num_ranks, dtype=probs.dtype)
+    rows = [
+        dict(
+            path=sample.path,
+            label=task.rank_names[sample.label],
+            rank=task.rank_names[int(p.argmax())],
+            expected_rank_index=f"{float(p @ ranks):.4f}",
+            prob=f"{float(p.max()):.4f}",
+        )
+        for sample, p in zip(task.test, probs)
+    ]
+    save_csv(path, rows)
+
+
+@torch.no_grad()
+def similarity_matrix(model: nn.Module) -> Tensor | None:
+    """Cosines between the prototypes (R, R), or None where there are none."""
+    if isinstance(model, Regression):
+        return None
+    rows = unit(model.prototypes()).cpu()
+    return rows @ rows.T
+
+
+def save_pictures(
+    pictures_dir: Path,
+    run: Run,
+    initial_similarity: Tensor | None,
+    probs: Tensor,
+    labels: Tensor,
+    per_rank: list[dict],
+) -> None:
+    """similarity, confusion, distribution, error, sheet and curves as PNG."""
+    names, axes = run.task.rank_names, ("predicted rank", "true rank")
+    means = mean_probs_by_rank(probs, labels)
+    scale, title = (0, float(means.max())), "mean probability of each rank"
+    counts = confusion_matrix(probs, labels)
+    pictures = dict(
+        confusion=draw_matrices([counts], ["test images, counted"], names, axes),
+        distribution=draw_matrices([means], [title], names, axes, scale),
+        error=draw_error_by_rank(per_rank),
+        sheet=draw_sheet(best_and_worst(run.task, run.preprocess, probs, labels)),
+    )
+    similarity = similarity_matrix(run.model)
+    if similarity is not None:
+        matrices = {"similarity of the prototypes": similarity}
+        if initial_similarity is not None:
+            matrices = {"similarity before training": initial_similarity, **matrices}
+        pictures["similarity"] = draw_matrices(
+            tuple(matrices.values()), tuple(matrices), names, ("rank", "rank")
+        )
+    if log := read_log(run.dir):
+        pictures["curves"] = draw_curves(log)
+    pictures_dir.mkdir(exist_ok=True)
+    for name, picture in pictures.items():
+        data.atomic_write(pictures_dir / f"{name}.png", lambda path: picture.save(path, "PNG"))
+
+
+def best_and_worst(
+    task: data.Task, preprocess: dict[str, Any], probs: Tensor, labels: Tensor, count: int = 6
+) -> list[tuple[str, list]]:
+    """The test images whose expected rank is nearest to and farthest from the label, captioned."""
+    images, expected = make_images(task, "test", preprocess), expected_rank(probs)
+    order = (expected - labels).abs().argsort(stable=True).tolist()
+
+    def image_with_caption(i: int) -> tuple[Tensor, str]:
+        rank, label = task.rank_names[int(expected[i].round())], task.rank_names[labels[i]]
+        return images[i][0], f"expected {rank}\ntrue {label}"
+
+    return [
+        ("best predictions", [image_with_caption(i) for i in order[:count]]),
+        ("worst predictions", [image_with_caption(i) for i in order[::-1][:count]]),
+    ]

@@ -1,0 +1,140 @@
+"""Metrics of ordinal regression from probabilities (M, R) and labels (M,).
+
+METRICS has one row per metric: it is computed, logged for each epoch, printed, saved in
+results.json and shown in reports from this table. Each is taken twice: of the expected rank (the
+mean rank index under the probabilities, a real number) and of the argmax (the most probable rank).
+
+Copy together with: nothing (torch only).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CS_TOLERANCE = 5  # ranks off that still count in the cumulative score CS(5)
+MANY_SHOT, FEW_SHOT = 100, 20  # training images of a rank (Yang et al., ICML 2021, section 4)
+
+
+class Metric(NamedTuple):
+    """compute: predicted ranks (M,) and labels (M,), both float64 -> 0-dim tensor."""
+
+    label: str  # as printed after a run
+    compute: Callable[[Tensor, Tensor], Tensor]
+    format: str  # of a printed value
+    title: str  # of its table in a report
+    factor: float  # table value = factor * value
+    digits: int  # of a table value
+    answers: tuple[str, ...]  # those that have a table in a report
+
+
+def mean_absolute_error(predicted: Tensor, labels: Tensor) -> Tensor:
+    return (predicted - labels).abs().mean()
+
+
+def accuracy(predicted: Tensor, labels: Tensor) -> Tensor:
+    """Share of rounded predictions that equal the label."""
+    return (predicted.round() == labels).double().mean()
+
+
+def cumulative_score(predicted: Tensor, labels: Tensor) -> Tensor:
+    """CS(5): share of errors of at most 5 ranks."""
+    return ((predicted - labels).abs() <= CS_TOLERANCE).double().mean()
+
+
+def weighted_kappa(predicted: Tensor, labels: Tensor) -> Tensor:
+    """Quadratic weighted kappa of the rounded predictions (Cohen 1968).
+
+    1 - squared error / squared error of the same predictions dealt out at random.
+    """
+    predicted = predicted.round()
+    variances = predicted.var(correction=0) + labels.var(correction=0)
+    expected_error = variances + (predicted.mean() - labels.mean()) ** 2
+    if expected_error == 0:
+        return torch.ones(())
+    return 1 - (predicted - labels).square().mean() / expected_error
+
+
+BOTH, CS = ("expected", "argmax"), f"CS({CS_TOLERANCE})"
+METRICS = {
+    # name: label, function, format | report: title, factor, digits, answers
+    "mae": Metric("MAE", mean_absolute_error, ".3f", "MAE", 1, 3, BOTH),
+    "acc": Metric("accuracy", accuracy, ".1%", "Accuracy", 100, 2, ("argmax",)),
+    "cs": Metric(CS, cumulative_score, ".1%", f"Cumulative score {CS}", 100, 1, ("expected",)),
+    "qwk": Metric(
+        "weighted kappa", weighted_kappa, ".3f", "Quadratic weighted kappa", 1, 3, ("expected",)
+    ),
+}
+
+
+def expected_rank(probs: Tensor) -> Tensor:
+    """Probabilities (M, R) -> mean rank index under them (M,), float64 in 0..R-1."""
+    return probs.double() @ torch.arange(probs.shape[1], dtype=torch.float64)
+
+
+def compute_metrics(probs: Tensor, labels: Tensor) -> dict[str, float]:
+    """Probabilities (M, R), rank indices (M,) -> {"mae_expected": ..., "mae_argmax": ..., ...}."""
+    labels = labels.double()
+    predicted = dict(expected=expected_rank(probs), argmax=probs.argmax(1).double())  # (M,) each
+    return {
+        f"{name}_{answer}": float(metric.compute(ranks, labels))
+        for name, metric in METRICS.items()
+        for answer, ranks in predicted.items()
+    }
+
+
+def per_rank_metrics(
+    probs: Tensor, labels: Tensor, train_counts: Tensor, rank_names: tuple[str, ...]
+) -> list[dict]:
+    """One row per rank that occurs among the labels (M,); train_counts (R,): training images."""
+    rows = []
+    for rank in labels.unique().tolist():
+        mask = labels == rank
+        rank_metrics = compute_metrics(probs[mask], labels[mask])
+        rows.append(
+            dict(
+                rank=rank_names[rank],
+                train_images=int(train_counts[rank]),
+                test_images=int(mask.sum()),
+                mae_expected=rank_metrics["mae_expected"],
+                mae_argmax=rank_metrics["mae_argmax"],
+            )
+        )
+    return rows
+
+
+def long_tail_metrics(probs: Tensor, labels: Tensor, train_counts: Tensor) -> dict[str, dict]:
+    """Metrics over ranks with many, few and some training images (Yang et al., ICML 2021)."""
+    count = train_counts[labels]  # (M,)
+    groups = {f"many (>{MANY_SHOT})": count > MANY_SHOT, f"few (<{FEW_SHOT})": count < FEW_SHOT}
+    groups[f"some ({FEW_SHOT}..{MANY_SHOT})"] = (count >= FEW_SHOT) & (count <= MANY_SHOT)
+    return {
+        name: dict(test_images=int(mask.sum()), **compute_metrics(probs[mask], labels[mask]))
+        for name, mask in groups.items()
+        if mask.any()
+    }
+
+
+def majority_baseline(labels: Tensor, train_counts: Tensor) -> dict[str, float | int]:
+    """What always answering the most frequent training rank gives on labels (M,).
+
+    Of several equally frequent ranks, as in few-shot training, the one in the middle.
+    """
+    most_frequent = (train_counts == train_counts.max()).nonzero()[:, 0]
+    rank = most_frequent[len(most_frequent) // 2]
+    probs = torch.nn.functional.one_hot(rank.expand(len(labels)), len(train_counts))
+    metrics = compute_metrics(probs, labels)
+    return dict(rank=int(rank), mae=metrics["mae_argmax"], acc=metrics["acc_argmax"])
+
+
+def confusion_matrix(probs: Tensor, labels: Tensor) -> Tensor:
+    """Counts (R, R): row the true rank, column the most probable one."""
+    size = probs.shape[1]
+    return torch.bincount(labels * size + probs.argmax(1), minlength=size**2).view(size, size)
+
+
+def mean_probs_by_rank(probs: Tensor, labels: Tensor) -> Tensor:
+    """Mean distribution of the images of each true rank (R, R); zero rows for absent ranks."""
+    one_hot = torch.nn.functional.one_hot(labels, probs.shape[1]).to(probs)  # (M, R)
+    return one_hot.T @ probs / one_hot.sum(0).clamp_min(1)[:, None]

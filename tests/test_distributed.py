@@ -1,0 +1,77 @@
+"""pytest tests/test_distributed.py -- two processes equal one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import TINY
+
+from clip_model import tiny_clip
+from ordinalclip import OrdinalCLIP, RankPrompts
+from training.distributed import all_gather_rows, data_parallel
+from training.methods import LossModule
+
+ROOT = Path(__file__).parents[1]
+
+
+def vit_model():
+    clip = tiny_clip(vision="vit")  # no batch norm: its statistics are each process's own
+    torch.manual_seed(0)
+    return OrdinalCLIP(clip.visual.train(), RankPrompts(clip, 5, context=2), clip.logit_scale)
+
+
+def batch():
+    torch.manual_seed(1)
+    return torch.randn(8, 3, 64, 64), torch.tensor([0, 1, 1, 3, 3, 3, 4, 0])
+
+
+def take_step(model):
+    """-> gradients and parameters after a step of SGD, whose length follows the gradient's."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    torch.optim.SGD(params, lr=0.01).step()
+    return [p.grad for p in params], [p.detach() for p in params]
+
+
+def step_of_two(rank, store, out):
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model, (images, labels) = vit_model(), batch()
+    loss_module = data_parallel(LossModule(model, "normalized"))
+    total, _, _ = loss_module(images[rank::2], labels[rank::2])
+    (total * 2).backward()  # DistributedDataParallel averages
+    grads, params = take_step(model)
+    rows = all_gather_rows(labels[rank::2])
+    torch.save(dict(total=total.detach(), grads=grads, params=params, rows=rows), f"{out}{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_take_the_step_of_one(tmp_path):
+    mp.spawn(step_of_two, (tmp_path / "store", tmp_path / "out"), nprocs=2)
+    model, (images, labels) = vit_model(), batch()
+    total, _, _ = model.loss(images, labels)
+    total.backward()
+    grads, params = take_step(model)
+    for rank in range(2):
+        shared = torch.load(tmp_path / f"out{rank}.pt", weights_only=True)
+        torch.testing.assert_close(shared["total"], total.detach(), rtol=1e-5, atol=1e-5)
+        assert torch.equal(shared["rows"], labels)
+        for a, b in zip(shared["grads"], grads, strict=True):
+            assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6
+        for a, b in zip(shared["params"], params, strict=True):
+            assert (a - b).abs().max() <= 1e-6
+
+
+def test_torchrun_trains_and_writes_once(stripes, tmp_path):
+    out = tmp_path / "two"
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517",
+         "train.py", "--data", str(stripes), "--out", str(out), *TINY],
+        cwd=ROOT, check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    results = json.loads((out / "results.json").read_text())
+    assert results["processes"] == 2 and results["images"] == dict(train=64, val=8, test=8)
+    assert len((out / "predictions-best.csv").read_text().splitlines()) == 9

@@ -1,0 +1,63 @@
+"""pytest tests/test_evaluate.py -- the pictures of runs and evaluations."""
+
+import shutil
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+from PIL import Image
+
+import data
+import train
+from evaluation.evaluate import best_and_worst
+from evaluation.plots import draw_matrices
+
+
+def test_every_run_and_every_evaluation_draws_its_pictures(finished_run, tmp_path):
+    out = shutil.copytree(finished_run[0], tmp_path / "run")
+    names = {"similarity", "confusion", "distribution", "error", "sheet", "curves"}
+    assert {path.stem for path in (out / "pictures").glob("*.png")} == names
+    train.main(["--eval", str(out), "--workers", "0"])
+    for name in names:
+        drawn, again = (
+            Image.open(out / folder / f"{name}.png")
+            for folder in ("pictures", "pictures-eval-best")
+        )
+        assert drawn.width >= 500 and len(drawn.convert("L").getcolors()) > 10, name
+        assert np.array_equal(drawn, again), (
+            name
+        )  # the state before training comes back from the seed
+
+
+def test_a_baseline_without_prototypes_or_training_draws_what_it_has(gray, tmp_path):
+    for method, missing in (("regression", "similarity"), ("zeroshot", "curves")):
+        out = tmp_path / method
+        train.main(["--data", str(gray), *TINY, "--method", method, "--out", str(out)])
+        assert (
+            len(list((out / "pictures").iterdir())) == 5
+            and not (out / "pictures" / f"{missing}.png").exists()
+        )
+
+
+def test_the_sheet_shows_the_nearest_and_the_farthest(gray):
+    task = data.load(gray)
+    labels = torch.tensor([sample.label for sample in task.test])
+    probs = F.one_hot(labels, 4).float()
+    probs[2] = torch.eye(4)[3 - labels[2]]  # one is wrong by 1 or 3
+    best, worst = best_and_worst(task, dict(image_size=96), probs, labels, count=1)
+    name = task.rank_names
+    assert worst[1][0][1] == f"expected {name[3 - labels[2]]}\ntrue {name[labels[2]]}"
+    rank, true = best[1][0][1].split("\n")
+    assert rank.removeprefix("expected ") == true.removeprefix("true ")
+
+
+def test_a_matrix_is_drawn_with_its_rows_downwards_and_darker_where_larger():
+    matrix = torch.zeros(20, 20)
+    matrix[3, 15] = 1  # true rank 3, predicted 15
+    picture = np.asarray(
+        draw_matrices([matrix], ["t"], [str(i) for i in range(20)], ("x", "y")).convert("L")
+    )
+    area = picture[56:456, 120:520].reshape(20, 20, 20, 20).mean((1, 3))  # cells of 20 x 20 pixels
+    assert np.unravel_index(area.argmin(), area.shape) == (3, 15) and area[3, 15] < 60
+    assert np.delete(area.ravel(), 3 * 20 + 15).min() > 200

@@ -1,0 +1,155 @@
+"""pytest tests/test_report.py -- tables of finished runs beside the paper's figures."""
+
+import json
+
+import pytest
+
+import train
+from evaluation import report
+from evaluation.report import write_report
+
+
+def write_run(run_dir, mae, **settings):
+    base = dict(data="morph2", category=None, label_rule=None, split="random", method="ordinalclip", interp="linear",
+                base_ranks=3, rank_position="tail", tune="both", freeze_image=False, official=False, context=None, shots=None, shift=None,
+                seed=1, fold=0, lr=1e-4, regression_loss="l1",
+                clip="RN50", image_encoder="vgg16", image_weights="imagenet")  # fmt: skip
+    results = dict(images=dict(train=3955, val=439, test=1098), test=dict(mae_expected=mae, mae_argmax=mae + 0.1, acc_argmax=0.5, cs_expected=0.9, qwk_expected=0.8), ordinality=0.9, commit="abc",
+                   seconds=3, protocol="a protocol", majority=dict(rank="31", mae=7.0, acc=0.25), settings=base | settings)  # fmt: skip
+    run_dir.mkdir(parents=True)
+    (run_dir / "results.json").write_text(json.dumps(results))
+
+
+def test_the_report_has_the_papers_layout(tmp_path, capsys):
+    for seed, mae in ((1, 2.0), (27, 2.5), (42, 3.0)):
+        write_run(tmp_path / f"a{seed}", mae, seed=seed)
+    write_run(tmp_path / "b", 4.0, shots=4)
+    write_run(tmp_path / "c", 5.0, method="coop", interp="none")
+    write_run(tmp_path / "d", 6.0, shift=[10, 0.2])
+    text = train.main(["--report", str(tmp_path)])
+    assert text in capsys.readouterr().out and (tmp_path / "report.md").read_text() == text
+    lines = text.splitlines()
+    assert lines[4] == "| method | all | 4 shots | shift 10-80 |"
+    assert (
+        lines[7]
+        == "| ordinalclip-linear-K3 | 2.500 ± 0.500 (n=3) [2.32] | 4.000 (n=1) [3.55] | 6.000 (n=1) [2.61] |"
+    )
+    assert lines[6] == "| coop | 5.000 (n=1) [2.39] | - [3.81] | - [2.71] |"
+    assert (
+        "- [a27](a27/results.json): seed 27, fold 0, image encoder vgg16, clip RN50, commit abc, 3 s, always '31' MAE 7.000 accuracy 25.0%; a protocol"
+        in lines
+    )
+    assert (
+        "Cumulative score CS(5), expected rank, %" in lines
+        and "Quadratic weighted kappa, expected rank" in lines
+    )
+
+
+def test_the_papers_figure_stands_beside_its_protocol_only(tmp_path):
+    write_run(tmp_path / "a", 2.0, split="subject-exclusive")
+    write_run(tmp_path / "b", 3.0, rank_position="front")
+    write_run(tmp_path / "c", 4.0, context="years:")
+    write_run(tmp_path / "d", 5.0, train_list="train.txt")
+    assert "[2.32]" not in "".join(
+        line for line in write_report([tmp_path]).splitlines() if "(n=1)" in line
+    )
+
+
+def test_runs_that_differ_are_not_averaged(tmp_path):
+    write_run(tmp_path / "a", 2.0)
+    write_run(tmp_path / "b", 4.0, seed=2, lr=1e-3)
+    text = write_report([tmp_path])
+    assert "| ordinalclip-linear-K3 lr=0.0001 | 2.000 (n=1) |" in text
+    assert "| ordinalclip-linear-K3 lr=0.001 | 4.000 (n=1) |" in text
+
+
+def test_the_papers_figures_are_where_they_belong():
+    """A few read off the tables again."""
+    morph = report.PAPER_MAE["morph2"]
+    assert (
+        morph["all"]["ordinalclip-inverse-K7"] == "2.35"
+        and morph["all"]["ordinalclip-linear-K9"] == "2.41"
+    )
+    assert morph["all"]["coop-tune-rank-random-context"] == "2.58"
+    assert morph["all"]["ordinalclip-linear-K3-tune-context"] == "2.34"
+    assert (
+        morph["64 shots"][report.ORDINALCLIP_ROW] == "2.57"
+        and morph["shift 40-90"]["linear"] == "3.65"
+    )
+    assert (
+        report.PAPER_ACC["adience"]["all"]["zeroshot"] == "25.4 ± 3.5"
+        and report.PAPER_MAE["hci"]["all"]["coop"] == "0.76 ± 0.06"
+    )
+    assert report.PAPER_ACC["aesthetics"]["people"]["zeroshot"] == "24.79"
+    assert report.PAPER_MAE["aesthetics"]["animal"]["linear"] == "0.381"
+
+
+@pytest.mark.parametrize(
+    "figures", [report.PAPER_MAE["aesthetics"], report.PAPER_ACC["aesthetics"]]
+)
+def test_the_papers_overall_is_the_mean_of_its_categories(figures):
+    categories = ("nature", "animal", "urban", "people")
+    assert list(figures) == [*categories, "overall"]
+    for row, overall in figures["overall"].items():
+        mean = sum(float(figures[category][row]) for category in categories) / 4
+        assert abs(mean - float(overall)) < (0.011 if float(overall) > 1 else 0.0011), (
+            row
+        )  # as rounded in print
+
+
+def test_aesthetics_is_one_table_with_the_categories_and_their_mean(tmp_path):
+    maes = dict(nature=(0.1, 0.3), animal=(0.2, 0.4), urban=(0.3, 0.3), people=(0.6, 0.8))
+    for category, (first, second) in maes.items():
+        for fold, mae in enumerate((first, second)):
+            shared = dict(data="aesthetics", label_rule="median", category=category)
+            write_run(tmp_path / f"{category}{fold}", mae, fold=fold, **shared)
+            if (category, fold) != ("people", 1):
+                write_run(
+                    tmp_path / f"coop-{category}{fold}",
+                    mae + 1,
+                    fold=fold,
+                    method="coop",
+                    interp="none",
+                    **shared,
+                )
+    write_run(tmp_path / "few", 3.0, shots=4, **shared)
+    write_run(tmp_path / "whole", 4.0, data="aesthetics", label_rule="median", category="all")
+    lines = write_report([tmp_path]).splitlines()
+    assert [line for line in lines if line.startswith("## ")] == ["## aesthetics median random"]
+    assert (
+        lines[4]
+        == "| method | all categories | nature | animal | urban | people | overall | people 4 shots |"
+    )
+    rows = {
+        cells[1]: cells[2:-1]
+        for cells in ([word.strip() for word in line.split("|")] for line in lines[6:8])
+    }
+    assert rows["ordinalclip-linear-K3"] == [
+        "4.000 (n=1)", "0.200 ± 0.141 (n=2) [0.273]", "0.300 ± 0.141 (n=2) [0.279]", "0.300 ± 0.000 (n=2) [0.277]",
+        "0.700 ± 0.141 (n=2) [0.291]", "0.375 ± 0.106 (n=2) [0.280]", "3.000 (n=1)"]  # fmt: skip
+    assert rows["coop"][4:6] == [
+        "1.600 (n=1) [0.330]",
+        "1.300 (n=1) [0.302]",
+    ]  # fold 1 lacks people
+
+
+def test_a_run_named_twice_counts_once(tmp_path):
+    write_run(tmp_path / "a", 2.0)
+    assert "(n=1)" in write_report([tmp_path, tmp_path / "a"])
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(image_encoder="clip"), dict(image_weights="none"), dict(clip="ViT-B/32")]
+)
+def test_the_papers_figure_needs_the_papers_encoder(tmp_path, settings):
+    write_run(tmp_path / "a", 2.0, **settings)
+    assert "[" not in write_report([tmp_path]).split("- [a]")[0]
+
+
+def test_the_papers_figure_needs_the_whole_data(tmp_path):
+    write_run(tmp_path / "a", 2.0)
+    assert "2.000 (n=1) [2.32]" in write_report([tmp_path])
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    results["images"]["test"] = 100
+    (tmp_path / "a" / "results.json").write_text(json.dumps(results))
+    assert "2.000 (n=1) |" in write_report([tmp_path])

@@ -1,0 +1,244 @@
+"""What --method builds, and its loss: one row of METHODS each.
+
+A builder gets a Parts and returns a module with
+
+    loss(images (B, 3, S, S), labels (B,), *, target, group) -> (total, i2t, t2i)    0-dim tensors
+    predict(images) -> dict(probs (B, R))
+    export() -> the module that evaluates (text tower run once)
+
+Needs: ordinalclip, clip_model, tokenizer, backbones, data, training.distributed, .run_folder.
+"""
+
+import math
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import data
+from backbones import build_image_encoder
+from clip_model import CLIP, download, tiny_clip
+from ordinalclip import FixedPrototypes, LinearPrototypes, OrdinalCLIP, RankPrompts
+from tokenizer import Tokenizer
+from training.distributed import is_main, main_process_first, world_size
+from training.run_folder import load_checkpoint
+
+LINEAR_DIM, LINEAR_SCALE = 1024, math.log(100)  # of the baselines where no CLIP is loaded
+
+
+class Parts(NamedTuple):
+    """What a method is built from."""
+
+    args: Namespace
+    task: data.Task
+    image_encoder: nn.Module  # (B, 3, S, S) -> (B, D)
+    dim: int  # D
+    clip: CLIP | None  # None where neither prompts nor image encoder need it
+
+
+class Method(NamedTuple):
+    build: Callable[[Parts], nn.Module]
+    needs_clip: bool
+    has_prompts: bool  # --tune has an effect
+
+
+class Regression(nn.Module):
+    """The paper's regression baseline: one neuron that gives the rank index, with L1 or L2 loss.
+
+    It starts at the middle rank. `predict` puts the probability on the two ranks beside the answer,
+    so that the expected rank is the answer (within 0..R-1) and the most probable one the nearest.
+    """
+
+    def __init__(self, image_encoder: nn.Module, dim: int, num_ranks: int, loss_type: str) -> None:
+        super().__init__()
+        self.image_encoder, self.num_ranks, self.loss_type = image_encoder, num_ranks, loss_type
+        self.head = nn.Linear(dim, 1)
+        nn.init.constant_(self.head.bias, (num_ranks - 1) / 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> rank indices (B,), of any size."""
+        return self.head(self.image_encoder(images).float())[:, 0]
+
+    def loss(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        target: str | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, H, W), rank indices (B,) -> (mean loss, the same, 0).
+
+        With `group` the loss is that of all its processes, and gradients are each one's share, as
+        OrdinalCLIP's. `target` is OrdinalCLIP's column target: without columns it has no effect.
+        """
+        error = self(images) - labels
+        error = error.abs() if self.loss_type == "l1" else error.square()
+        total = error.mean() / world_size()
+        if group is not None:
+            global_loss = total.detach().clone()
+            dist.all_reduce(global_loss, group=group)
+            total = total + (global_loss - total.detach())
+        return total, total, torch.zeros_like(total)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> dict[str, Tensor]:
+        """Images (B, 3, H, W) -> dict(probs (B, R))."""
+        ranks = torch.arange(self.num_ranks, device=images.device)
+        predicted = self(images).clamp(0, self.num_ranks - 1)[:, None]  # (B, 1)
+        return dict(probs=(1 - (predicted - ranks).abs()).clamp_min(0))
+
+    def export(self) -> nn.Module:
+        return self
+
+
+def build_linear(parts: Parts) -> OrdinalCLIP:
+    scale = parts.clip.logit_scale if parts.clip else LINEAR_SCALE
+    prototypes = LinearPrototypes(parts.task.num_ranks, parts.dim)
+    return OrdinalCLIP(parts.image_encoder, prototypes, scale)
+
+
+def build_regression(parts: Parts) -> Regression:
+    loss_type = parts.args.regression_loss
+    return Regression(parts.image_encoder, parts.dim, parts.task.num_ranks, loss_type)
+
+
+def build_zeroshot(parts: Parts) -> OrdinalCLIP:
+    clip, names = parts.clip, parts.task.rank_names
+    prompts = [zeroshot_prompt(parts.args, parts.task, name) for name in names]
+    with torch.no_grad():
+        prototypes = clip.encode_text(Tokenizer()(prompts, clip.context_length))
+    return OrdinalCLIP(parts.image_encoder, FixedPrototypes(prototypes), clip.logit_scale)
+
+
+def zeroshot_prompt(args: Namespace, task: data.Task, rank_name: str) -> str:
+    return f"{args.context or task.context} {rank_name}."
+
+
+def build_rank_prompts(parts: Parts) -> OrdinalCLIP:
+    args, task, tokenizer = parts.args, parts.task, Tokenizer()
+    context = args.context or task.context
+    names = [tokenizer.encode(name) for name in task.rank_names]
+    prompts = RankPrompts(
+        parts.clip,
+        task.num_ranks,
+        context=int(context) if context.isdigit() else torch.tensor(tokenizer.encode(context)),
+        rank_tokens=names if args.rank_init == "names" else None,
+        interp=args.interp,
+        num_base_ranks=args.base_ranks,
+        rank_position=args.rank_position,
+    )
+    prompts.rank_embeds.requires_grad_(args.tune != "context")
+    prompts.context_embeds.requires_grad_(args.tune != "rank")
+    return OrdinalCLIP(parts.image_encoder, prompts, parts.clip.logit_scale)
+
+
+METHODS = {  # in the order of the paper's rows
+    "linear": Method(build_linear, needs_clip=False, has_prompts=False),
+    "regression": Method(build_regression, needs_clip=False, has_prompts=False),
+    "zeroshot": Method(build_zeroshot, needs_clip=True, has_prompts=False),
+    "coop": Method(build_rank_prompts, needs_clip=True, has_prompts=True),
+    "ordinalclip": Method(build_rank_prompts, needs_clip=True, has_prompts=True),
+}
+
+
+def build_model(args: Namespace, task: data.Task) -> tuple[nn.Module, dict[str, Any]]:
+    """-> the model on its device, and how its images are prepared (image_size, mean, std, ...)."""
+    clip = None
+    if METHODS[args.method].needs_clip or args.image_encoder == "clip":
+        clip = load_clip(args)
+    dim = clip.embed_dim if clip else LINEAR_DIM
+    if args.image_encoder == "clip":
+        encoder = clip.visual.requires_grad_(True)
+        preprocess = dict(image_size=clip.image_size, mean=data.CLIP_MEAN, std=data.CLIP_STD)
+    else:
+        weights = None if args.image_weights == "none" else args.image_weights
+        encoder = build_image_encoder(args.image_encoder, dim, weights=weights, download=download)
+        preprocess = dict(image_size=encoder.image_size, mean=encoder.mean, std=encoder.std)
+    if args.official:  # xk-huang/OrdinalCLIP@ca10a20 ordinalclip/runner/utils.py#L370-L400
+        preprocess |= dict(mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD)
+        preprocess |= dict(squash=True, resample="bilinear")
+    if args.freeze_image:
+        encoder.requires_grad_(False)
+    model = METHODS[args.method].build(Parts(args, task, encoder, dim, clip))
+    return model.to(
+        args.device, memory_format=torch.channels_last
+    ), preprocess  # faster convolutions
+
+
+def load_clip(args: Namespace) -> CLIP:
+    if args.clip == "tiny":
+        return tiny_clip(image_size=96)
+    with main_process_first():  # it downloads, the others find the file
+        return CLIP.from_pretrained(
+            args.clip, quick_gelu=args.quick_gelu, trust_torchscript=args.trust_torchscript
+        )
+
+
+class LossModule(nn.Module):
+    """A module whose forward is the loss, for DistributedDataParallel to wrap.
+
+    Each process's gradients are its share of the gradient of the global loss; DDP averages them, so
+    multiply the total by the number of processes before backward.
+    """
+
+    def __init__(self, model: nn.Module, target: str) -> None:
+        super().__init__()
+        self.model, self.target = model, target
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        group = dist.group.WORLD if dist.is_initialized() else None
+        return self.model.loss(images, labels, target=self.target, group=group)
+
+
+def param_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """One optimizer group per part; every parameter that trains is in exactly one."""
+    groups = [
+        dict(name=name, params=[p for p in part.parameters() if p.requires_grad])
+        for name, part in model.named_children()
+    ]
+    grouped = [id(p) for group in groups for p in group["params"]]
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(grouped) == len(set(grouped)) and set(grouped) == trainable
+    return [group for group in groups if group["params"]]
+
+
+# --- --init ---
+
+
+def init_state(args: Namespace) -> dict[str, Tensor]:
+    """State dict of the run that --init names, a folder or a checkpoint."""
+    path = Path(args.init)
+    return load_checkpoint(path / "best.pt" if path.is_dir() else path, "model")["model"]
+
+
+def warm_start(args: Namespace, model: nn.Module) -> None:
+    """Copy the image encoder and the prompt of another run; resample its base ranks to our number.
+
+    Base embeddings lie at equal distances from the lowest rank to the highest, in both runs, so
+    rank c of R starts where rank c (R_old - 1) / (R - 1) of the other run ended.
+    """
+    source, state = init_state(args), model.state_dict()
+    updates = {key: v for key, v in source.items() if key.startswith("image_encoder.")}
+    context_key, ranks_key = "prototypes.context_embeds", "prototypes.rank_embeds"
+    if context_key in source and context_key in state:
+        updates[context_key] = source[context_key]
+        rows = source[ranks_key].permute(1, 2, 0)  # (K, T, W) -> (T, W, K)
+        num_base_ranks = len(state[ranks_key])
+        rows = nn.functional.interpolate(rows, num_base_ranks, mode="linear", align_corners=True)
+        updates[ranks_key] = rows.permute(2, 0, 1)
+    for key, value in updates.items():
+        if key not in state or state[key].shape != value.shape:
+            model_shape = tuple(state[key].shape) if key in state else "nothing of that name"
+            raise SystemExit(
+                f"--init {args.init}: {key} is {tuple(value.shape)} there, here {model_shape}; "
+                "use the same --image-encoder, --clip and number of context tokens"
+            )
+    model.load_state_dict(state | updates)
+    if is_main():
+        prompts = " and prompts" if ranks_key in updates else ""
+        print(f"starts with the image encoder{prompts} of {args.init}")

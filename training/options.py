@@ -1,0 +1,295 @@
+"""Command line of train.py: flags in groups, the paper's defaults, checks, and the runs of a sweep.
+
+Read parse_args first; resolve_defaults fills in what dataset, method and machine decide.
+Needs: data, ordinalclip, clip_model, training.methods, training.run_folder.
+"""
+
+import argparse
+import copy
+import itertools
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+import data
+from clip_model import MODELS
+from ordinalclip import POSITIONS
+from training.methods import METHODS, init_state
+from training.run_folder import as_list, load_checkpoint, run_name
+
+# xk-huang/OrdinalCLIP@ca10a20 configs/meta_cfgs/morph_compare.yaml, configs/default.yaml
+PAPER = dict(
+    clip="RN50", image_encoder="vgg16", image_weights="imagenet",
+    epochs=100, batch_size=32, lr=1e-4, weight_decay=5e-4,
+)  # fmt: skip
+DATASET_DEFAULTS = {"demo": dict(clip="tiny", image_encoder="clip", epochs=9, lr=3e-3)}
+INTERPOLATIONS = ("linear", "inverse", "none")
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+OWN_DATA_FOLDS = 5  # of --fold all with a folder of own data
+SWEEP_FLAGS = ("base_ranks", "shots", "shift")  # flags that accept a list: one run per value
+
+
+def parse_args(argv: list[str] | None = None, description: str | None = None) -> Namespace:
+    """The settings of a run, complete. SystemExit for flags that are wrong or have no effect."""
+    parser = build_parser(description)
+    args = parser.parse_args(argv)
+    argv_flags = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    explicit_flags = {a.dest for a in parser._actions if argv_flags & {*a.option_strings}}
+    if args.resume or args.eval:
+        return args_from_checkpoint(args, explicit_flags, parser)
+    if {"seed", "seeds"} <= explicit_flags:
+        parser.error("--seed and --seeds: give one of them")
+    if args.report and explicit_flags - {"report"}:
+        parser.error("--report takes no other flag")
+    return resolve_defaults(args)
+
+
+def build_parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=description, formatter_class=HelpFormatter
+    )
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--data", default="demo", help=f"{', '.join(data.DATASETS)}, or a folder of your images")
+    add("--data-root", help="where the release lies (default: data/NAME; demo: a cache folder)")
+    add("--train-list", help="list file `path label`, instead of a split made here")
+    add("--val-list", help="list file of validation images (default: a tenth of the training ones)")
+    add("--test-list", help="list file of test images")
+
+    group = parser.add_argument_group("protocol")
+    add = group.add_argument
+    add("--split", help="morph2: random, subject-exclusive (default: the dataset's first)")
+    add(
+        "--fold",
+        type=fold_number,
+        default=0,
+        help="which split of the dataset; all: a run for each",
+    )
+    add("--split-seed", type=int, default=1, help="of splits made here; all --seeds share them")
+    add("--category", help="aesthetics: nature, animal, urban, people, each (a run for each), all")
+    add("--label-rule", help="how labels follow from the release, where it leaves a choice: docs/")
+    add("--shots", type=int, nargs="+", help="training images per rank; several: a run for each")
+    add(
+        "--shift",
+        type=ranks_and_share,
+        nargs="+",
+        metavar="K,KEEP",
+        help="keep this share of the K most frequent ranks' images; several: a run for each",
+    )
+
+    group = parser.add_argument_group("method")
+    add = group.add_argument
+    add("--method", default="ordinalclip", choices=METHODS, help="where rank prototypes come from")
+    add(
+        "--interp", default="linear", choices=INTERPOLATIONS, help="base ranks to ranks; none: CoOp"
+    )
+    add("--base-ranks", type=int, nargs="+", default=3, help="K; several values: a run for each")
+    add("--context", help="words that start the prompt, or a number of random tokens (default: "
+        "the dataset's words)")  # fmt: skip
+    add(
+        "--rank-position",
+        default="tail",
+        choices=POSITIONS,
+        help="rank after, amid, before context",
+    )
+    add("--rank-init", choices=("random", "names"), help="(default: names for coop, else random)")
+    add_with_paper_default(group, "--clip", str, f"{', '.join(MODELS)}, tiny, or a weights file")
+    add("--tune", default="both", choices=("both", "rank", "context"), help="embeddings that learn")
+    add("--regression-loss", default="l1", choices=("l1", "l2"), help="of --method regression")
+    add("--official", action="store_true", help="the official code's target, pixels, ordinality")
+    add(
+        "--quick-gelu", action=argparse.BooleanOptionalAction, help="if a weights file does not say"
+    )
+    add("--trust-torchscript", action="store_true", help="open an unknown TorchScript archive")
+    encoders = "clip (the tower of --clip), vgg16, timm:NAME, torchvision:NAME"
+    add_with_paper_default(group, "--image-encoder", str, encoders)
+    weights = "imagenet, none, or a state dict file; not for clip"
+    add_with_paper_default(group, "--image-weights", str, weights)
+    add("--freeze-image", action="store_true", help="train prompts only, on cached features")
+    add("--init", metavar="CKPT", help="start from another run: its encoder, context, base ranks")
+
+    group = parser.add_argument_group("optimisation")
+    add = group.add_argument
+    add_with_paper_default(
+        group, "--epochs", int, "passes over the training images, cosine schedule"
+    )
+    add_with_paper_default(group, "--batch-size", int, "images per step, over all processes")
+    add_with_paper_default(group, "--lr", float, "learning rate of everything that trains")
+    add_with_paper_default(group, "--weight-decay", float, "decoupled: p -= lr * decay * p")
+    add("--seed", type=int, default=1, help="of weights, order, augmentation, --shots and --shift")
+    add("--seeds", type=int, nargs="+", help="a run for each (paper: 1 27 42 128 114514)")
+
+    group = parser.add_argument_group("where it runs, and runs that exist")
+    add = group.add_argument
+    add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    add("--precision", choices=PRECISIONS, help="of the towers (default: bf16 on a GPU, else fp32)")
+    add("--workers", type=int, help="processes that read images (default: up to 8, leaving a core)")
+    add("--out", help="folder of the run (default: runs/DATA-METHOD-...-seedS)")
+    add("--resume", metavar="RUN", help="go on with the run in this folder, with its own settings")
+    add("--eval", metavar="CKPT", help="only test this checkpoint, with its own settings")
+    add("--report", metavar="RUN", nargs="+", help="print finished runs as tables, write report.md")
+    return parser
+
+
+def add_with_paper_default(
+    group: argparse._ArgumentGroup, flag: str, type: type, help: str
+) -> None:
+    """A flag whose default depends on the dataset; resolve_defaults fills it in."""
+    key = flag[2:].replace("-", "_")
+    demo = DATASET_DEFAULTS["demo"].get(key, PAPER[key])
+    help = f"{help} (default: {PAPER[key]}; demo: {demo})"
+    group.add_argument(flag, type=type, help=help, default=argparse.SUPPRESS)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Omits "(default: None)" and "(default: False)"."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def fold_number(text: str) -> int | str:
+    if text != "all" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0, or all")
+    return text if text == "all" else int(text)
+
+
+def ranks_and_share(text: str) -> tuple[int, float]:
+    try:
+        ranks, share = text.split(",")
+        return int(ranks), float(share)
+    except ValueError:
+        message = f"{text!r}: expected K,KEEP such as 10,0.2"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def resolve_defaults(args: Namespace) -> Namespace:
+    """Fill in what the dataset, the method and the machine decide."""
+    for key, value in {**PAPER, **DATASET_DEFAULTS.get(args.data, {})}.items():
+        vars(args).setdefault(key, value)
+    preset = data.DATASETS.get(args.data, {})  # written out or not, the same experiment
+    args.split = args.split or preset.get("splits", ("random",))[0]
+    args.label_rule = args.label_rule or preset.get("label_rules", (None,))[0]
+    args.category = args.category or preset.get("categories", (None,))[0]
+    for key in SWEEP_FLAGS:
+        if len(values := as_list(getattr(args, key))) == 1:
+            setattr(args, key, values[0])
+    if args.method == "ordinalclip" and args.interp == "none":
+        args.method = "coop"
+    check_unused_flags(args)
+    if args.method == "coop":
+        args.interp = "none"
+    if args.method == "zeroshot":
+        args.epochs = 0
+    for flag, is_set in (
+        ("--method zeroshot", args.method == "zeroshot"),
+        ("--freeze-image", args.freeze_image),
+    ):
+        if is_set and args.image_encoder != "clip":
+            raise SystemExit(
+                f"{flag} needs --image-encoder clip: the last layer of the others starts at random"
+            )
+    if args.rank_init is None:
+        args.rank_init = "names" if args.interp == "none" else "random"
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.precision is None:
+        has_bf16 = args.device.startswith("cuda") and torch.cuda.is_bf16_supported()
+        args.precision = "bf16" if has_bf16 else "fp32"
+    if args.workers is None:
+        args.workers = max(0, min(8, (os.cpu_count() or 1) - 1))
+    if args.init and args.context is None:
+        state = init_state(args)
+        if "prototypes.context_embeds" in state:  # as many random tokens; values are copied
+            args.context = str(state["prototypes.context_embeds"].shape[-2])
+    if args.out is None and not is_sweep(args):
+        args.out = str(Path("runs") / run_name(args))
+    return args
+
+
+def check_unused_flags(args: Namespace) -> None:
+    """Raise for flags the chosen method ignores: they would still change the run's name."""
+    is_ordinalclip = args.method == "ordinalclip"
+    for flag, is_unused in (
+        ("--tune", args.tune != "both" and not METHODS[args.method].has_prompts),
+        ("--interp", args.interp == "inverse" and not is_ordinalclip),
+        ("--base-ranks", args.base_ranks != 3 and not is_ordinalclip),
+    ):
+        if is_unused:
+            raise SystemExit(f"{flag} has no effect with --method {args.method}; remove it")
+    if args.fold and args.train_list:
+        raise SystemExit(f"--fold {args.fold} cannot be combined with --train-list; remove it")
+    if args.epochs < 1 and args.method != "zeroshot":
+        raise SystemExit(
+            f"--epochs {args.epochs}: expected at least 1; --method zeroshot does without training"
+        )
+    if is_ordinalclip and 1 in as_list(args.base_ranks):
+        raise SystemExit(
+            "--base-ranks 1: with 1 base rank every interpolated rank is the same vector; "
+            "use --base-ranks of at least 2"
+        )
+
+
+def args_from_checkpoint(
+    args: Namespace, explicit_flags: set[str], parser: argparse.ArgumentParser
+) -> Namespace:
+    """The settings of the run that --resume or --eval names, but for where it runs now."""
+    machine_flags = {"device", "precision", "workers", "data_root"}
+    if unexpected := explicit_flags - machine_flags - {"resume", "eval"}:
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(unexpected))
+        parser.error(
+            f"{flags}: settings come from the checkpoint; leave them out, or start a new run"
+        )
+    path = Path(args.resume or args.eval)
+    path = path / ("last.pt" if args.resume else "best.pt") if path.is_dir() else path
+    settings = load_checkpoint(path, "settings")["settings"]
+    saved = Namespace(**vars(parser.parse_args([])) | settings)
+    for name in explicit_flags & machine_flags:
+        setattr(saved, name, getattr(args, name))
+    saved.out = str(path.parent)
+    saved.resume, saved.eval = args.resume and str(path), args.eval and str(path)
+    return resolve_defaults(saved)
+
+
+# --- the runs of one command ---
+
+
+def is_sweep(args: Namespace) -> bool:
+    several = args.fold == "all" or args.category == "each" or bool(args.seeds)
+    return several or has_sweep_values(args)
+
+
+def has_sweep_values(args: Namespace) -> bool:
+    return any(isinstance(getattr(args, key), list) for key in SWEEP_FLAGS)
+
+
+def categories(dataset: str) -> list[str | None]:
+    """What --category each runs through; [None] where a dataset has none."""
+    names = data.DATASETS.get(dataset, {}).get("categories", (None,))
+    return [name for name in names if name != "all"]
+
+
+def expand_runs(args: Namespace) -> list[Namespace]:
+    """The settings of each run: folds x categories x values of SWEEP_FLAGS x seeds."""
+    if not is_sweep(args):
+        return [args]
+    num_folds = data.DATASETS.get(args.data, {}).get("folds", OWN_DATA_FOLDS)
+    folds = range(num_folds) if args.fold == "all" else [args.fold]
+    names = categories(args.data) if args.category == "each" else [args.category]
+    if names == [None] and args.category:
+        raise SystemExit(f"--category each: {args.data} has no categories; leave it out")
+    values = [as_list(getattr(args, key)) for key in SWEEP_FLAGS]
+    runs = []
+    for fold, category, *settings, seed in itertools.product(
+        folds, names, *values, args.seeds or [args.seed]
+    ):
+        run = copy.copy(args)
+        vars(run).update(zip(SWEEP_FLAGS, settings), fold=fold, category=category, seed=seed)
+        run.out = str(Path(args.out or "runs") / run_name(run))
+        runs.append(run)
+    return runs
