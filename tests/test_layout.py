@@ -1,4 +1,4 @@
-"""pytest tests/test_layout.py -- who imports whom, what the README shows, what the project promises to be."""
+"""pytest tests/test_layout.py -- imports, sizes of files, and the blocks of README.md and docs/*.md."""
 
 import ast
 import re
@@ -6,68 +6,84 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("kernels", "data", "training", "evaluation")
 OURS = {
-    "ordinalclip",
-    "clip_model",
-    "tokenizer",
-    "kernels",
-    "data",
-    "backbones",
-    "train",
-    "training",
-    "evaluation",
-    "predict",
-}
-THIRD = {"torch", "ftfy", "regex", "PIL", "numpy", "triton"}
+    "ordinalclip", "clip_model", "clip_weights", "tokenizer", "backbones", "train", "predict", *PACKAGES
+}  # fmt: skip
+VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+MODULES = sorted([*ROOT.glob("*.py"), *(p for name in PACKAGES for p in ROOT.glob(f"{name}/*.py"))])
+# While the files move, old ones stand beside new ones and are not measured. To be deleted.
+IS_MOVING = (ROOT / "data.py").exists() or "def draw_curves" in (ROOT / "predict.py").read_text()
+layout_is_complete = pytest.mark.skipif(IS_MOVING, reason="files are moving")
+
+
+def module_id(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+# --- imports ---
+
+CLIP = {"clip_model", "clip_weights", "tokenizer"}
+BELOW_TRAINING = {"ordinalclip", "backbones", "kernels", "data"} | CLIP
 OPTIONAL = {"timm", "torchvision"}
-PEERS = {
-    "inf_cl",
-    "cut_cross_entropy",
-    "memeff",
-    "open_clip",
-    "liger_kernel",
-}  # kernels/bench.py only
-ARROWS = {
+BENCH_PEERS = {"inf_cl", "cut_cross_entropy", "memeff", "open_clip", "liger_kernel"}
+ARROWS = {  # file or folder: (modules of ours, third-party packages) it may import
     "tokenizer.py": (set(), {"torch", "ftfy", "regex"}),
-    "clip_model.py": (set(), {"torch"}),
+    "clip_model.py": ({"clip_weights"}, {"torch"}),
+    "clip_weights.py": (set(), {"torch"}),
     "ordinalclip.py": ({"kernels"}, {"torch"}),
-    "data.py": (set(), {"torch", "numpy", "PIL"}),
     "backbones.py": (set(), {"torch"} | OPTIONAL),
-    "train.py": (OURS - {"train"}, {"torch"}),
+    "kernels": ({"kernels"}, {"torch", "triton", "PIL", "numpy"}),
+    "kernels/bench.py": ({"kernels"}, {"torch", "triton", "PIL", "numpy"} | BENCH_PEERS),
+    "data.py": (set(), {"torch", "numpy", "PIL"}),
+    "data": ({"data"}, {"torch", "numpy", "PIL"}),
+    "training": ({"training"} | BELOW_TRAINING, {"torch"}),
+    "evaluation": ({"evaluation", "training"} | BELOW_TRAINING, {"torch"}),
+    "evaluation/metrics.py": (set(), {"torch"}),
+    "evaluation/plots.py": (set(), {"torch", "numpy", "PIL"}),
+    "train.py": (OURS - {"train", "predict"}, {"torch"}),
     "predict.py": (
-        {"data", "backbones", "ordinalclip", "clip_model", "kernels"},
+        BELOW_TRAINING - {"tokenizer"} | {"evaluation"},
         {"torch", "numpy", "PIL", "onnx", "onnxscript"},
     ),
 }
 
 
-def imports(path):
-    """Top-level names that a file imports, anywhere in it."""
+def imported_names(path: Path) -> Iterator[str]:
+    """Top-level names that a file imports, anywhere in it, without the standard library's."""
     for node in ast.walk(ast.parse(path.read_text())):
+        names = []
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node.module.split(".")[0]
+            names = [node.module]
+        for name in names:
+            if name.split(".")[0] not in sys.stdlib_module_names:
+                yield name.split(".")[0]
 
 
-@pytest.mark.parametrize("name", ARROWS)
-def test_arrows_go_one_way(name):
-    ours, third = ARROWS[name]
-    found = set(imports(ROOT / name)) - sys.stdlib_module_names
-    assert found & OURS <= ours and found - OURS <= third, found
+@pytest.mark.parametrize("path", MODULES, ids=module_id)
+def test_imports_go_one_way(path):
+    if IS_MOVING and path.name in ("train.py", "plots.py"):
+        pytest.skip("they import from predict.py")
+    name = module_id(path)
+    ours, third_party = ARROWS.get(name) or ARROWS[name.split("/")[0]]
+    imported = set(imported_names(path))
+    assert imported & OURS <= ours
+    assert imported - OURS <= third_party
 
 
-def test_the_kernels_import_nothing_of_the_project():
-    for path in (ROOT / "kernels").glob("*.py"):
-        found = set(imports(path)) - sys.stdlib_module_names - {"kernels"}
-        assert found <= {"torch", "triton", "PIL", "numpy"} | (
-            PEERS if path.name == "bench.py" else set()
-        )
+@layout_is_complete
+def test_predict_takes_only_the_pictures_from_evaluation():
+    modules = re.findall(r"(?:from|import) (evaluation\S*)", (ROOT / "predict.py").read_text())
+    assert set(modules) <= {"evaluation.plots"}
 
 
 def test_requirements_are_exactly_these():
@@ -85,95 +101,228 @@ def test_nothing_is_unpickled_freely():
             assert text.count("torch.load(") == text.count("weights_only=True)"), path
 
 
-# --------------------------------------------------------------------------------------------- README
+# --- sizes ---
+
+MAX_LINES, MAX_LINES_IN_ALL, MAX_COLUMNS = 450, 4500, 100
+LONGER = {"kernels/matching_triton.py"}  # to be shortened: the one exception
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+def num_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n")
 
 
-def snippet_id(snippet):
-    return snippet.splitlines()[0][:40]
+@layout_is_complete
+@pytest.mark.parametrize("path", MODULES, ids=module_id)
+def test_a_module_has_at_most_450_lines(path):
+    assert num_lines(path) <= MAX_LINES or module_id(path) in LONGER
 
 
-@pytest.mark.parametrize("snippet", blocks("python"), ids=snippet_id)
-def test_the_python_snippets_run_and_print_what_they_say(snippet, tmp_path):
+@layout_is_complete
+def test_modules_without_kernels_have_at_most_4500_lines():
+    assert sum(num_lines(path) for path in MODULES if "kernels" not in path.parts) <= (
+        MAX_LINES_IN_ALL
+    )
+
+
+@layout_is_complete
+@pytest.mark.parametrize("path", MODULES, ids=module_id)
+def test_lines_have_at_most_100_columns(path):
+    if "kernels" not in path.parts:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert len(line) <= MAX_COLUMNS, f"{module_id(path)}:{number}"
+
+
+# --- README.md and docs/*.md ---
+
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXTENDING = ROOT / "docs" / "extending.md"  # its blocks are run in order, on a copy of the code
+DOCS_BUT_EXTENDING = [path for path in DOCS if path != EXTENDING]
+
+
+def code_blocks(language: str, paths: list[Path] = DOCS_BUT_EXTENDING) -> list[str]:
+    """Contents of the fenced blocks of one language."""
+    text = "\n".join(path.read_text() for path in paths)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
+
+
+def block_id(block: str) -> str:
+    return block.splitlines()[0][:40]
+
+
+def run_python(block: str, folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", block]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("block", code_blocks("python"), ids=block_id)
+def test_a_python_block_runs_and_prints_what_its_comments_say(block, tmp_path):
     for package, module in (("open_clip", "open_clip"), ("import clip\n", "clip")):
-        if package in snippet:
-            pytest.importorskip(module)  # no requirement of ours
-    if "runs/demo" in snippet:
-        snippet = snippet.replace(
-            "runs/demo-ordinalclip-linear-K3-seed1", str(exported_run(tmp_path))
-        )
-    done = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    printed = re.findall(r"print\(.*\)\s+# (.*)", snippet)
-    assert printed and done.stdout.splitlines() == printed
+        if package in block:
+            pytest.importorskip(module)  # not a requirement
+    example_run = "runs/demo-ordinalclip-linear-K3-seed1"
+    if example_run in block:
+        block = block.replace(example_run, str(exported_run(tmp_path)))
+    check_printed_lines(block, run_python(block, ROOT))
 
 
-def exported_run(folder):
-    """A run of the demo at toy size."""
-    import data
+def check_printed_lines(block: str, process: subprocess.CompletedProcess) -> None:
+    assert process.returncode == 0, process.stderr
+    expected = re.findall(r"print\(.*\)\s+# (.*)", block)
+    assert expected and process.stdout.splitlines() == expected
+
+
+@layout_is_complete
+def test_the_examples_of_extending_work(tmp_path):
+    """A new data set, method and metric, each written to the file that its block names."""
+    for path in MODULES:
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
+    shutil.copy(ROOT / VOCABULARY, tmp_path)
+    changed = set()
+    for language, block in re.findall(r"^```(\w+)\n(.*?)^```", EXTENDING.read_text(), re.S | re.M):
+        target = re.match(r"# (\w+/\w+\.py), (a new file|at the end)\n", block)
+        if target:
+            path = tmp_path / target[1]
+            assert path.exists() == (target[2] == "at the end")
+            with open(path, "a") as file:
+                file.write(block)
+            changed.add(target[1])
+        elif language == "python":
+            check_printed_lines(block, run_python(block, tmp_path))
+        else:
+            for line in block.splitlines():
+                words = [sys.executable, *shlex.split(line)[1:]]
+                process = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+                assert process.returncode == 0, process.stderr
+    assert changed == {"data/utkface.py", "training/methods.py", "evaluation/metrics.py"}
+
+
+def exported_run(folder: Path) -> Path:
+    """The folder of a short run on twelve plain images."""
     import train
 
-    data._make_demo(folder / "demo", (60, 30, 30))
-    argv = [
-        "--data",
-        "demo",
-        "--data-root",
-        str(folder / "demo"),
-        "--epochs",
-        "1",
-        "--workers",
-        "0",
-    ]
-    train.main([*argv, "--device", "cpu", "--out", str(folder / "run")])
+    for rank in range(3):
+        (folder / "gray" / str(rank)).mkdir(parents=True)
+        for i in range(4):
+            image = Image.new("RGB", (96, 96), (60 * rank + i,) * 3)
+            image.save(folder / "gray" / str(rank) / f"{i}.png")
+    flags = "--clip tiny --image-encoder clip --epochs 1 --workers 0 --device cpu".split()
+    train.main(["--data", str(folder / "gray"), "--out", str(folder / "run"), *flags])
     return folder / "run"
 
 
-VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
-ALONE = {  # files that are copied together, and what runs on them
-    ("tokenizer.py", VOCABULARY): "from tokenizer import Tokenizer; print(tuple(Tokenizer()(['a cat']).shape))",
-    ("clip_model.py",): "from clip_model import tiny_clip; c = tiny_clip(); "
-                        "print((1, c.context_length))",
-    ("kernels",): "import torch; from kernels import match; print(tuple(match(torch.randn(1, 8), torch.randn(77, 8), 9.)[0].shape))",
-    ("ordinalclip.py", "kernels"): "from ordinalclip import LinearPrototypes; print(tuple(LinearPrototypes(1, 77)().shape))",
-    ("data.py",): "import torch, data; print(tuple(data.normalize(torch.zeros(1, 3, 1, 77, dtype=torch.uint8), "
-                  "data.CLIP_MEAN, data.CLIP_STD)[0, :1, 0].shape))",
-    ("backbones.py",): "import torch; from backbones import VGG16\n"
-                       "with torch.device('meta'): print(tuple(VGG16(77)(torch.zeros(1, 3, 224, 224)).shape))",
-}  # fmt: skip
+def train_commands() -> list[list[str]]:
+    """The arguments of every `python train.py ...` in the documents."""
+    lines = [
+        line for block in code_blocks("sh") for line in block.replace("\\\n", " ").splitlines()
+    ]
+    for path in DOCS_BUT_EXTENDING:
+        lines += re.findall(r"`(python train.py [^`]*)`", path.read_text())
+    commands = []
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        scripts = [i for i, word in enumerate(words) if word.endswith("train.py")]
+        commands += [words[i + 1 :] for i in scripts[:1]]
+    return commands
 
 
-@pytest.mark.parametrize("files", ALONE, ids=lambda files: files[0])
-def test_a_module_pasted_alone_works(files, tmp_path):
-    for name in files:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, tmp_path / name)
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE[files]], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and done.stdout.strip() == "(1, 77)", done.stderr
-
-
-def test_every_command_of_the_readme_parses():
-    """Each `python train.py ...` line is understood by the parser, word for word."""
+def test_every_train_command_parses():
     import train
 
-    lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
-    lines += re.findall(r"`(python train.py [^`]*)`", (ROOT / "README.md").read_text())
-    lines = [shlex.split(line, comments=True) for line in lines if "train.py" in line]
-    commands = [
-        next(words[i + 1 :] for i, w in enumerate(words) if w.endswith("train.py"))
-        for words in lines
-    ]
-    assert len(commands) >= 5
-    for words in commands:
+    assert len(train_commands()) >= 20
+    for words in train_commands():
         if not {"--eval", "--resume", "--help"} & set(words):  # those need a run
             train.parse_args(words)
 
 
-def test_the_readme_names_files_that_exist():
-    for name in re.findall(r"\]\((?!http)([^)#]+)\)|`(\w+\.py|kernels/\w+\.\w+|tests/\w+\.py)`",
-                           (ROOT / "README.md").read_text()):  # fmt: skip
-        assert (ROOT / (name[0] or name[1])).exists(), name
+def test_every_predict_command_parses():
+    import predict
+
+    lines = [line for line in "".join(code_blocks("sh")).splitlines() if " predict.py " in line]
+    assert len(lines) >= 3
+    for line in lines:
+        predict.parse_args(shlex.split(line, comments=True)[2:])
+
+
+@pytest.mark.parametrize("path", DOCS, ids=module_id)
+def test_a_document_links_to_files_that_exist(path):
+    for link in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", path.read_text()):
+        assert (path.parent / link).exists(), link
+
+
+@layout_is_complete
+@pytest.mark.parametrize("path", DOCS, ids=module_id)
+def test_a_document_names_files_that_exist(path):
+    for name in re.findall(r"`((?:\w+/)?\w+\.py|(?:kernels|data|training|evaluation|docs)/[\w.]*)`",
+                           path.read_text()):  # fmt: skip
+        assert (ROOT / name).exists(), name
+
+
+# --- modules that are copied elsewhere ---
+
+ALONE = {  # files that are copied together, and what runs on them
+    ("tokenizer.py", VOCABULARY):
+        "from tokenizer import Tokenizer; print(tuple(Tokenizer()(['a cat']).shape))",
+    ("clip_model.py", "clip_weights.py"):
+        "from clip_model import tiny_clip; print((1, tiny_clip().context_length))",
+    ("kernels",):
+        "import torch; from kernels import match\n"
+        "print(tuple(match(torch.randn(1, 8), torch.randn(77, 8), 9.0)[0].shape))",
+    ("ordinalclip.py", "kernels"):
+        "from ordinalclip import LinearPrototypes; print(tuple(LinearPrototypes(1, 77)().shape))",
+    ("data.py",):
+        "import torch, data; pixels = torch.zeros(1, 3, 1, 77, dtype=torch.uint8)\n"
+        "print(tuple(data.normalize(pixels, data.CLIP_MEAN, data.CLIP_STD)[0, :1, 0].shape))",
+    ("data",):
+        "import torch, data; pixels = torch.zeros(1, 3, 1, 77, dtype=torch.uint8)\n"
+        "print(tuple(data.normalize(pixels, data.CLIP_MEAN, data.CLIP_STD)[0, :1, 0].shape))",
+    ("backbones.py",):
+        "import torch; from backbones import VGG16\n"
+        "with torch.device('meta'): print(tuple(VGG16(77)(torch.zeros(1, 3, 224, 224)).shape))",
+    ("evaluation/metrics.py",):
+        "import torch; from metrics import expected_rank\n"
+        "print((1, round(float(expected_rank(torch.eye(78)[77:])))))",
+    ("evaluation/plots.py",):
+        "import torch; from plots import draw_matrices\n"
+        "names = [str(i) for i in range(5)]\n"
+        "picture = draw_matrices([torch.eye(5)], ['title'], names, ('x', 'y'))\n"
+        "print((1, 77 * (picture.width > 77)))",
+}  # fmt: skip
+if IS_MOVING:
+    del ALONE[("evaluation/plots.py",)]
+ALONE = {  # without files that do not exist yet
+    tuple(name for name in files if (ROOT / name).exists()): code for files, code in ALONE.items()
+}
+ALONE.pop((), None)
+
+
+@pytest.mark.parametrize("files", ALONE, ids=lambda files: files[0])
+def test_a_module_works_where_it_is_copied(files, tmp_path):
+    for name in files:
+        copy_to(tmp_path, name)
+    process = run_python(ALONE[files], tmp_path)
+    assert process.returncode == 0 and process.stdout.strip() == "(1, 77)", process.stderr
+
+
+def copy_to(folder: Path, name: str) -> None:
+    """A file, or the files (not the folders) in a folder, into `folder`."""
+    source = ROOT / name
+    if source.is_dir():
+        (folder / name).mkdir()
+        for path in source.glob("*.*"):
+            if path.is_file():
+                shutil.copy(path, folder / name)
+    else:
+        shutil.copy(source, folder)
+
+
+@pytest.mark.parametrize("files", ALONE, ids=lambda files: files[0])
+def test_the_readme_names_what_is_copied_together(files):
+    for line in (ROOT / "README.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0].rstrip("/`").lstrip("`") == files[0] and len(cells) == 3:
+            names = [name.rstrip("/") for name in re.findall(r"`([^`]+)`", cells[2])]
+            assert [name for name in names if (ROOT / name).exists()] == list(files[1:])
+            return
+    assert files[0] == "data.py"
