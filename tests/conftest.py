@@ -18,10 +18,8 @@ MARKERS = {
     "full": "the whole grid of shapes and dtypes, many minutes: pytest -m full",
     "benchmark": "prints a table of times, needs a GPU to mean anything: pytest -m benchmark",
 }
-TINY = (  # flags of a run of seconds
-    "--clip tiny --image-encoder clip --batch-size 16 --workers 0 --device cpu --lr 0.002 "
-    "--epochs 1".split()
-)
+TINY_MODEL = "--clip tiny --image-encoder clip --batch-size 16 --workers 0 --device cpu".split()
+TINY = [*TINY_MODEL, "--lr", "0.002", "--epochs", "1"]  # flags of a run of seconds
 
 
 def pytest_configure(config):

@@ -26,6 +26,7 @@ from ordinalclip import FixedPrototypes, LinearPrototypes, OrdinalCLIP, RankProm
 from tokenizer import Tokenizer
 from training.checkpoints import load_checkpoint
 from training.distributed import is_main, main_process_first, world_size
+from training.run_folder import is_number
 
 LINEAR_DIM, LINEAR_SCALE = 1024, math.log(100)  # of the baselines where no CLIP is loaded
 
@@ -126,7 +127,7 @@ def build_rank_prompts(parts: Parts) -> OrdinalCLIP:
     prompts = RankPrompts(
         parts.clip,
         task.num_ranks,
-        context=int(context) if context.isdigit() else torch.tensor(tokenizer.encode(context)),
+        context=int(context) if is_number(context) else torch.tensor(tokenizer.encode(context)),
         rank_tokens=names if args.rank_init == "names" else None,
         interp=args.interp,
         num_base_ranks=args.base_ranks,

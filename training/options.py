@@ -10,6 +10,7 @@ import itertools
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from clip_model import MODELS
 from ordinalclip import POSITIONS
 from training.checkpoints import load_checkpoint
 from training.methods import METHODS, init_state
-from training.run_folder import as_list, load_json, run_name
+from training.run_folder import as_list, is_number, join_values, load_json, run_name
 
 # xk-huang/OrdinalCLIP@ca10a20 configs/meta_cfgs/morph_compare.yaml, configs/default.yaml
 PAPER = dict(
@@ -29,6 +30,11 @@ PAPER = dict(
 DATASET_DEFAULTS = {"demo": dict(clip="tiny", image_encoder="clip", epochs=9, lr=3e-3)}
 INTERPOLATIONS = ("linear", "inverse", "none")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_SEED = 2**32 - 1
+WHY = {  # why a value is out of range
+    "base_ranks": "; with 1 base rank every interpolated rank is the same vector",
+    "epochs": "; --method zeroshot does without training",
+}
 OWN_DATA_FOLDS = 5  # of --fold all with a folder of own data
 SWEEP_FLAGS = ("base_ranks", "shots", "shift")  # flags that accept a list: one run per value
 
@@ -39,13 +45,16 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     args = parser.parse_args(argv)
     argv_flags = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
     explicit_flags = {a.dest for a in parser._actions if argv_flags & {*a.option_strings}}
+    for key in ("resume", "eval"):
+        if getattr(args, key) == "":
+            parser.error(f"--{key} is empty; give a run, or leave it out")
     if args.resume or args.eval:
         return args_from_checkpoint(args, explicit_flags, parser)
     if {"seed", "seeds"} <= explicit_flags:
         parser.error("--seed and --seeds: give one of them")
     if args.report and explicit_flags - {"report"}:
         parser.error("--report takes no other flag")
-    return resolve_defaults(args)
+    return resolve_defaults(args, explicit_flags)
 
 
 def build_parser(description: str | None) -> argparse.ArgumentParser:
@@ -157,7 +166,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def fold_number(text: str) -> int | str:
-    if text != "all" and not text.isdigit():
+    if text != "all" and not is_number(text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0, or all")
     return text if text == "all" else int(text)
 
@@ -171,7 +180,7 @@ def ranks_and_share(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(message) from None
 
 
-def resolve_defaults(args: Namespace) -> Namespace:
+def resolve_defaults(args: Namespace, explicit_flags: set[str]) -> Namespace:
     """Fill in what the dataset, the method and the machine decide."""
     for key, value in {**PAPER, **DATASET_DEFAULTS.get(args.data, {})}.items():
         vars(args).setdefault(key, value)
@@ -184,7 +193,7 @@ def resolve_defaults(args: Namespace) -> Namespace:
             setattr(args, key, values[0])
     if args.method == "ordinalclip" and args.interp == "none":
         args.method = "coop"
-    check_unused_flags(args)
+    check_unused_flags(args, explicit_flags)
     if args.method == "coop":
         args.interp = "none"
     if args.method == "zeroshot":
@@ -206,6 +215,7 @@ def resolve_defaults(args: Namespace) -> Namespace:
         args.precision = "bf16" if has_bf16 else "fp32"
     if args.workers is None:
         args.workers = max(0, min(8, (os.cpu_count() or 1) - 1))
+    check_values(args)
     if args.init and args.context is None:
         state = init_state(args)
         if "prototypes.context_embeds" in state:  # as many random tokens; values are copied
@@ -215,27 +225,104 @@ def resolve_defaults(args: Namespace) -> Namespace:
     return args
 
 
-def check_unused_flags(args: Namespace) -> None:
-    """Raise for flags the chosen method ignores: they would still change the run's name."""
-    is_ordinalclip = args.method == "ordinalclip"
-    for flag, is_unused in (
-        ("--tune", args.tune != "both" and not METHODS[args.method].has_prompts),
-        ("--interp", args.interp == "inverse" and not is_ordinalclip),
-        ("--base-ranks", args.base_ranks != 3 and not is_ordinalclip),
+def has_prompts(args: Namespace) -> bool:
+    return METHODS[args.method].has_prompts
+
+
+def uses_clip(args: Namespace) -> bool:
+    return METHODS[args.method].needs_clip or args.image_encoder == "clip"
+
+
+def trains(args: Namespace) -> bool:
+    return args.method != "zeroshot"
+
+
+def interpolates(args: Namespace) -> bool:
+    return args.method == "ordinalclip"
+
+
+def splits_here(args: Namespace) -> bool:
+    return not args.train_list and args.data != "demo"
+
+
+# When a flag changes the result, and what decides that. Elsewhere it is refused: it would change the
+# name of the run, and look as if it had done something. Flags that are not here always have effect.
+BY_METHOD, BY_ENCODER = "--method {method}", "--image-encoder {image_encoder}"
+HAS_EFFECT: dict[str, tuple[Callable[[Namespace], bool], str]] = {
+    "interp": (lambda args: interpolates(args) or args.method == "coop", BY_METHOD),
+    "base_ranks": (interpolates, BY_METHOD),
+    "context": (lambda args: has_prompts(args) or args.method == "zeroshot", BY_METHOD),
+    "rank_position": (has_prompts, BY_METHOD),
+    "rank_init": (has_prompts, BY_METHOD),
+    "tune": (has_prompts, BY_METHOD),
+    "regression_loss": (lambda args: args.method == "regression", BY_METHOD),
+    "clip": (uses_clip, f"{BY_METHOD} and {BY_ENCODER}"),
+    "quick_gelu": (lambda a: uses_clip(a) and a.clip != "tiny", "--clip {clip} and " + BY_METHOD),
+    "trust_torchscript": (
+        lambda a: uses_clip(a) and a.clip != "tiny",
+        "--clip {clip} and " + BY_METHOD,
+    ),
+    "image_weights": (lambda args: args.image_encoder != "clip", BY_ENCODER),
+    "freeze_image": (trains, BY_METHOD),
+    "epochs": (trains, BY_METHOD),
+    "lr": (trains, BY_METHOD),
+    "weight_decay": (trains, BY_METHOD),
+    "save_every": (trains, BY_METHOD),
+    "shots": (trains, BY_METHOD),
+    "shift": (trains, BY_METHOD),
+    "seeds": (trains, BY_METHOD),
+    "split": (splits_here, "--data {data} and its lists"),
+    "fold": (splits_here, "--data {data} and its lists"),
+    "split_seed": (splits_here, "--data {data} and its lists"),
+}
+
+
+def check_unused_flags(args: Namespace, explicit_flags: set[str]) -> None:
+    """SystemExit for flags that have no effect together with the others."""
+    for key, (has_effect, decided_by) in HAS_EFFECT.items():
+        if key in explicit_flags and not has_effect(args):
+            flag, others = f"--{key.replace('_', '-')}", decided_by.format(**vars(args))
+            raise SystemExit(f"{flag} has no effect with {others}; remove it")
+    if args.method == "coop" and args.interp == "inverse":
+        raise SystemExit("--interp inverse has no effect with --method coop; remove it")
+
+
+def check_values(args: Namespace) -> None:
+    """SystemExit for values out of range, before anything is read."""
+    texts = {key: value for key, value in vars(args).items() if isinstance(value, str)}
+    if empty := [key for key, value in texts.items() if not value.strip()]:
+        raise SystemExit(f"--{empty[0].replace('_', '-')} is empty; give a value, or leave it out")
+    max_workers = max(64, 2 * (os.cpu_count() or 1))
+    for key, low, high in (
+        ("epochs", 0 if args.method == "zeroshot" else 1, 1_000_000),
+        ("batch_size", 1, 1_000_000),
+        ("lr", 1e-12, 1e3),
+        ("weight_decay", 0, 1e3),
+        ("workers", 0, max_workers),
+        ("save_every", 0, 1e6),
+        ("seed", 0, MAX_SEED),
+        ("seeds", 0, MAX_SEED),
+        ("split_seed", 0, MAX_SEED),
+        ("base_ranks", 2 if args.method == "ordinalclip" else 1, 10_000),
+        ("shots", 1, 1_000_000),
     ):
-        if is_unused:
-            raise SystemExit(f"{flag} has no effect with --method {args.method}; remove it")
-    if args.fold and args.train_list:
-        raise SystemExit(f"--fold {args.fold} cannot be combined with --train-list; remove it")
-    if args.epochs < 1 and args.method != "zeroshot":
-        raise SystemExit(
-            f"--epochs {args.epochs}: expected at least 1; --method zeroshot does without training"
-        )
-    if is_ordinalclip and 1 in as_list(args.base_ranks):
-        raise SystemExit(
-            "--base-ranks 1: with 1 base rank every interpolated rank is the same vector; "
-            "use --base-ranks of at least 2"
-        )
+        values = [value for value in as_list(getattr(args, key)) if value is not None]
+        for value in values:
+            if not low <= value <= high:  # nan is in no range
+                flag = f"--{key.replace('_', '-')} {value}"
+                raise SystemExit(f"{flag}: expected {low} .. {high}{WHY.get(key, '')}")
+        if len(set(values)) < len(values):
+            flag = f"--{key.replace('_', '-')}"
+            raise SystemExit(f"{flag} names a value twice: {join_values(values)}; name each once")
+    try:
+        device = torch.device(args.device)
+    except RuntimeError as error:
+        raise SystemExit(f"--device {args.device!r}: expected cpu, cuda or cuda:N") from error
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise SystemExit(f"--device {args.device}: this machine has {count} CUDA device(s)")
+    if device.type not in ("cpu", "cuda"):
+        raise SystemExit(f"--device {args.device}: expected cpu, cuda or cuda:N")
 
 
 def args_from_checkpoint(
@@ -260,7 +347,7 @@ def args_from_checkpoint(
         setattr(saved, name, getattr(args, name))
     saved.out = str(path.parent)
     saved.resume, saved.eval = args.resume and str(path), args.eval and str(path)
-    return resolve_defaults(saved)
+    return resolve_defaults(saved, set())
 
 
 # --- the runs of one command ---

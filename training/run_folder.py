@@ -59,6 +59,11 @@ class Run(NamedTuple):
 # --- names ---
 
 
+def is_number(text: str) -> bool:
+    """Plain decimal digits: int() takes them, as it does not take every digit of Unicode."""
+    return text.isascii() and text.isdigit()
+
+
 def as_list(value: Any) -> list:
     return value if isinstance(value, list) else [value]
 
@@ -90,7 +95,7 @@ def table_name(args: Namespace) -> str:
 def method_name(args: Namespace) -> str:
     """Method part of the run name: the row of the run in a report."""
     is_ordinalclip = args.method == "ordinalclip"
-    words = args.context and not args.context.isdigit()
+    words = args.context and not is_number(args.context)
     parts = [
         args.method,
         args.interp if is_ordinalclip else None,

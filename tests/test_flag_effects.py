@@ -1,0 +1,136 @@
+"""pytest tests/test_flag_effects.py -- HAS_EFFECT of training/options.py, both ways, on all methods.
+
+A flag that is accepted changes what is trained or tested; one that is refused would change nothing.
+"""
+
+import hashlib
+import itertools
+
+import pytest
+import torch
+from conftest import TINY_MODEL
+
+import train
+from training import options
+from training.loaders import load_task, make_loaders, prepare_batch
+from training.methods import METHODS, build_model, param_groups, warm_start
+
+VALUES = {  # flag: another value than the default
+    "interp": "inverse",
+    "base_ranks": "2",
+    "context": "3",
+    "rank_position": "front",
+    "rank_init": "{other_rank_init}",
+    "tune": "rank",
+    "regression_loss": "l2",
+    "official": None,
+    "image_weights": "none",
+    "freeze_image": None,
+    "init": "{source}",
+    "epochs": "2",
+    "lr": "0.01",
+    "weight_decay": "0.1",
+    "batch_size": "8",
+    "shots": "3",
+    "shift": "2,0.3",
+    "seeds": "5",
+    "seed": "5",
+    "fold": "1",
+    "split_seed": "2",
+}
+CASES = list(itertools.product(VALUES, METHODS))
+# They change no figure of a zero-shot model, and are no mistake: few images fit a small GPU, and the
+# seed is written into every run's name.
+HARMLESS = {("batch_size", "zeroshot"), ("seed", "zeroshot")}
+
+
+def fingerprint(args):
+    """Digest of two optimizer steps and the answers after them, on fixed settings `args`."""
+    args.seed = args.seeds[0] if args.seeds else args.seed
+    task = load_task(args)
+    torch.manual_seed(args.seed)
+    model, preprocess = build_model(args, task)
+    if args.init:
+        warm_start(args, model)
+    train_loader, _, test_loader = make_loaders(args, task, preprocess, model)
+    digest = hashlib.sha256()
+    if groups := param_groups(model) if args.epochs else []:
+        optimizer = torch.optim.RAdam(
+            groups, lr=args.lr, weight_decay=args.weight_decay, decoupled_weight_decay=True
+        )
+        target = "softmax10" if args.official else "normalized"
+        model.train()
+        step_model = train.without_image_encoder(model) if args.freeze_image else model
+        for images, labels in itertools.islice(train_loader, 2):
+            images = prepare_batch(images, args, preprocess)
+            total = step_model.loss(images, labels, target=target)[0]
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+            digest.update(total.detach().numpy().tobytes())
+        digest.update(f"{args.epochs} {len(train_loader)}".encode())
+    eval_model = model.export().eval()
+    if args.freeze_image:
+        eval_model = train.without_image_encoder(eval_model)
+    for images, labels in test_loader:
+        probs = eval_model.predict(prepare_batch(images, args, preprocess))["probs"]
+        digest.update(probs.numpy().tobytes() + labels.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def parse(folder, tmp_path, method, flag=None, value=None):
+    argv = ["--data", str(folder), *TINY_MODEL, "--method", method, "--out", str(tmp_path / "out")]
+    if method != "zeroshot":
+        argv += ["--lr", "0.002", "--epochs", "1"]
+    if flag:
+        argv += [f"--{flag.replace('_', '-')}", *([value] if value else [])]
+    return train.parse_args(argv)
+
+
+@pytest.mark.parametrize(
+    "flag, method",
+    [case if i % 7 == 0 else pytest.param(*case, marks=pytest.mark.full) for i, case in enumerate(CASES)],
+)  # fmt: skip
+def test_a_flag_changes_the_run_or_is_refused(
+    gray, finished_run, tmp_path, monkeypatch, flag, method
+):
+    rank_init = "random" if method == "coop" else "names"
+    value = VALUES[flag]
+    value = value and value.format(source=finished_run[0], other_rank_init=rank_init)
+    plain = fingerprint(parse(gray, tmp_path, method))
+    try:
+        args = parse(gray, tmp_path, method, flag, value)
+    except SystemExit as error:
+        assert "has no effect with" in str(error), error
+        monkeypatch.setattr(options, "check_unused_flags", lambda args, explicit_flags: None)
+        args = parse(gray, tmp_path, method, flag, value)
+        if method == "coop" and flag == "interp":
+            assert args.interp == "none"
+        args.shots = None if method == "zeroshot" else args.shots  # fewer images, but none trains
+        args.shift = None if method == "zeroshot" else args.shift
+        assert fingerprint(args) == plain
+    else:
+        assert (fingerprint(args) != plain) != ((flag, method) in HARMLESS)
+
+
+def test_every_flag_with_conditions_is_tried():
+    untested = {"clip", "quick_gelu", "trust_torchscript", "save_every", "split"}
+    assert set(options.HAS_EFFECT) - set(VALUES) == untested
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--method", "linear", "--image-encoder", "vgg16", "--clip", "RN50"],
+     "--clip has no effect with --method linear and --image-encoder vgg16; remove it"),
+    (["--clip", "tiny", "--image-encoder", "clip", "--quick-gelu"],
+     "--quick-gelu has no effect with --clip tiny and --method ordinalclip; remove it"),
+    (["--clip", "tiny", "--image-encoder", "clip", "--trust-torchscript"],
+     "--trust-torchscript has no effect with --clip tiny and --method ordinalclip; remove it"),
+    (["--method", "zeroshot", "--image-encoder", "clip", "--save-every", "5"],
+     "--save-every has no effect with --method zeroshot; remove it"),
+    (["--data", "demo", "--split", "random"], "--split has no effect with --data demo"),
+    (["--data", "demo", "--fold", "1"], "--fold has no effect with --data demo"),
+    (["--data", "demo", "--split-seed", "2"], "--split-seed has no effect with --data demo"),
+])  # fmt: skip
+def test_flags_without_effect_are_refused(argv, message):
+    with pytest.raises(SystemExit, match=message):
+        train.parse_args(argv)
