@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 OURS = {
     "ordinalclip",
     "clip_model",
+    "clip_weights",
     "tokenizer",
     "kernels",
     "data",
@@ -32,7 +33,8 @@ PEERS = {
 }  # kernels/bench.py only
 ARROWS = {
     "tokenizer.py": (set(), {"torch", "ftfy", "regex"}),
-    "clip_model.py": (set(), {"torch"}),
+    "clip_model.py": ({"clip_weights"}, {"torch"}),
+    "clip_weights.py": (set(), {"torch"}),
     "ordinalclip.py": ({"kernels"}, {"torch"}),
     "data.py": (set(), {"torch", "numpy", "PIL"}),
     "backbones.py": (set(), {"torch"} | OPTIONAL),
@@ -132,7 +134,7 @@ def exported_run(folder):
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 ALONE = {  # files that are copied together, and what runs on them
     ("tokenizer.py", VOCABULARY): "from tokenizer import Tokenizer; print(tuple(Tokenizer()(['a cat']).shape))",
-    ("clip_model.py",): "from clip_model import tiny_clip; c = tiny_clip(); "
+    ("clip_model.py", "clip_weights.py"): "from clip_model import tiny_clip; c = tiny_clip(); "
                         "print((1, c.context_length))",
     ("kernels",): "import torch; from kernels import match; print(tuple(match(torch.randn(1, 8), torch.randn(77, 8), 9.)[0].shape))",
     ("ordinalclip.py", "kernels"): "from ordinalclip import LinearPrototypes; print(tuple(LinearPrototypes(1, 77)().shape))",
