@@ -88,7 +88,7 @@ def test_weights_that_do_not_fit_are_refused(vgg, tmp_path):
     ):
         build_image_encoder("vgg16", 16, weights=tmp_path / "x.pth")
     with pytest.raises(
-        FileNotFoundError, match="no weights at .*none.pth; give 'imagenet' or a state dict"
+        FileNotFoundError, match="no weights at .*none.pth; expected 'imagenet' or a state dict"
     ):
         build_image_encoder("vgg16", 16, weights=tmp_path / "none.pth")
     (tmp_path / "page.pth").write_text("<html>not found</html>")
