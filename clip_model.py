@@ -207,13 +207,9 @@ class ResidualAttentionBlock(nn.Module):
         super().__init__()
         self.attn = nn.MultiheadAttention(width, num_heads)  # holds the parameters, is not called
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            OrderedDict(
-                c_fc=nn.Linear(width, mlp_width),
-                gelu=QuickGELU() if quick_gelu else nn.GELU(),
-                c_proj=nn.Linear(mlp_width, width),
-            )
-        )
+        c_fc, c_proj = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
+        gelu = QuickGELU() if quick_gelu else nn.GELU()
+        self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=gelu, c_proj=c_proj))
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         qkv = F.linear(self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias)  # (B, L, 3W)

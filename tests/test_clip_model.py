@@ -195,8 +195,8 @@ def test_text_is_causal_and_ends_at_the_last_eot(clip):
     assert torch.allclose(clip.encode_text(tokens[:, :30].int()), short, rtol=0, atol=1e-6)
     changed = tokens.clone()
     changed[0, 1] += 1
-    moved = (clip.encode_text(changed) - short).norm(dim=1) / short.norm(dim=1)
-    assert moved[0] > 0.01 and moved[1] < 1e-6
+    distance = (clip.encode_text(changed) - short).norm(dim=1) / short.norm(dim=1)
+    assert distance[0] > 0.01 and distance[1] < 1e-6
 
 
 @pytest.mark.parametrize("vision", ["resnet", "vit"])

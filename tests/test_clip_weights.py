@@ -211,12 +211,12 @@ def test_folders(state, tmp_path):
         "model.safetensors",
     ]
     for i, name in enumerate(names):  # each is preferred to the ones before
-        moved = state | {"ln_final.bias": state["ln_final.bias"] + i}
+        variant = state | {"ln_final.bias": state["ln_final.bias"] + i}
         if name.endswith("bin"):
-            torch.save(moved, tmp_path / name)
+            torch.save(variant, tmp_path / name)
         else:
-            (tmp_path / name).write_bytes(safetensors_bytes(moved))
-        assert equal(CLIP.from_pretrained(str(tmp_path), quick_gelu=False), moved)
+            (tmp_path / name).write_bytes(safetensors_bytes(variant))
+        assert equal(CLIP.from_pretrained(str(tmp_path), quick_gelu=False), variant)
     message = "no weights at 'RN51'; expected one of RN50, .*ViT-L/14@336px"
     with pytest.raises(FileNotFoundError, match=message):
         CLIP.from_pretrained("RN51")

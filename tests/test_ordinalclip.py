@@ -369,10 +369,10 @@ def test_training_moves_what_should_train_and_nothing_else(clip):
         optimizer.step()
     assert all(torch.equal(value, frozen[key]) for key, value in tower.state_dict().items())
     after = model.state_dict()
-    moved = {key for key in before if not torch.equal(after[key], before[key])}
-    assert {"prototypes.context_embeds", "prototypes.rank_embeds"} <= moved
-    assert "logit_scale" not in moved
-    assert any(key.startswith("image_encoder.") for key in moved)
+    differing = {key for key in before if not torch.equal(after[key], before[key])}
+    assert {"prototypes.context_embeds", "prototypes.rank_embeds"} <= differing
+    assert "logit_scale" not in differing
+    assert any(key.startswith("image_encoder.") for key in differing)
 
 
 def test_the_temperature_is_a_copy_and_can_be_set_free(clip):

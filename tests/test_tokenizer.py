@@ -131,8 +131,8 @@ def slow():
             return [ids[word]]
         parts = [byte_names[byte] for byte in word.encode()]
         parts[-1] += "</w>"
-        while known := [pair for pair in zip(parts, parts[1:]) if pair in rank]:
-            best, merged = min(known, key=rank.get), []
+        while pairs_left := [pair for pair in zip(parts, parts[1:]) if pair in rank]:
+            best, merged = min(pairs_left, key=rank.get), []
             while parts:
                 size = 2 if tuple(parts[:2]) == best else 1
                 merged.append("".join(parts[:size]))
