@@ -1,12 +1,12 @@
-"""OrdinalCLIP: ordinal regression as image-language matching (Li et al., NeurIPS 2022, arXiv 2206.02338).
+"""OrdinalCLIP: ordinal regression as image-language matching (Li et al. 2022, arXiv 2206.02338).
 
-Ranks are prototypes: an image encoder, a source of one vector per rank, a temperature. What the paper
-compares differs in the source only:
+Ranks are prototypes: an image encoder, a source of one vector per rank, a temperature. What the
+paper compares differs in the source only:
 
-    RankPrompts(interp="linear" | "inverse")   frozen text tower over learned prompts     OrdinalCLIP
-    RankPrompts(interp="none")                 the same, one free embedding per rank      CoOp
-    LinearPrototypes                           a learned matrix                           classification
-    FixedPrototypes                            a stored matrix                            zero-shot, export
+    RankPrompts(interp="linear" | "inverse")   frozen text tower, learned prompts  OrdinalCLIP
+    RankPrompts(interp="none")                 the same, one embedding per rank    CoOp
+    LinearPrototypes                           a learned matrix                    classification
+    FixedPrototypes                            a stored matrix                     zero-shot, export
 
 Dims, here and in every module:
 
@@ -14,15 +14,12 @@ Dims, here and in every module:
     L tokens in use of a prompt     W text width     D joint dim
     P tokens that the prompts of all ranks share in front, S = L - P tokens that each has for itself
 
-Contents: interpolation_weights, RankPrompts, encode_prompts, LinearPrototypes, FixedPrototypes, OrdinalCLIP,
-ordinality. The losses are in `kernels/reference.py`.
-
 Differs from the official code (xk-huang/OrdinalCLIP@ca10a20), with equal prototypes:
-- prompts are encoded up to [EOT] instead of to 77 tokens, and what all of them begin with is encoded once
-  (ordinalclip/models/ordinalclip.py#L52-L54 encodes R x 77 tokens at every step and every test batch);
-- with K < R, `rank_tokens` names all R ranks (official: rank_prompt_learner.py#L58-L60 wants K names);
-- no "normal" interpolation: exp(-d^2) underflows to 0/0 for most ranks (rank_prompt_learner.py#L22);
-- logits, losses and the interpolation are float32 or better, whatever the precision of the towers.
+- prompts are encoded up to [EOT] instead of to 77 tokens, and what all of them begin with once
+  (ordinalclip/models/ordinalclip.py#L52-L54 encodes R x 77 tokens per step and per test batch);
+- with K < R, `rank_tokens` names all R ranks (official: K names, rank_prompt_learner.py#L58-L60);
+- no "normal" interpolation: exp(-d^2) underflows to 0/0 for most ranks (the same file, #L22);
+- logits, losses and the interpolation are float32 or better, whatever the towers' precision.
 
     >>> import torch
     >>> from clip_model import tiny_clip
@@ -34,12 +31,15 @@ Differs from the official code (xk-huang/OrdinalCLIP@ca10a20), with equal protot
     >>> model.export().eval().predict(images)["expected"].shape
     torch.Size([8])
 
-Copy-paste: needs the folder `kernels/`, torch>=2.4. The CLIP object may be ours, OpenAI's or open_clip's.
+Copy together with: the folder kernels/, where the loss is (reference.py); needs torch>=2.4. The
+CLIP object may be ours, OpenAI's or open_clip's. Read from the top; private functions come last.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from kernels import match, matching_loss, similarity, unit
 
@@ -48,25 +48,24 @@ POSITIONS = ("tail", "middle", "front")
 INTERPOLATIONS = ("linear", "inverse", "none")
 
 
-def interpolation_weights(num_ranks, num_base_ranks, kind):
+def interpolation_weights(num_ranks: int, num_base_ranks: int, kind: str) -> Tensor:
     """Weights (R, K) that make R rank embeddings out of K base embeddings; rows sum to 1.
 
-    Base ranks lie at b = linspace(0, R-1, K), a single one in the middle; d = |rank - b|; each row is
-    normalised after
+    Base ranks lie at b = linspace(0, R-1, K), a single one in the middle; d = |rank - b|; each row
+    is normalised after
 
         "linear"    w = 1 - d / (R-1)       "inverse"   w = 1 / (d + 1e-5)
 
     "linear" is not piecewise linear: with K > 2 every base contributes to every rank, and only
-    "inverse" (all but) reproduces a base embedding at its own position. Computed in float64, returned in
-    torch's default dtype. Source: paper Sec. 3.3; rank_prompt_learner.py#L19-L23, L86-L99.
-    Raises ValueError for an unknown kind, R < 2, K < 1 or K > R.
+    "inverse" (all but) reproduces a base embedding at its own position. Computed in float64,
+    returned in torch's default dtype. Raises ValueError for an unknown kind, R < 2, K < 1 or K > R.
+    Source: paper Sec. 3.3; rank_prompt_learner.py#L19-L23, L86-L99.
     """
     if num_ranks < 2:
         raise ValueError(f"num_ranks={num_ranks}: an order needs at least 2 ranks")
     if not 1 <= num_base_ranks <= num_ranks:
-        raise ValueError(
-            f"num_base_ranks={num_base_ranks}: expected 1 to num_ranks={num_ranks} base ranks"
-        )
+        expected = f"expected 1 to num_ranks={num_ranks} base ranks"
+        raise ValueError(f"num_base_ranks={num_base_ranks}: {expected}")
     ranks = torch.arange(num_ranks, dtype=torch.float64)
     distance = (ranks[:, None] - _base_positions(num_ranks, num_base_ranks)).abs()  # (R, K)
     if kind == "linear":
@@ -79,19 +78,20 @@ def interpolation_weights(num_ranks, num_base_ranks, kind):
 
 
 class RankPrompts(nn.Module):
-    """Prompts `[SOT] context rank . [EOT]` through CLIP's frozen text tower: call -> prototypes (R, D).
+    """Prompts `[SOT] context rank . [EOT]` through CLIP's frozen text tower: call -> (R, D).
 
-    Learned: `context_embeds` (N, W) or (R, N, W), `rank_embeds` (K, T, W); both float32, named as in the
-    official checkpoints. The text tower belongs to `clip`: it moves with this module (`.to`, `.half`) but is
-    not among its parameters nor in its state dict, and its parameters are set to need no gradient.
+    Learned: `context_embeds` (N, W) or (R, N, W), `rank_embeds` (K, T, W); both float32, named as
+    in the official checkpoints. The text tower belongs to `clip`: it moves with this module (`.to`,
+    `.half`) but is not among its parameters nor in its state dict, and is set to need no gradient.
 
     Args:
         clip: ours, OpenAI's or open_clip's CLIP.
         num_ranks: R >= 2.
         context: token ids (N,) whose embeddings start the context, or an int N for N random ones.
-        rank_tokens: R sequences of token ids, the names of all ranks. With interpolation, the K base
-            embeddings start at the names nearest their positions, each pooled to `tokens_per_rank`;
-            with interp="none" every rank starts at its name, token by token. None starts at random.
+        rank_tokens: R sequences of token ids, the names of all ranks. With interpolation, the K
+            base embeddings start at the names nearest their positions, each pooled to
+            `tokens_per_rank`; with interp="none" every rank starts at its name, token by token.
+            None starts at random.
         interp: "linear", "inverse", or "none" for one free embedding per rank (CoOp).
         num_base_ranks: K, with interpolation.
         tokens_per_rank: T; names with interp="none" bring their own number.
@@ -104,73 +104,64 @@ class RankPrompts(nn.Module):
 
     def __init__(
         self,
-        clip,
-        num_ranks,
+        clip: nn.Module,
+        num_ranks: int,
         *,
-        context,
-        rank_tokens=None,
-        interp="linear",
-        num_base_ranks=3,
-        tokens_per_rank=1,
-        rank_position="tail",
-        rank_specific_context=False,
-    ):
+        context: Tensor | Sequence[int] | int,
+        rank_tokens: Sequence[Sequence[int] | Tensor] | None = None,
+        interp: str = "linear",
+        num_base_ranks: int = 3,
+        tokens_per_rank: int = 1,
+        rank_position: str = "tail",
+        rank_specific_context: bool = False,
+    ) -> None:
         super().__init__()
-        _check_choice("interp", interp, INTERPOLATIONS)
-        _check_choice("rank_position", rank_position, POSITIONS)
+        if interp not in INTERPOLATIONS:
+            raise ValueError(f"interp={interp!r}: expected one of {', '.join(INTERPOLATIONS)}")
+        if rank_position not in POSITIONS:
+            expected = f"expected one of {', '.join(POSITIONS)}"
+            raise ValueError(f"rank_position={rank_position!r}: {expected}")
         if tokens_per_rank < 1:
             raise ValueError(f"tokens_per_rank={tokens_per_rank}: expected at least 1")
-        self._text = (
-            _TextTower(clip).requires_grad_(False),
-        )  # a tuple: not a submodule, see above
-        table = (
-            getattr(clip, "text", clip).token_embedding.weight.detach().float()
-        )  # (vocabulary, W)
+        # In a tuple it is not a submodule.
+        self._text = (_TextTower(clip).requires_grad_(False),)
+        table = getattr(clip, "text", clip).token_embedding.weight.detach().float()  # (V, W)
 
         context_embeds = _context_embeds(table, context)  # (N, W)
         if rank_specific_context:
             context_embeds = context_embeds.repeat(num_ranks, 1, 1)  # (R, N, W)
         self.context_embeds = nn.Parameter(context_embeds)
 
-        free = interp == "none"
-        weights = (
-            torch.eye(num_ranks)
-            if free
-            else interpolation_weights(num_ranks, num_base_ranks, interp)
-        )
+        per_rank = interp == "none"  # no interpolation
+        if per_rank:
+            weights = torch.eye(num_ranks)
+        else:
+            weights = interpolation_weights(num_ranks, num_base_ranks, interp)  # (R, K)
         rank_embeds, lengths = _rank_embeds(
-            table, weights.shape, rank_tokens, tokens_per_rank, free
+            table, weights.shape, rank_tokens, tokens_per_rank, per_rank
         )
         self.rank_embeds = nn.Parameter(rank_embeds)  # (K, T, W)
 
-        layout, eot = _prompt_layout(
-            context_embeds.shape[-2],
-            lengths,
-            rank_embeds.shape[1],
-            rank_position,
-            rank_specific_context,
-        )  # (R, L), (R,)
-        limit = self._text[0].positional_embedding.shape[0]
-        if layout.shape[1] > limit:
+        num_context = context_embeds.shape[-2]
+        layout, eot = _prompt_layout(num_context, lengths, rank_position, rank_specific_context)
+        max_length = len(self._text[0].positional_embedding)
+        if layout.shape[1] > max_length:
             raise ValueError(
-                f"a prompt of {layout.shape[1]} tokens, with [SOT], '.' and [EOT]; the text tower reads "
-                f"{limit}: shorten the context or the rank names"
+                f"a prompt of {layout.shape[1]} tokens, with [SOT], '.' and [EOT]; the text tower "
+                f"reads {max_length}: shorten the context or the rank names"
             )
-        constants = dict(
-            weights=weights.to(table.device),
-            specials=table[[SOT, FULL_STOP, EOT]],
-            layout=layout.to(table.device),
-            eot=eot.to(table.device),
-        )
-        for name, value in constants.items():
-            self.register_buffer(name, value, persistent=False)
-        self.num_shared = _common_prefix(layout)
+        self.register_buffer("weights", weights.to(table.device), persistent=False)
+        self.register_buffer("specials", table[[SOT, FULL_STOP, EOT]], persistent=False)
+        self.register_buffer("layout", layout.to(table.device), persistent=False)
+        self.register_buffer("eot", eot.to(table.device), persistent=False)
+        is_shared = (layout == layout[0]).all(0).long()  # (L,)
+        self.num_shared = int(is_shared.cumprod(0).sum())  # P, the leading equal columns
 
-    def forward(self):
+    def forward(self) -> Tensor:
         """Prototypes (R, D), not normalised."""
         return encode_prompts(self._text[0], *self.prompt_embeds())
 
-    def prompt_embeds(self):
+    def prompt_embeds(self) -> tuple[Tensor, Tensor, Tensor]:
         """What `encode_prompts` reads: shared (P, W), own (R, S, W), eot (R,)."""
         ranks = torch.einsum("rk,ktw->rtw", self.weights, self.rank_embeds)  # (R, T, W)
         pool = [self.specials, self.context_embeds.flatten(0, -2), ranks.flatten(0, 1)]
@@ -183,13 +174,13 @@ class RankPrompts(nn.Module):
         return super()._apply(fn, recurse)
 
 
-def encode_prompts(clip, shared, own, eot):
+def encode_prompts(clip: nn.Module, shared: Tensor, own: Tensor, eot: Tensor) -> Tensor:
     """Prompts that begin alike -> text features (R, D), exact in value and gradient.
 
-    The text tower is causal. So tokens after [EOT] never matter and are not encoded, and the keys and
-    values of the shared beginning are the same for every rank: they are computed once and read by all.
-    P + R S tokens are encoded instead of 77 R. A causal ranking: position P + s of rank r sees the P shared
-    tokens and the first s + 1 of its own.
+    The text tower is causal. So tokens after [EOT] never matter and are not encoded, and the keys
+    and values of the shared beginning are the same for every rank: they are computed once and read
+    by all. P + R S tokens are encoded instead of 77 R. Position P + s of rank r attends to the P
+    shared tokens and the first s + 1 of its own.
 
     Args:
         clip: a CLIP model (ours, OpenAI's, open_clip's) whose text tower is used as it is.
@@ -201,48 +192,50 @@ def encode_prompts(clip, shared, own, eot):
     """
     text = clip if isinstance(clip, _TextTower) else _TextTower(clip)
     num_shared, (num_ranks, num_own, _) = len(shared), own.shape
-    positions = text.positional_embedding
-    if num_shared + num_own > len(positions):
-        raise ValueError(
-            f"prompts of {num_shared + num_own} tokens; the tower reads {len(positions)}"
-        )
-    own = own + positions[num_shared : num_shared + num_own]  # (R, S, W)
+    length, positions = num_shared + num_own, text.positional_embedding
+    if length > len(positions):
+        raise ValueError(f"prompts of {length} tokens; the tower reads {len(positions)}")
+    own = own + positions[num_shared:length]  # (R, S, W)
     x = torch.cat([shared + positions[:num_shared], own.flatten(0, 1)])  # (P + R S, W)
     x = x.to(text.transformer.resblocks[0].attn.in_proj_weight.dtype)
-    sees = torch.ones(num_own, num_shared + num_own, dtype=torch.bool, device=x.device).tril(
-        num_shared
-    )
+    attn_mask = torch.ones(num_own, length, dtype=torch.bool, device=x.device).tril(num_shared)
     rows = num_shared + torch.arange(num_ranks, device=x.device) * num_own + eot  # (R,)
+    no_scale = nn.Identity()  # only some of open_clip's models scale their layers
     for block in text.transformer.resblocks:
-        attended = _attend(block.attn, block.ln_1(x), num_shared, num_ranks, sees)  # (P + R S, W)
+        out = _attend(block.attn, block.ln_1(x), num_shared, num_ranks, attn_mask)  # (P + R S, W)
         if block is text.transformer.resblocks[-1]:  # of which only [EOT] is read
-            x, attended = x[rows], attended[rows]  # (R, W)
-        x = x + _layer_scale(block, "ls_1")(attended)
-        x = x + _layer_scale(block, "ls_2")(block.mlp(block.ln_2(x)))
-    return _project(text.ln_final(x), text.text_projection)  # (R, D)
+            x, out = x[rows], out[rows]  # (R, W)
+        x = x + getattr(block, "ls_1", no_scale)(out)
+        x = x + getattr(block, "ls_2", no_scale)(block.mlp(block.ln_2(x)))
+    x, projection = text.ln_final(x), text.text_projection
+    if isinstance(projection, nn.Module):  # some of open_clip's models
+        return projection(x)
+    return x.to(projection.dtype) @ projection  # (R, D)
 
 
 class LinearPrototypes(nn.Module):
     """A learned (R, D) matrix: with it, OrdinalCLIP is the paper's classification baseline."""
 
-    def __init__(self, num_ranks, dim):
+    def __init__(self, num_ranks: int, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(num_ranks, dim) * dim**-0.5)
 
-    def forward(self):
+    def forward(self) -> Tensor:
+        """Prototypes (R, D), not normalised."""
         return self.weight
 
 
 class FixedPrototypes(nn.Module):
-    """A stored (R, D) tensor: zero-shot text features, or what training arrived at."""
+    """A stored (R, D) tensor, copied: zero-shot text features, or the result of training."""
 
-    def __init__(self, prototypes):
+    def __init__(self, prototypes: Tensor) -> None:
         super().__init__()
         if prototypes.dim() != 2:
             raise ValueError(f"got prototypes {tuple(prototypes.shape)}; expected (R, D)")
         self.register_buffer("prototypes", prototypes.detach().clone())
 
-    def forward(self):
+    def forward(self) -> Tensor:
+        """Prototypes (R, D), not normalised."""
         return self.prototypes
 
 
@@ -256,87 +249,90 @@ class OrdinalCLIP(nn.Module):
             and frozen; `model.logit_scale.requires_grad_()` makes it learn.
     """
 
-    def __init__(self, image_encoder, prototypes, logit_scale):
+    def __init__(
+        self, image_encoder: nn.Module, prototypes: nn.Module, logit_scale: float | Tensor
+    ) -> None:
         super().__init__()
         self.image_encoder = image_encoder
         self.prototypes = prototypes
         logit_scale = torch.as_tensor(logit_scale).detach().float().clone()
         self.logit_scale = nn.Parameter(logit_scale, requires_grad=False)
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> logits (B, R) = exp(logit_scale) * cosine."""
         return similarity(self.image_encoder(images), self.prototypes(), self.logit_scale.exp())
 
-    def loss(self, images, labels, *, target="normalized", impl="auto", group=None):
-        """Images (B, 3, H, W), rank indices (B,) -> (total, i2t, t2i), total = i2t + t2i (paper Eq. 4).
+    def loss(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        target: str = "normalized",
+        impl: str = "auto",
+        group: "torch.distributed.ProcessGroup | None" = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, H, W), rank indices (B,) -> (total, i2t, t2i), total = i2t + t2i (Eq. 4).
 
         The keywords are `kernels.matching_loss`'s.
         """
+        features, scale = self.image_encoder(images), self.logit_scale.exp()
         i2t, t2i = matching_loss(
-            self.image_encoder(images),
-            self.prototypes(),
-            labels,
-            self.logit_scale.exp(),
-            target=target,
-            impl=impl,
-            group=group,
+            features, self.prototypes(), labels, scale, target=target, impl=impl, group=group
         )
         return i2t + t2i, i2t, t2i
 
     @torch.no_grad()
-    def predict(self, images, *, impl="auto"):
+    def predict(self, images: Tensor, *, impl: str = "auto") -> dict[str, Tensor]:
         """Images (B, 3, H, W) -> dict(rank=most probable (B,), expected rank (B,), probs (B, R)).
 
-        Of a model with RankPrompts, predict with `model.export()`: there the text tower has run once.
+        Of a model with RankPrompts, predict with `model.export()`: there the text tower ran once.
         """
         features, scale = self.image_encoder(images), self.logit_scale.exp()
         probs, expected, rank = match(features, self.prototypes(), scale, impl=impl)
         return dict(rank=rank, expected=expected, probs=probs)
 
     @torch.no_grad()
-    def export(self):
+    def export(self) -> "OrdinalCLIP":
         """The same model with its prototypes computed once and stored; shares the image encoder."""
-        exported = OrdinalCLIP(
-            self.image_encoder, FixedPrototypes(self.prototypes()), self.logit_scale
-        )
-        return exported.train(self.training)
+        prototypes = FixedPrototypes(self.prototypes())
+        model = OrdinalCLIP(self.image_encoder, prototypes, self.logit_scale)
+        return model.train(self.training)
 
 
-def ordinality(prototypes, span=None, official=False):
+def ordinality(prototypes: Tensor, span: int | None = None, official: bool = False) -> float:
     """How far the prototypes (R, D) are in order: the share of comparisons, in [0, 1], in which
     the nearer rank is the more similar one.
 
-    Rank i is compared with ranks j and j' = j + 1 on its right, and with j and j' = j - 1 on its left,
-    as long as |i - j'| <= span (default: all); in order means cos(i, j) > cos(i, j'). Its comparison with itself
-    is left out, so unordered prototypes score 1/2. `official=True` scores as the paper's figures do: right side
-    only, and j = i counts, which lifts unordered ones above 1/2. See `ordinality_chance`.
+    Rank i is compared with ranks j and j' = j + 1 on its right, and with j and j' = j - 1 on its
+    left, as long as |i - j'| <= span (default: all); in order means cos(i, j) > cos(i, j'). Its
+    comparison with itself is left out, so unordered prototypes score 1/2. `official=True` scores as
+    the paper's figures do: right side only, and j = i counts, which lifts unordered ones above 1/2.
+    See `ordinality_chance`. Raises ValueError for R < 3 or a span that leaves nothing to compare.
     Source: paper Fig. 3; scripts/vis_ordinality.py#L70-L77 (there: ages 15 to 75 of MORPH's 101).
     """
-    counted = _comparisons(len(prototypes), span, official, prototypes.device)  # (R, R-1)
+    mask = _comparisons(len(prototypes), span, official, prototypes.device)  # (R, R-1)
     cosine = unit(prototypes) @ unit(prototypes).T  # (R, R)
-    right = cosine[:, :-1] > cosine[:, 1:]  # (R, R-1): rank i against j, j + 1
+    right = (cosine[:, :-1] > cosine[:, 1:])[mask]  # rank i against j, j + 1
     if official:
-        return right[counted].double().mean().item()
-    left = cosine.flip(0, 1)  # (R, R): seen from the other end, left is right
-    left = left[:, :-1] > left[:, 1:]
-    return torch.cat([right[counted], left[counted]]).double().mean().item()
+        return right.double().mean().item()
+    cosine = cosine.flip(0, 1)  # flip both axes so that left neighbours are compared the same way
+    left = (cosine[:, :-1] > cosine[:, 1:])[mask]
+    return torch.cat([right, left]).double().mean().item()
 
 
-def ordinality_chance(num_ranks, span=None, official=False):
-    """The score that unordered (exchangeable) prototypes are expected to get.
+def ordinality_chance(num_ranks: int, span: int | None = None, official: bool = False) -> float:
+    """The score that unordered (exchangeable) prototypes are expected to get, in [0, 1].
 
     1/2; for the official score more, since the comparison of a rank with itself is always won.
     """
     if not official:
         return 0.5
-    counted = _comparisons(num_ranks, span, official)
-    trivial = counted.diagonal().sum().item()
-    return (trivial + 0.5 * (counted.sum().item() - trivial)) / counted.sum().item()
+    mask = _comparisons(num_ranks, span, official)
+    trivial, total = mask.diagonal().sum().item(), mask.sum().item()
+    return (trivial + 0.5 * (total - trivial)) / total
 
 
-# ------------------------------------------------------------------------------------ behind RankPrompts
-
-
+# ----------------------------------------------------------------------------- behind RankPrompts
 def _base_positions(num_ranks, num_base_ranks):
     if num_base_ranks == 1:
         return torch.tensor([(num_ranks - 1) / 2], dtype=torch.float64)
@@ -358,28 +354,26 @@ def _context_embeds(table, context):
     return _lookup(table, context)
 
 
-def _rank_embeds(table, shape, rank_tokens, tokens_per_rank, free):
+def _rank_embeds(table, shape, rank_tokens, tokens_per_rank, per_rank):
     """Start of the rank embeddings (K, T, W), and how many tokens each of the R ranks has."""
     num_ranks, num_base_ranks = shape
+    lengths = [tokens_per_rank] * num_ranks
     if rank_tokens is None:
-        embeds = (
-            torch.randn(num_base_ranks, tokens_per_rank, table.shape[1], device=table.device) * 0.02
-        )
-        return embeds, [tokens_per_rank] * num_ranks
+        size = (num_base_ranks, tokens_per_rank, table.shape[1])
+        return torch.randn(size, device=table.device) * 0.02, lengths
     if len(rank_tokens) != num_ranks:
-        raise ValueError(
-            f"rank_tokens holds {len(rank_tokens)} names; expected num_ranks={num_ranks}"
-        )
+        expected = f"expected num_ranks={num_ranks}"
+        raise ValueError(f"rank_tokens holds {len(rank_tokens)} names; {expected}")
     names = [_lookup(table, ids) for ids in rank_tokens]  # (tokens, W) each
-    if any(len(name) == 0 for name in names):
+    if not all(len(name) for name in names):
         raise ValueError(
             "rank_tokens holds a name without tokens; give every rank a word or number"
         )
-    if free:
+    if per_rank:
         return nn.utils.rnn.pad_sequence(names, batch_first=True), [len(name) for name in names]
     nearest = _base_positions(num_ranks, num_base_ranks).round().long().tolist()
-    pooled = [F.adaptive_avg_pool1d(names[i].T, tokens_per_rank).T for i in nearest]  # (T, W) each
-    return torch.stack(pooled), [tokens_per_rank] * num_ranks
+    embeds = [F.adaptive_avg_pool1d(names[i].T, tokens_per_rank).T for i in nearest]  # (T, W) each
+    return torch.stack(embeds), lengths
 
 
 def _lookup(table, ids):
@@ -390,35 +384,22 @@ def _lookup(table, ids):
     return F.embedding(ids, table)
 
 
-def _prompt_layout(num_context, lengths, max_length, position, rank_specific):
-    """Which embedding stands where: indices (R, L) into [SOT, ".", EOT, contexts.., ranks..]; eot (R,)."""
-    num_ranks = len(lengths)
+def _prompt_layout(num_context, lengths, position, rank_specific):
+    """Indices (R, L) into the pool [SOT, ".", EOT, contexts.., ranks..]; position of [EOT] (R,)."""
     before = {"tail": num_context, "middle": num_context // 2, "front": 0}[position]
-    first_rank = 3 + num_context * (num_ranks if rank_specific else 1)
+    first_rank = 3 + num_context * (len(lengths) if rank_specific else 1)
     prompts = []
     for rank, length in enumerate(lengths):
         start = 3 + num_context * rank * rank_specific
-        context = list(range(start, start + num_context))
-        start = first_rank + max_length * rank
-        name = list(range(start, start + length))
+        context = range(start, start + num_context)
+        start = first_rank + max(lengths) * rank
+        name = range(start, start + length)
         prompts.append(torch.tensor([0, *context[:before], *name, *context[before:], 1, 2]))
     eot = torch.tensor([len(prompt) - 1 for prompt in prompts])
     return nn.utils.rnn.pad_sequence(prompts, batch_first=True), eot
 
 
-def _common_prefix(layout):
-    """Number of leading columns in which all rows agree."""
-    return int((layout == layout[0]).all(0).long().cumprod(0).sum())
-
-
-def _check_choice(name, got, choices):
-    if got not in choices:
-        raise ValueError(f"{name}={got!r}: expected one of {', '.join(choices)}")
-
-
-# ----------------------------------------------------------------------------------- behind encode_prompts
-
-
+# -------------------------------------------------------------------------- behind encode_prompts
 class _TextTower(nn.Module):
     """The parts of a CLIP model that turn embeddings into text features. Not a copy of them."""
 
@@ -432,52 +413,35 @@ class _TextTower(nn.Module):
         attention = self.transformer.resblocks[0].attn
         if not hasattr(attention, "in_proj_weight"):
             raise ValueError(
-                f"the text blocks of {type(clip).__name__} have {type(attention).__name__} for attention; "
-                "expected CLIP's, with in_proj_weight and out_proj as in nn.MultiheadAttention"
+                f"the text blocks of {type(clip).__name__} have {type(attention).__name__} for "
+                "attention; expected CLIP's, with in_proj_weight and out_proj as in "
+                "nn.MultiheadAttention"
             )
 
 
-def _attend(attn, x, num_shared, num_ranks, sees):
+def _attend(attn, x, num_shared, num_ranks, attn_mask):
     """Causal self-attention of P shared and R x S own tokens, all rows of x (P + R S, W)."""
     qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)  # (P + R S, 3W)
-    qkv = qkv.unflatten(1, (3, attn.num_heads, -1)).permute(
-        1, 2, 0, 3
-    )  # (3, heads, P + R S, W/heads)
-    own = (
-        qkv[:, :, num_shared:].unflatten(2, (num_ranks, -1)).transpose(1, 2)
-    )  # (3, R, heads, S, W/heads)
+    qkv = qkv.unflatten(1, (3, attn.num_heads, -1))  # (P + R S, 3, heads, W/heads)
+    qkv = qkv.permute(1, 2, 0, 3)  # (3, heads, P + R S, W/heads)
     shared = qkv[:, None, :, :num_shared]  # (3, 1, heads, P, W/heads)
-    seen = torch.cat(
-        [shared[1:].expand(-1, num_ranks, -1, -1, -1), own[1:]], 3
-    )  # (2, R, heads, L, W/heads)
+    own = qkv[:, :, num_shared:].unflatten(2, (num_ranks, -1))  # (3, heads, R, S, W/heads)
+    own = own.transpose(1, 2)  # (3, R, heads, S, W/heads)
+    shared_kv = shared[1:].expand(-1, num_ranks, -1, -1, -1)  # (2, R, heads, P, W/heads)
+    keys_values = torch.cat([shared_kv, own[1:]], 3)  # (2, R, heads, L, W/heads)
     shared = F.scaled_dot_product_attention(*shared, is_causal=True)  # (1, heads, P, W/heads)
-    own = F.scaled_dot_product_attention(own[0], *seen, attn_mask=sees)  # (R, heads, S, W/heads)
-    rows = torch.cat(
-        [t.transpose(1, 2).flatten(2).flatten(0, 1) for t in (shared, own)]
-    )  # (P + R S, W)
-    return attn.out_proj(rows)
+    own = F.scaled_dot_product_attention(own[0], *keys_values, attn_mask=attn_mask)
+    rows = [out.transpose(1, 2).flatten(2).flatten(0, 1) for out in (shared, own)]
+    return attn.out_proj(torch.cat(rows))  # (P + R S, W)
 
 
-def _layer_scale(block, name):
-    return getattr(block, name, nn.Identity())  # only some of open_clip's models have them
-
-
-def _project(x, projection):
-    if isinstance(projection, nn.Module):  # some of open_clip's models
-        return projection(x)
-    return x.to(projection.dtype) @ projection
-
-
-# --------------------------------------------------------------------------------------- behind ordinality
-
-
+# ------------------------------------------------------------------------------ behind ordinality
 def _comparisons(num_ranks, span, official, device=None):
-    """Which (i, j) count, (R, R-1) bool: j against j + 1, seen from i."""
-    span = num_ranks - 1 if span is None else span
-    if num_ranks < 3 or not 1 + (not official) <= span <= num_ranks - 1:
-        raise ValueError(
-            f"span={span} of {num_ranks} prototypes: expected {1 + (not official)} to R-1, and R >= 3"
-        )
+    """Which (i, j) count, (R, R-1) bool: j against j + 1, compared with i."""
+    first, span = 1 - official, num_ranks - 1 if span is None else span
+    if num_ranks < 3 or not 1 + first <= span <= num_ranks - 1:
+        expected = f"expected {1 + first} to R-1, and R >= 3"
+        raise ValueError(f"span={span} of {num_ranks} prototypes: {expected}")
     i = torch.arange(num_ranks, device=device)[:, None]
     j = torch.arange(num_ranks - 1, device=device)[None, :]
-    return (j >= i + (not official)) & (j + 1 - i <= span)
+    return (j >= i + first) & (j + 1 - i <= span)

@@ -1,7 +1,7 @@
-"""python tests/bench_prompts.py -- encode_prompts against encoding all 77 tokens, forward + backward.
+"""python tests/bench_prompts.py -- encode_prompts against all 77 tokens, forward + backward.
 
-RN50's text tower with random weights, R=101 ranks, 10 context tokens, K=3, rank at the tail; both ways on the
-same processor in one run, taken in turn. Prints median times, their ratio, and the largest differences.
+RN50's text tower with random weights, R=101 ranks, 10 context tokens, K=3, rank at the tail; both
+ways in turn on the same processor. Prints median times, their ratio, and the largest differences.
 """
 
 import statistics
@@ -37,31 +37,26 @@ def main():
 
     def step(forward):
         prompts.zero_grad()
-        began = time.perf_counter()
+        start = time.perf_counter()
         out = forward()
         out.backward(gradient)
         if device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - began, [out.detach()] + [
-            p.grad.clone() for p in prompts.parameters()
-        ]
+        seconds = time.perf_counter() - start
+        return seconds, [out.detach(), *(p.grad.clone() for p in prompts.parameters())]
 
     (_, slow), (_, fast) = step(all_77), step(prompts)  # also the warm-up
     error = [((a - b).norm() / b.norm()).item() for a, b in zip(fast, slow)]
     pairs = [(step(all_77)[0], step(prompts)[0]) for _ in range(ROUNDS)]
     times = [statistics.median(column) for column in zip(*pairs)]
     ratios = sorted(a / b for a, b in pairs)
-    where = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{torch.get_num_threads()} CPU threads"
-    )
-    print(
-        f"{where}, torch {torch.__version__}: 77 tokens {times[0]:.3f} s, shared prefix {times[1]:.4f} s"
-    )
-    print(
-        f"ratio {statistics.median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}, {ROUNDS} pairs)"
-    )
+    machine = f"{torch.get_num_threads()} CPU threads"
+    if device == "cuda":
+        machine = torch.cuda.get_device_name()
+    print(f"{machine}, torch {torch.__version__}: ", end="")
+    print(f"77 tokens {times[0]:.3f} s, shared prefix {times[1]:.4f} s")
+    ratio = statistics.median(ratios)
+    print(f"ratio {ratio:.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}, {ROUNDS} pairs)")
     print("relative difference: prototypes {:.1e}, d context {:.1e}, d ranks {:.1e}".format(*error))
 
 

@@ -15,41 +15,29 @@ def vgg():
 
 
 def released(vgg, classes=1000):
-    """A state dict as torchvision releases it: the same names, last layer 4096 -> classes with bias."""
+    """A state dict as torchvision releases it: same names, last layer 4096 -> classes with bias."""
     last = {
         "classifier.6.weight": torch.zeros(classes, 4096),
         "classifier.6.bias": torch.zeros(classes),
     }
-    small = {k: v + 1 for k, v in vgg.state_dict().items() if not k.startswith("classifier.6")}
-    large = {
-        k: v.new_zeros(1).expand(v.shape) for k, v in small.items() if v.numel() > 10**7
-    }  # no 500 MB to write
-    return small | large | last
+    state = {k: v for k, v in vgg.state_dict().items() if not k.startswith("classifier.6")}
+    return last | {  # large tensors expanded: no 500 MB to write
+        k: v + 1 if v.numel() < 10**7 else v.new_zeros(1).expand(v.shape) for k, v in state.items()
+    }
 
 
 def test_vgg16_is_the_papers(vgg):
     shapes = {name: tuple(p.shape) for name, p in vgg.named_parameters()}
-    assert shapes["features.0.weight"] == (64, 3, 3, 3) and shapes["features.28.weight"] == (
-        512,
-        512,
-        3,
-        3,
-    )
-    assert shapes["classifier.0.weight"] == (4096, 25088) and shapes["classifier.6.weight"] == (
-        8,
-        4096,
-    )
-    assert "classifier.6.bias" not in shapes
-    assert (
-        sum(p.numel() for name, p in vgg.named_parameters() if "classifier.6" not in name)
-        == 134_260_544
-    )
+    assert shapes["features.0.weight"] == (64, 3, 3, 3)
+    assert shapes["features.28.weight"] == (512, 512, 3, 3)
+    assert shapes["classifier.0.weight"] == (4096, 25088)
+    assert shapes["classifier.6.weight"] == (8, 4096) and "classifier.6.bias" not in shapes
+    assert sum(p.numel() for p in vgg.parameters()) == 134_260_544 + 8 * 4096
     torch.manual_seed(0)
     out = vgg(torch.randn(2, 3, 224, 224))
     assert out.shape == (2, 8) and out.std() > 0
-    with pytest.raises(
-        ValueError, match=r"vgg16 got images \(1, 3, 256, 256\); expected \(B, 3, 224, 224\)"
-    ):
+    message = r"vgg16 got images \(1, 3, 256, 256\); expected \(B, 3, 224, 224\)"
+    with pytest.raises(ValueError, match=message):
         vgg(torch.randn(1, 3, 256, 256))
 
 
@@ -60,21 +48,20 @@ def test_weights_are_loaded_but_for_the_last_layer(vgg, tmp_path):
     assert torch.equal(encoder.features[0].weight, vgg.features[0].weight + 1)
     assert torch.equal(encoder.classifier[3].bias, vgg.classifier[3].bias + 1)
     assert not encoder.classifier[0].weight.any()
-    assert (
-        encoder.classifier[6].weight.shape == (16, 4096) and encoder.classifier[6].weight.std() > 0
-    )
+    last = encoder.classifier[6].weight
+    assert last.shape == (16, 4096) and last.std() > 0
 
 
 def test_imagenet_weights_come_from_the_public_file_by_its_hash(vgg, tmp_path):
     torch.save(released(vgg), tmp_path / "vgg16.pth")
-    asked = []
+    requests = []
 
     def download(url, sha256):
-        asked.append((url, sha256))
+        requests.append((url, sha256))
         return tmp_path / "vgg16.pth"
 
     encoder = build_image_encoder("vgg16", 16, weights="imagenet", download=download)
-    assert asked == [(VGG16_URL, VGG16_SHA256)]
+    assert requests == [(VGG16_URL, VGG16_SHA256)]
     assert torch.equal(encoder.features[0].weight, vgg.features[0].weight + 1)
 
 
@@ -83,13 +70,11 @@ def test_weights_that_do_not_fit_are_refused(vgg, tmp_path):
     state["features.0.weight"] = torch.zeros(64, 1, 3, 3)
     del state["features.2.bias"]
     torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(
-        ValueError, match="does not fit VGG16: 2 entries .* features.0.weight, features.2.bias"
-    ):
+    message = "does not fit VGG16: 2 entries .* features.0.weight, features.2.bias"
+    with pytest.raises(ValueError, match=message):
         build_image_encoder("vgg16", 16, weights=tmp_path / "x.pth")
-    with pytest.raises(
-        FileNotFoundError, match="no weights at .*none.pth; give 'imagenet' or a state dict"
-    ):
+    message = "no weights at .*none.pth; expected 'imagenet' or a state dict"
+    with pytest.raises(FileNotFoundError, match=message):
         build_image_encoder("vgg16", 16, weights=tmp_path / "none.pth")
     (tmp_path / "page.pth").write_text("<html>not found</html>")
     with pytest.raises(ValueError, match="page.pth cannot be read as a state dict"):
@@ -98,20 +83,16 @@ def test_weights_that_do_not_fit_are_refused(vgg, tmp_path):
 
 @pytest.mark.parametrize("name", ["vgg99", "timm", "timm:", "resnet50"])
 def test_unknown_names_list_the_choices(name):
-    with pytest.raises(
-        ValueError,
-        match=f"image encoder '{name}': expected one of vgg16, timm:NAME, torchvision:NAME",
-    ):
+    message = f"image encoder '{name}': expected one of vgg16, timm:NAME, torchvision:NAME"
+    with pytest.raises(ValueError, match=message):
         build_image_encoder(name, 8)
 
 
 @pytest.mark.parametrize("package", ["timm", "torchvision"])
 def test_an_absent_package_is_named(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)  # as if not installed
-    with pytest.raises(
-        ImportError,
-        match=f"image encoder {package}:resnet18 needs {package}: pip install {package}",
-    ):
+    message = f"image encoder {package}:resnet18 needs {package}: pip install {package}"
+    with pytest.raises(ImportError, match=message):
         build_image_encoder(f"{package}:resnet18", 8)
 
 
@@ -120,10 +101,8 @@ class FakeModels:
 
     @staticmethod
     def get_model(name, weights=None):
-        layers = (
-            [torch.nn.Flatten(), torch.nn.Linear(12, 10)] if name == "net" else [torch.nn.Flatten()]
-        )
-        return torch.nn.Sequential(*layers)
+        layers = [torch.nn.Flatten(), torch.nn.Linear(12, 10)]
+        return torch.nn.Sequential(*layers[: 2 if name == "net" else 1])
 
 
 def test_a_torchvision_classifier_gets_a_last_layer_of_our_size(monkeypatch):

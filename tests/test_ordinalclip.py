@@ -1,4 +1,4 @@
-"""pytest tests/test_ordinalclip.py -- interpolation, prompts, model and ordinality of ordinalclip.py."""
+"""pytest tests/test_ordinalclip.py -- interpolation, prompts, model and ordinality."""
 
 import copy
 import math
@@ -33,41 +33,31 @@ def clip():
 
 @pytest.fixture(scope="module")
 def clip64():
-    return tiny_clip(embed_dim=48, width=128, layers=3).double()
+    return tiny_clip(embed_dim=48, width=128, layers=2).double()
 
 
-# -------------------------------------------------------------------------------------------- interpolation
-
-
+# ------------------------------------------------------------------------------------ interpolation
 def test_weights_are_those_of_the_paper():
-    linear, inverse = (interpolation_weights(101, 3, kind) for kind in ("linear", "inverse"))
-    for rank, row in {
-        0: (2 / 3, 1 / 3, 0),
-        25: (3 / 7, 3 / 7, 1 / 7),
-        50: (1 / 4, 1 / 2, 1 / 4),
-    }.items():
+    linear, inverse = (interpolation_weights(101, 3, interp) for interp in ("linear", "inverse"))
+    rows = {0: (2 / 3, 1 / 3, 0), 25: (3 / 7, 3 / 7, 1 / 7), 50: (1 / 4, 1 / 2, 1 / 4)}
+    for rank, row in rows.items():
         torch.testing.assert_close(linear[rank], torch.tensor(row), atol=1e-6, rtol=0)
     torch.testing.assert_close(inverse[25], torch.tensor([3 / 7, 3 / 7, 1 / 7]), atol=1e-6, rtol=0)
     for base, rank in enumerate((0, 50, 100)):
         assert inverse[rank, base] > 1 - 1e-6  # passes through its base ranks
-    two = interpolation_weights(11, 2, "linear")
-    torch.testing.assert_close(
-        two[:, 1], torch.arange(11) / 10
-    )  # K = 2 is plain linear interpolation
+    two = interpolation_weights(11, 2, "linear")  # K = 2 is plain linear interpolation
+    torch.testing.assert_close(two[:, 1], torch.arange(11) / 10)
 
 
-@pytest.mark.parametrize("kind", ["linear", "inverse"])
-def test_weights_are_finite_and_sum_to_one(kind):
+@pytest.mark.parametrize("interp", ["linear", "inverse"])
+def test_weights_are_finite_and_sum_to_one(interp):
     for ranks in (2, 3, 5, 30, 101, 500):
-        for bases in {1, 2, 3, 4, 9, ranks - 1, ranks}:
-            if not 1 <= bases <= ranks:
-                continue
-            weights = interpolation_weights(ranks, bases, kind)
+        for bases in {1, 2, 3, 4, 9, ranks - 1, ranks} - {0} & set(range(ranks + 1)):
+            weights = interpolation_weights(ranks, bases, interp)
             assert weights.shape == (ranks, bases) and weights.dtype == torch.float32
             assert torch.isfinite(weights).all() and (weights >= 0).all()
-            torch.testing.assert_close(
-                weights.double().sum(1), torch.ones(ranks).double(), atol=1e-6, rtol=0
-            )
+            ones = torch.ones(ranks).double()
+            torch.testing.assert_close(weights.double().sum(1), ones, atol=1e-6, rtol=0)
             torch.testing.assert_close(weights, weights.flip(0, 1))  # no end is preferred
 
 
@@ -85,41 +75,19 @@ def test_weights_refuse(args, message):
         interpolation_weights(*args)
 
 
-# ------------------------------------------------------------------------------- prompts against 77 tokens
-
-
+# ------------------------------------------------------------------------ prompts against 77 tokens
 def sentences(prompts, clip, position, lengths):
-    """The R x 77 embeddings, token by token as the official code lays them out."""
-    weights, table = prompts.weights, clip.token_embedding.weight.detach()
+    """R x 77 embeddings, token by token as the official code lays them out; positions of [EOT]."""
+    table, num_context = clip.token_embedding.weight.detach(), prompts.context_embeds.shape[-2]
+    contexts = prompts.context_embeds.expand(len(lengths), num_context, -1)
+    cut = {"tail": num_context, "middle": num_context // 2, "front": 0}[position]
     rows = []
-    for rank, length in enumerate(lengths):
-        context = (
-            prompts.context_embeds
-            if prompts.context_embeds.dim() == 2
-            else prompts.context_embeds[rank]
-        )
-        name = sum(w * e for w, e in zip(weights[rank], prompts.rank_embeds))[:length]
-        cut = {"tail": len(context), "middle": len(context) // 2, "front": 0}[position]
-        parts = [
-            table[49406][None],
-            context[:cut],
-            name,
-            context[cut:],
-            table[269][None],
-            table[49407][None],
-        ]
-        words = torch.cat(parts)
+    for context, weights, length in zip(contexts, prompts.weights, lengths):
+        name = sum(w * e for w, e in zip(weights, prompts.rank_embeds))[:length]
+        sot, full_stop, eot = table[[49406, 269, 49407]][:, None]
+        words = torch.cat([sot, context[:cut], name, context[cut:], full_stop, eot])
         rows.append(torch.cat([words, table[0].expand(77 - len(words), -1)]))
-    return torch.stack(rows), [
-        len(
-            prompts.context_embeds[0]
-            if prompts.context_embeds.dim() == 3
-            else prompts.context_embeds
-        )
-        + length
-        + 2
-        for length in lengths
-    ]
+    return torch.stack(rows), [num_context + length + 2 for length in lengths]
 
 
 def encode_77(clip, embeds, eot):
@@ -128,42 +96,41 @@ def encode_77(clip, embeds, eot):
     mask = torch.full((77, 77), -math.inf, dtype=x.dtype).triu(1)
     for block in clip.transformer.resblocks:
         h = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
-        q, k, v = (
-            t.reshape(len(x), 77, block.attn.num_heads, -1).transpose(1, 2) for t in h.chunk(3, -1)
-        )
+        h = h.reshape(len(x), 77, 3, block.attn.num_heads, -1)
+        q, k, v = h.permute(2, 0, 3, 1, 4)  # (R, heads, 77, W/heads) each
         scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5 + mask
-        x = x + block.attn.out_proj(
-            (scores.softmax(-1) @ v).transpose(1, 2).reshape(len(x), 77, -1)
-        )
+        h = (scores.softmax(-1) @ v).transpose(1, 2).reshape(len(x), 77, -1)
+        x = x + block.attn.out_proj(h)
         x = x + block.mlp(block.ln_2(x))
     return clip.ln_final(x)[torch.arange(len(x)), eot] @ clip.text_projection
 
 
-PROMPTS = [
-    dict(context=CONTEXT),
-    dict(context=CONTEXT, rank_position="middle", interp="inverse", num_base_ranks=4),
-    dict(context=6, rank_position="front", tokens_per_rank=2),
-    dict(context=CONTEXT, rank_tokens=NAMES, interp="none"),
-    dict(context=CONTEXT, rank_tokens=NAMES, interp="none", rank_position="middle"),
-    dict(context=CONTEXT, rank_tokens=NAMES, interp="none", rank_position="front"),
-    dict(context=CONTEXT, rank_specific_context=True),
-    dict(
-        context=3,
-        rank_specific_context=True,
-        rank_position="middle",
-        rank_tokens=NAMES,
-        tokens_per_rank=3,
+SPECIFIC = dict(rank_specific_context=True)
+PROMPTS = {
+    "tail": dict(context=CONTEXT),
+    "middle": dict(context=CONTEXT, rank_position="middle", interp="inverse", num_base_ranks=4),
+    "front": dict(context=6, rank_position="front", tokens_per_rank=2),
+    **{
+        f"names, {position}": dict(
+            context=CONTEXT, rank_tokens=NAMES, interp="none", rank_position=position
+        )
+        for position in ("tail", "middle", "front")
+    },
+    "specific": dict(context=CONTEXT, **SPECIFIC),
+    "specific, names": dict(
+        context=3, rank_position="middle", rank_tokens=NAMES, tokens_per_rank=3, **SPECIFIC
     ),
-    dict(context=0),
-]
+    "no context": dict(context=0),
+}
 
 
-@pytest.mark.parametrize("options", PROMPTS, ids=str)
+@pytest.mark.parametrize("options", PROMPTS.values(), ids=PROMPTS)
 def test_prototypes_and_gradients_equal_those_of_77_tokens(clip64, options):
     torch.manual_seed(0)
     prompts = RankPrompts(clip64, 7, **options).double()
-    free = options.get("interp") == "none"
-    lengths = [len(name) for name in NAMES] if free else [options.get("tokens_per_rank", 1)] * 7
+    lengths = [options.get("tokens_per_rank", 1)] * 7
+    if options.get("interp") == "none":
+        lengths = [len(name) for name in NAMES]
     embeds, eot = sentences(prompts, clip64, options.get("rank_position", "tail"), lengths)
     expected = encode_77(clip64, embeds, eot)  # (R, D)
     got = prompts()
@@ -172,10 +139,8 @@ def test_prototypes_and_gradients_equal_those_of_77_tokens(clip64, options):
 
     weight = torch.randn(7, 48, dtype=torch.float64)
     params = [prompts.context_embeds, prompts.rank_embeds]
-    wanted = torch.autograd.grad((expected * weight).sum(), params)
-    for name, a, b in zip(
-        ("context", "rank"), torch.autograd.grad((got * weight).sum(), params), wanted
-    ):
+    grads = [torch.autograd.grad((out * weight).sum(), params) for out in (got, expected)]
+    for name, a, b in zip(("context", "rank"), *grads):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=name)
         assert b.numel() == 0 or b.abs().max() > 0
 
@@ -183,10 +148,8 @@ def test_prototypes_and_gradients_equal_those_of_77_tokens(clip64, options):
 def test_shared_tokens_are_encoded_once(clip):
     """R=101 with 10 context tokens: 11 + 101 * 3 rows go through the tower, not 101 * 77."""
     prompts = RankPrompts(clip, 101, context=10)
-    rows = []
-    hook = clip.transformer.resblocks[1].mlp.register_forward_hook(
-        lambda _, x, y: rows.append(x[0].shape)
-    )
+    rows, mlp = [], clip.transformer.resblocks[1].mlp
+    hook = mlp.register_forward_hook(lambda _, x, y: rows.append(x[0].shape))
     prompts()
     hook.remove()
     assert rows == [(11 + 101 * 3, 128)]
@@ -197,9 +160,8 @@ def test_padding_behind_eot_does_not_matter(clip):
     shared, own, eot = torch.randn(4, 128), torch.randn(3, 5, 128), torch.tensor([1, 4, 2])
     other = own.clone()
     other[0, 2:], other[2, 3:] = 9.0, -9.0
-    torch.testing.assert_close(
-        encode_prompts(clip, shared, own, eot), encode_prompts(clip, shared, other, eot)
-    )
+    features = encode_prompts(clip, shared, own, eot)
+    torch.testing.assert_close(features, encode_prompts(clip, shared, other, eot))
 
 
 def test_encode_prompts_refuses_what_the_tower_cannot_read(clip):
@@ -207,17 +169,14 @@ def test_encode_prompts_refuses_what_the_tower_cannot_read(clip):
         encode_prompts(clip, torch.zeros(70, 128), torch.zeros(2, 10, 128), torch.tensor([9, 9]))
 
 
-# ---------------------------------------------------------------------------- other packages' CLIP objects
-
-
+# --------------------------------------------------------------------- other packages' CLIP objects
 class OpenAIBlock(nn.Module):
     """A text block with the modules of OpenAI's and open_clip's: nn.MultiheadAttention."""
 
     def __init__(self, block, layer_scale):
         super().__init__()
         self.attn = nn.MultiheadAttention(128, 2)
-        own = {k: v for k, v in block.attn.state_dict().items()}
-        self.attn.load_state_dict(own)
+        self.attn.load_state_dict(block.attn.state_dict())
         self.ln_1, self.ln_2, self.mlp = block.ln_1, block.ln_2, block.mlp
         if layer_scale:
             self.ls_1, self.ls_2 = nn.Identity(), nn.Identity()
@@ -265,21 +224,15 @@ def test_a_tower_that_is_not_clips_is_refused(clip):
         RankPrompts(other, 5, context=CONTEXT)
 
 
-# ------------------------------------------------------------------------------------------ RankPrompts
-
-
+# -------------------------------------------------------------------------------------- RankPrompts
 def test_only_context_and_ranks_train(clip):
     clip = copy.deepcopy(clip).requires_grad_(True)
     prompts = RankPrompts(clip, 9, context=CONTEXT)
     assert set(prompts.state_dict()) == {"context_embeds", "rank_embeds"}
     assert {name for name, _ in prompts.named_parameters()} == {"context_embeds", "rank_embeds"}
     prompts.train().requires_grad_(True)()[:, 0].sum().backward()
-    text = [
-        p
-        for name, p in clip.named_parameters()
-        if name.split(".")[0]
-        in ("transformer", "positional_embedding", "ln_final", "text_projection")
-    ]
+    modules = ("transformer", "positional_embedding", "ln_final", "text_projection")
+    text = [p for name, p in clip.named_parameters() if name.split(".")[0] in modules]
     assert len(text) > 30 and all(p.grad is None and not p.requires_grad for p in text)
     assert all(p.grad.abs().sum() > 0 for p in prompts.parameters())
     assert all(p.requires_grad for p in clip.visual.parameters())  # the image tower is left alone
@@ -309,14 +262,12 @@ def test_base_ranks_start_at_the_names_nearest_their_positions(clip):
     names = [[500 + i] for i in range(101)]
     prompts = RankPrompts(clip, 101, context=CONTEXT, rank_tokens=names, num_base_ranks=3)
     torch.testing.assert_close(prompts.rank_embeds[:, 0], table[[500, 550, 600]])
-    prompts = RankPrompts(clip, 7, context=CONTEXT, rank_tokens=NAMES, num_base_ranks=2)
-    torch.testing.assert_close(
-        prompts.rank_embeds[0, 0], table[[1000, 2000]].mean(0)
-    )  # a name of two tokens
-    prompts = RankPrompts(
-        clip, 7, context=CONTEXT, rank_tokens=NAMES, num_base_ranks=2, tokens_per_rank=2
-    )
-    torch.testing.assert_close(prompts.rank_embeds[0], table[[1000, 2000]])
+    options = dict(context=CONTEXT, rank_tokens=NAMES, num_base_ranks=2)
+    name = table[[1000, 2000]]  # of two tokens
+    prompts = RankPrompts(clip, 7, **options)
+    torch.testing.assert_close(prompts.rank_embeds[0, 0], name.mean(0))
+    prompts = RankPrompts(clip, 7, **options, tokens_per_rank=2)
+    torch.testing.assert_close(prompts.rank_embeds[0], name)
 
 
 def test_free_ranks_start_at_their_names_and_the_context_at_its_words(clip):
@@ -331,7 +282,7 @@ def test_free_ranks_start_at_their_names_and_the_context_at_its_words(clip):
 
 
 def test_untrained_coop_is_zero_shot(clip):
-    """With free ranks at their names, the prototypes are the text features of the written-out prompts."""
+    """With free ranks at their names, prototypes are text features of the written-out prompts."""
     prompts = RankPrompts(clip, 7, context=CONTEXT, rank_tokens=NAMES, interp="none")
     tokens = torch.zeros(7, 77, dtype=torch.long)
     for row, name in zip(tokens, NAMES):
@@ -352,10 +303,7 @@ def test_untrained_coop_is_zero_shot(clip):
         (dict(rank_tokens=NAMES[:6] + [[49408]]), r"token ids \[49408\]; expected 0 to 49407"),
         (dict(context=75), "a prompt of 79 tokens, .* the text tower reads 77"),
         (dict(context=-1), "context=-1: expected a number of tokens or their ids"),
-        (
-            dict(context=torch.zeros(2, 3).long()),
-            r"context of shape \(2, 3\).*expected token ids \(N,\)",
-        ),
+        (dict(context=torch.zeros(2, 3).long()), r"shape \(2, 3\).*expected token ids \(N,\)"),
         (dict(context=torch.rand(3)), "torch.float32; expected token ids"),
     ],
 )
@@ -364,9 +312,7 @@ def test_prompts_refuse(clip, options, message):
         RankPrompts(clip, 7, **{"context": CONTEXT, **options})
 
 
-# ------------------------------------------------------------------------------------------ OrdinalCLIP
-
-
+# -------------------------------------------------------------------------------------- OrdinalCLIP
 def model_of(clip, **options):
     torch.manual_seed(0)
     return OrdinalCLIP(clip.visual, RankPrompts(clip, 9, context=4, **options), clip.logit_scale)
@@ -378,23 +324,18 @@ def test_logits_loss_and_prediction_agree(clip):
     logits = model(images)
     features, prototypes = model.image_encoder(images), model.prototypes()
     scale = clip.logit_scale.exp()
-    torch.testing.assert_close(
-        logits,
-        scale * F.cosine_similarity(features[:, None], prototypes[None], dim=-1),
-        rtol=1e-3,
-        atol=1e-3,
-    )
+    cosine = F.cosine_similarity(features[:, None], prototypes[None], dim=-1)
+    torch.testing.assert_close(logits, scale * cosine, rtol=1e-3, atol=1e-3)
     total, i2t, t2i = model.loss(images, labels)
     torch.testing.assert_close(total, i2t + t2i)
     torch.testing.assert_close(i2t, F.cross_entropy(logits, labels), rtol=1e-4, atol=1e-4)
     expected = matching_loss(features, prototypes, labels, scale, target="softmax10")
-    torch.testing.assert_close(
-        model.loss(images, labels, target="softmax10")[1:], expected, rtol=1e-4, atol=1e-4
-    )
-    found = model.predict(images)
-    torch.testing.assert_close(found["probs"], logits.softmax(1))
-    assert torch.equal(found["rank"], logits.argmax(1))
-    torch.testing.assert_close(found["expected"], logits.softmax(1) @ torch.arange(9.0))
+    got = model.loss(images, labels, target="softmax10")[1:]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    prediction = model.predict(images)
+    torch.testing.assert_close(prediction["probs"], logits.softmax(1))
+    assert torch.equal(prediction["rank"], logits.argmax(1))
+    torch.testing.assert_close(prediction["expected"], logits.softmax(1) @ torch.arange(9.0))
 
 
 def test_export_gives_the_same_logits_without_the_text_tower(clip):
@@ -427,14 +368,11 @@ def test_training_moves_what_should_train_and_nothing_else(clip):
         model.loss(torch.randn(8, 3, 64, 64), torch.arange(8))[0].backward()
         optimizer.step()
     assert all(torch.equal(value, frozen[key]) for key, value in tower.state_dict().items())
-    moved = {
-        key for key, value in model.state_dict().items() if not torch.equal(value, before[key])
-    }
-    assert {
-        "prototypes.context_embeds",
-        "prototypes.rank_embeds",
-    } <= moved and "logit_scale" not in moved
-    assert any(key.startswith("image_encoder.") for key in moved)
+    after = model.state_dict()
+    differing = {key for key in before if not torch.equal(after[key], before[key])}
+    assert {"prototypes.context_embeds", "prototypes.rank_embeds"} <= differing
+    assert "logit_scale" not in differing
+    assert any(key.startswith("image_encoder.") for key in differing)
 
 
 def test_the_temperature_is_a_copy_and_can_be_set_free(clip):
@@ -443,9 +381,8 @@ def test_the_temperature_is_a_copy_and_can_be_set_free(clip):
     model.logit_scale.requires_grad_()
     model.loss(torch.randn(4, 3, 64, 64), torch.arange(4))[0].backward()
     assert model.logit_scale.grad.abs() > 0
-    assert OrdinalCLIP(
-        clip.visual, LinearPrototypes(3, 48), math.log(7)
-    ).logit_scale.exp().item() == pytest.approx(7)
+    model = OrdinalCLIP(clip.visual, LinearPrototypes(3, 48), math.log(7))
+    assert model.logit_scale.exp().item() == pytest.approx(7)
 
 
 def test_linear_prototypes_train(clip):
@@ -457,28 +394,25 @@ def test_linear_prototypes_train(clip):
 def test_fixed_prototypes_are_a_copy():
     tensor = torch.randn(4, 8, requires_grad=True)
     fixed = FixedPrototypes(tensor)
-    assert (
-        torch.equal(fixed(), tensor) and not fixed().requires_grad and not list(fixed.parameters())
-    )
+    assert torch.equal(fixed(), tensor)
+    assert not fixed().requires_grad and not list(fixed.parameters())
     with pytest.raises(ValueError, match=r"got prototypes \(8,\); expected \(R, D\)"):
         FixedPrototypes(tensor[0])
 
 
-# ------------------------------------------------------------------------------------------- ordinality
-
-
+# --------------------------------------------------------------------------------------- ordinality
 def brute_force(prototypes, span, official):
     s = F.cosine_similarity(prototypes[:, None].double(), prototypes[None].double(), dim=-1)
-    n, kept = len(s), []
+    n, wins = len(s), []
     for i in range(n):
         for j in range(n):
             if official and i <= j < n - 1 and j - i < span:
-                kept.append(s[i, j] > s[i, j + 1])
+                wins.append(s[i, j] > s[i, j + 1])
             if not official and i < j < n - 1 and j + 1 - i <= span:
-                kept.append(s[i, j] > s[i, j + 1])
+                wins.append(s[i, j] > s[i, j + 1])
             if not official and 0 < j < i and i - (j - 1) <= span:
-                kept.append(s[i, j] > s[i, j - 1])
-    return sum(map(float, kept)) / len(kept)
+                wins.append(s[i, j] > s[i, j - 1])
+    return sum(map(float, wins)) / len(wins)
 
 
 @pytest.mark.parametrize("official", [False, True])
@@ -511,9 +445,8 @@ def test_chance_levels_are_those_of_random_prototypes():
     "ranks, span, official", [(2, None, False), (9, 1, False), (9, 9, False), (9, 0, True)]
 )
 def test_ordinality_refuses(ranks, span, official):
-    with pytest.raises(
-        ValueError, match=f"of {ranks} prototypes: expected {1 + (not official)} to R-1"
-    ):
+    message = f"of {ranks} prototypes: expected {1 + (not official)} to R-1"
+    with pytest.raises(ValueError, match=message):
         ordinality(torch.randn(ranks, 4), span, official)
 
 

@@ -438,8 +438,8 @@ def test_names_of_ranks_do_not_touch(num_ranks, name, monkeypatch):
 
 
 def test_it_runs_without_the_rest_of_the_project(run, exported, tmp_path):
-    for name in ("predict.py", "ordinalclip.py", "clip_model.py", "backbones.py", "data.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    for name in ("predict", "ordinalclip", "clip_model", "clip_weights", "backbones", "data"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
     shutil.copytree(
         ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__")
     )
@@ -451,7 +451,7 @@ def test_it_runs_without_the_rest_of_the_project(run, exported, tmp_path):
 
 
 def test_a_model_is_rebuilt_without_data_and_backbones(exported, tmp_path):
-    for name in ("predict.py", "ordinalclip.py", "clip_model.py"):
+    for name in ("predict.py", "ordinalclip.py", "clip_model.py", "clip_weights.py"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(
         ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__")
