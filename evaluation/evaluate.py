@@ -35,7 +35,10 @@ ORDINALITY_SPANS = (2, 4, 8, 16, 32)  # of the ordinality scores beside the whol
 
 @torch.no_grad()
 def predict_loader(run: Run, loader: DataLoader) -> tuple[Tensor, Tensor]:
-    """-> probs (M, R) and labels (M,) of all the loader's images, on the CPU, in order."""
+    """-> probs (M, R) and labels (M,) of all the loader's images, on the CPU, in order.
+
+    FloatingPointError where probabilities are not finite.
+    """
     average_buffers(run.model)
     eval_model = run.model.export().eval()  # the text tower runs once
     if run.args.freeze_image:
@@ -46,7 +49,13 @@ def predict_loader(run: Run, loader: DataLoader) -> tuple[Tensor, Tensor]:
             outputs = eval_model.predict(prepare_batch(images, run.args, run.preprocess))
         probs.append(outputs["probs"].cpu())
         labels.append(batch_labels)
-    return all_gather_rows(torch.cat(probs)), all_gather_rows(torch.cat(labels))  # (M, R), (M,)
+    probs = all_gather_rows(torch.cat(probs))  # (M, R)
+    if not probs.isfinite().all():
+        raise FloatingPointError(
+            "the model's predictions are not finite: its weights hold nan or inf; try a lower --lr "
+            "or --precision fp32. --resume goes on from the last checkpoint"
+        )
+    return probs, all_gather_rows(torch.cat(labels))  # (M, R), (M,)
 
 
 def evaluate_test_set(
