@@ -16,11 +16,15 @@ predictions-best.csv, pictures/*.png.
 """
 
 import math
+import signal
 import sys
 import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # Ctrl-C while importing ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.distributed as dist
@@ -43,6 +47,7 @@ from training.loaders import (
 )
 from training.methods import LossModule, build_model, param_groups, warm_start
 from training.options import expand_runs, has_sweep_values, is_sweep
+from training.progress import ProgressLine, print_epoch, print_run_header
 from training.run_folder import (
     Run,
     check_run_dir,
@@ -52,7 +57,6 @@ from training.run_folder import (
     load_finished_results,
     lock_run_dir,
     peak_memory,
-    run_name,
     save_csv,
     save_json,
     table_name,
@@ -193,7 +197,8 @@ def train_one_epoch(
     steps = state.start_epoch(loss_sums)
     loader.sampler.epoch, loader.sampler.start = epoch, steps * loader.batch_size
     num_steps = steps + len(loader)
-    num_images, start_time, last_print = 0, time.time(), 0.0
+    progress = ProgressLine(f"epoch {epoch}", num_steps)
+    num_images, start_time = 0, time.time()
     for step, (images, labels) in enumerate(loader, steps + 1):
         images = prepare_batch(images, args, run.preprocess)
         labels = labels.to(args.device, non_blocking=True)
@@ -206,11 +211,7 @@ def train_one_epoch(
         losses = torch.stack([total, i2t, t2i, total.new_ones(())])
         loss_sums += losses.detach() * len(labels)
         num_images += len(labels) * world_size()
-        if is_main() and sys.stderr.isatty() and time.time() - last_print > 0.25:
-            last_print = time.time()
-            speed = f"{num_images / (last_print - start_time):.0f} images/s"
-            line = f"\r  epoch {epoch}  {step}/{num_steps}  {speed} "
-            print(line, end="", file=sys.stderr, flush=True)
+        progress.update(step, num_images)
         if state.is_save_due():
             check_finite(loss_sums, epoch, step)
             state.save_within_epoch(step, loss_sums)
@@ -271,39 +272,10 @@ def train_sweep(args: Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def print_run_header(run: Run) -> None:
-    if not is_main():
-        return
-    args, task = run.args, run.task
-    counts = [
-        f"{group['name']} {sum(p.numel() for p in group['params']):,}"
-        for group in param_groups(run.model)
-    ]
-    trained = ", ".join(counts) if args.epochs else "nothing"
-    print(
-        f"{task.protocol}\n"
-        f"method {run_name(args)}   ranks {task.num_ranks}   "
-        f"context {args.context or task.context!r}\n"
-        f"image encoder {args.image_encoder} {run.preprocess['image_size']} px   "
-        f"clip {args.clip}   trains {trained}\n"
-        f"{args.device} {args.precision}, {world_size()} process(es)   -> {args.out}"
-    )
-
-
-def print_epoch(row: dict[str, float], epochs: int, eta: float, is_best: bool) -> None:
-    clear = "\r\033[K" if sys.stderr.isatty() else ""
-    print(clear, end="", file=sys.stderr, flush=True)
-    print(
-        f"epoch {row['epoch']:3d}/{epochs}  "
-        f"loss {row['loss']:.3f} (i2t {row['i2t']:.3f} t2i {row['t2i']:.3f})  "
-        f"val MAE {row['val_mae_expected']:.3f} expected {row['val_mae_argmax']:.3f} argmax  "
-        f"acc {row['val_acc_argmax']:.1%}  {row['images_per_s']:.0f} img/s  "
-        f"{row['peak_mb']:.0f} MB  eta {eta // 60:.0f}:{eta % 60:02.0f}{'  *' if is_best else ''}",
-        flush=True,
-    )
-
-
 def cli() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal without ± loses no report
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:

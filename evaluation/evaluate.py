@@ -49,6 +49,8 @@ def predict_loader(run: Run, loader: DataLoader) -> tuple[Tensor, Tensor]:
             outputs = eval_model.predict(prepare_batch(images, run.args, run.preprocess))
         probs.append(outputs["probs"].cpu())
         labels.append(batch_labels)
+    if not labels:  # fewer images than processes
+        probs, labels = [torch.zeros(0, run.task.num_ranks)], [torch.zeros(0, dtype=torch.long)]
     probs = all_gather_rows(torch.cat(probs))  # (M, R)
     if not probs.isfinite().all():
         raise FloatingPointError(
@@ -72,7 +74,7 @@ def evaluate_test_set(
     """
     args, task = run.args, run.task
     probs, labels = predict_loader(run, test_loader)
-    val = compute_metrics(*predict_loader(run, val_loader)) if len(val_loader) else None
+    val = compute_metrics(*predict_loader(run, val_loader)) if task.val else None
     train_counts = torch.tensor([s.label for s in task.train]).bincount(minlength=task.num_ranks)
     majority = majority_baseline(torch.tensor([s.label for s in task.test]), train_counts)
     first_prompt = zeroshot_prompt(args, task, task.rank_names[0])
@@ -134,9 +136,8 @@ def print_results(results: dict[str, Any]) -> None:
         print("NOTE: the epoch was chosen on the test images themselves, as this protocol has it")
     figures = []
     for name, metric in METRICS.items():
-        expected, argmax = (
-            format(test[f"{name}_{a}"], metric.format) for a in ("expected", "argmax")
-        )
+        values = (test[f"{name}_{answer}"] for answer in ("expected", "argmax"))
+        expected, argmax = ("-" if v is None else format(v, metric.format) for v in values)
         figures.append(f"{metric.label} {expected} expected {argmax} argmax")
     for i in range(0, len(figures), 2):
         print(("test   " if i == 0 else "") + "   ".join(figures[i : i + 2]))

@@ -7,6 +7,7 @@ mean rank index under the probabilities, a real number) and of the argmax (the m
 Copy together with: nothing (torch only).
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ MANY_SHOT, FEW_SHOT = 100, 20  # training images of a rank (Yang et al., ICML 20
 
 
 class Metric(NamedTuple):
-    """compute: predicted ranks (M,) and labels (M,), both float64 -> 0-dim tensor."""
+    """compute: predicted ranks (M,) and labels (M,), both float64 -> 0-dim tensor, nan: undefined."""
 
     label: str  # as printed after a run
     compute: Callable[[Tensor, Tensor], Tensor]
@@ -46,13 +47,14 @@ def cumulative_score(predicted: Tensor, labels: Tensor) -> Tensor:
 def weighted_kappa(predicted: Tensor, labels: Tensor) -> Tensor:
     """Quadratic weighted kappa of the rounded predictions (Cohen 1968).
 
-    1 - squared error / squared error of the same predictions dealt out at random.
+    1 - squared error / squared error of the same predictions dealt out at random. nan where all
+    labels are the same rank: there is no agreement beyond chance to measure.
     """
+    if (labels == labels[:1]).all():
+        return torch.tensor(math.nan)
     predicted = predicted.round()
     variances = predicted.var(correction=0) + labels.var(correction=0)
     expected_error = variances + (predicted.mean() - labels.mean()) ** 2
-    if expected_error == 0:
-        return torch.ones(())
     return 1 - (predicted - labels).square().mean() / expected_error
 
 
@@ -73,15 +75,19 @@ def expected_rank(probs: Tensor) -> Tensor:
     return probs.double() @ torch.arange(probs.shape[1], dtype=torch.float64)
 
 
-def compute_metrics(probs: Tensor, labels: Tensor) -> dict[str, float]:
-    """Probabilities (M, R), rank indices (M,) -> {"mae_expected": ..., "mae_argmax": ..., ...}."""
+def compute_metrics(probs: Tensor, labels: Tensor) -> dict[str, float | None]:
+    """Probabilities (M, R), rank indices (M,) -> {"mae_expected": ..., "mae_argmax": ..., ...}.
+
+    None for a metric that these labels do not define.
+    """
     labels = labels.double()
     predicted = dict(expected=expected_rank(probs), argmax=probs.argmax(1).double())  # (M,) each
-    return {
+    values = {
         f"{name}_{answer}": float(metric.compute(ranks, labels))
         for name, metric in METRICS.items()
         for answer, ranks in predicted.items()
     }
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 
 def per_rank_metrics(

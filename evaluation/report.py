@@ -106,17 +106,26 @@ def write_report(paths: list[str | Path], name: str = "report.md") -> str:
     The paper's figure stands beside runs with the paper's encoder and data, under its protocol
     (split, label rule, prompt). SystemExit where there is no finished run.
     """
-    runs = [read_run(path) for path in sorted({path.resolve() for path in result_files(paths)})]
+    runs, damaged = [], []
+    for path in sorted({path.resolve() for path in result_files(paths)}):
+        try:
+            runs.append(read_run(path))
+        except (ValueError, KeyError, TypeError) as error:
+            damaged.append(f"- left out {path}: damaged ({type(error).__name__}: {error})")
     if not runs:
         folders = ", ".join(map(str, paths))
-        raise SystemExit(f"no results.json in {folders}; give folders of finished runs")
+        lines = "\n".join(
+            [f"no results.json in {folders}; give folders of finished runs", *damaged]
+        )
+        raise SystemExit(lines)
     name_rows(runs)
     out_dir = Path(os.path.commonpath([run["path"].parent for run in runs]))
     tables: dict[tuple, list[dict]] = {}
     for run in runs:
         tables.setdefault(table_key(run["settings"]), []).append(run)
     text = "\n".join(format_dataset(key, group, out_dir) for key, group in tables.items())
-    data.atomic_write(out_dir / name, lambda tmp_path: tmp_path.write_text(text))
+    text += "\n".join(damaged)
+    data.atomic_write(out_dir / name, lambda tmp_path: tmp_path.write_text(text, encoding="utf-8"))
     print(text + f"\nwritten to {out_dir / name}")
     return text
 
@@ -129,8 +138,11 @@ def result_files(paths: list[str | Path]) -> Iterator[Path]:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    results = json.loads(path.read_text())
+    """results.json with its folder as "path". ValueError, KeyError or TypeError: it is damaged."""
+    results = json.loads(path.read_text(encoding="utf-8"))
     settings = dict(init=None) | results["settings"]  # what runs of earlier versions do not hold
+    for key in ("test", "images", "commit", "seconds", "protocol"):
+        results[key]  # KeyError here rather than within a table
     settings["split"] = settings["split"] or "random"
     return results | dict(path=path.parent, settings=settings)
 

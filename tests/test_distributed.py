@@ -75,3 +75,19 @@ def test_torchrun_trains_and_writes_once(stripes, tmp_path):
     results = json.loads((out / "results.json").read_text())
     assert results["processes"] == 2 and results["images"] == dict(train=64, val=8, test=8)
     assert len((out / "predictions-best.csv").read_text().splitlines()) == 9
+
+
+def test_fewer_validation_images_than_processes(gray, tmp_path):
+    """One validation image: the second process reads none."""
+    for part, count in (("train", 8), ("val", 1), ("test", 3)):
+        lines = [f"{i % 4} gray/{i}.png {i % 4}" for i in range(count)]
+        (tmp_path / f"{part}.txt").write_text("\n".join(lines) + "\n")
+    lists = [f"--{part}-list={tmp_path}/{part}.txt" for part in ("train", "val", "test")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", "29518", "train.py", "--data", str(gray), *TINY, *lists]
+    out = tmp_path / "run"
+    process = subprocess.run(
+        [*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert json.loads((out / "results.json").read_text())["images"]["val"] == 1

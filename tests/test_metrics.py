@@ -43,10 +43,11 @@ def test_cumulative_score_and_kappa():
         metrics["cs_argmax"] == pytest.approx((abs(answers - labels) <= 5).mean())
         and metrics["cs_argmax"] < 1
     )
-    assert (
-        compute_metrics(torch.eye(3)[:1], torch.tensor([0]))["qwk_argmax"] == 1
-    )  # one image, right
-    assert compute_metrics(torch.eye(3)[:1], torch.tensor([2]))["qwk_argmax"] == 0
+    for labels in ([0], [2], [1, 1]):  # one rank alone: no agreement beyond chance
+        metrics = compute_metrics(torch.eye(3)[: len(labels)], torch.tensor(labels))
+        assert metrics["qwk_argmax"] is None and metrics["mae_argmax"] is not None
+    two = compute_metrics(torch.eye(3)[[1, 1]], torch.tensor([0, 2]))
+    assert two["qwk_argmax"] == 0
 
 
 def test_per_rank_and_long_tail(gray):

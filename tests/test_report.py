@@ -153,3 +153,25 @@ def test_the_papers_figure_needs_the_whole_data(tmp_path):
     results["images"]["test"] = 100
     (tmp_path / "a" / "results.json").write_text(json.dumps(results))
     assert "2.000 (n=1) |" in write_report([tmp_path])
+
+
+def test_a_damaged_run_is_named_and_the_others_are_reported(tmp_path):
+    write_run(tmp_path / "a", 2.0)
+    for name, text in (("b", "{"), ("c", "{}"), ("d", "[1]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(text)
+    text = write_report([tmp_path])
+    assert "| ordinalclip-linear-K3 | 2.000 (n=1)" in text
+    for name in "bcd":
+        assert f"- left out {tmp_path / name / 'results.json'}: damaged (" in text
+    with pytest.raises(SystemExit, match="no results.json in .*\n- left out .*damaged"):
+        write_report([tmp_path / "b"])
+
+
+def test_an_undefined_metric_is_left_open(tmp_path):
+    write_run(tmp_path / "a", 2.0)
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    results["test"]["qwk_expected"] = None
+    (tmp_path / "a" / "results.json").write_text(json.dumps(results))
+    table = write_report([tmp_path]).split("Quadratic weighted kappa")[1].split("\n\n")[1]
+    assert table.endswith("| - |")

@@ -285,7 +285,7 @@ def read_log(run_dir: Path) -> list[dict[str, float]]:
     if not (run_dir / "log.csv").exists():
         return []
     with open(run_dir / "log.csv", newline="", encoding="utf-8") as file:
-        return [{key: float(v) for key, v in row.items()} for row in csv.DictReader(file)]
+        return [{k: float(v or math.nan) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
 # --- what a figure depends on beside the settings ---
