@@ -1265,3 +1265,15 @@ def atomic_write(path, save):
 
 distribution_shift = shifted
 make_demo = _make_demo
+
+
+def read_paths(path):
+    """The image paths of a list file, as they are spelled; labels are ignored and may be absent."""
+    delimiter, rows = {".csv": ",", ".tsv": "\t"}.get(Path(path).suffix.lower()), []
+    for _, line in _lines(path):
+        is_path = not delimiter and Path(line).suffix.lower() in IMAGE_TYPES
+        rows.append([line] if is_path else _cells(line, delimiter))
+    names = [cell.lower() for cell in rows[0]] if rows else []
+    column = next((names.index(name) for name in PATH_COLUMNS if name in names), None)
+    rows = rows if column is None else rows[1:]
+    return [row[column or 0] for row in rows if len(row) > (column or 0)]

@@ -1,13 +1,14 @@
-"""python tests/bench_predict.py -- an exported model against the same image encoder with a linear head.
+"""python tests/bench_predict.py -- an exported model against the same encoder with a linear head.
 
-RN50's image tower with random weights, R=101; both read the same batches in turn, in one process. Prints median
-times, their ratio, the time behind the encoder alone, and the sizes of both files.
+RN50's image tower with random weights, 101 ranks; both get the same batches in turn, one process.
+Prints median times, their ratio (lowest and highest), the time behind the encoder, and file sizes.
 """
 
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ RANKS, DIM, ROUNDS = 101, 1024, 15
 
 
 @torch.inference_mode()
-def main():
+def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     encoder = ModifiedResNet((3, 4, 6, 3), DIM, 224).eval().to(device)
@@ -36,28 +37,28 @@ def main():
         )
         behind = f"batch {batch}, behind the encoder"
         compare(behind, lambda: alone.predict(features), lambda: head(features).softmax(1))
-    print(f"file {size(ours):,} bytes, with a linear head {size(linear):,}")
+    print(f"file {file_size(ours):,} bytes, with a linear head {file_size(linear):,}")
 
 
-def compare(name, ours, linear):
+def compare(name: str, ours: Callable, linear: Callable) -> None:
     for run in (ours, linear) * 2:
-        timed(run)
-    pairs = [(timed(ours), timed(linear)) for _ in range(ROUNDS)]
+        seconds_of(run)
+    pairs = [(seconds_of(ours), seconds_of(linear)) for _ in range(ROUNDS)]
     a, b = (statistics.median(column) * 1e3 for column in zip(*pairs))
     ratios = sorted(x / y for x, y in pairs)
     ratio = f"ratio {statistics.median(ratios):.3f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
     print(f"{name}: {a:.3f} ms against {b:.3f} ms, {ratio}")
 
 
-def timed(run):
-    began = time.perf_counter()
+def seconds_of(run: Callable) -> float:
+    start_time = time.perf_counter()
     run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - start_time
 
 
-def size(model):
+def file_size(model: torch.nn.Module) -> int:
     with tempfile.TemporaryDirectory() as folder:
         torch.save(model.state_dict(), Path(folder) / "x.pt")
         return (Path(folder) / "x.pt").stat().st_size

@@ -11,7 +11,6 @@ from PIL import Image
 import data
 import train
 from evaluation.evaluate import best_and_worst
-from evaluation.plots import draw_matrices
 
 
 def test_every_run_and_every_evaluation_draws_its_pictures(finished_run, tmp_path):
@@ -51,14 +50,3 @@ def test_the_sheet_shows_the_nearest_and_the_farthest(gray):
     assert worst[1][0][1] == f"expected {name[3 - labels[2]]}\ntrue {name[labels[2]]}"
     rank, true = best[1][0][1].split("\n")
     assert rank.removeprefix("expected ") == true.removeprefix("true ")
-
-
-def test_a_matrix_is_drawn_with_its_rows_downwards_and_darker_where_larger():
-    matrix = torch.zeros(20, 20)
-    matrix[3, 15] = 1  # true rank 3, predicted 15
-    picture = np.asarray(
-        draw_matrices([matrix], ["t"], [str(i) for i in range(20)], ("x", "y")).convert("L")
-    )
-    area = picture[56:456, 120:520].reshape(20, 20, 20, 20).mean((1, 3))  # cells of 20 x 20 pixels
-    assert np.unravel_index(area.argmin(), area.shape) == (3, 15) and area[3, 15] < 60
-    assert np.delete(area.ravel(), 3 * 20 + 15).min() > 200
