@@ -3,6 +3,7 @@
 Three signals; every step writes last.pt, so that many kills fall into a write.
 """
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -43,8 +44,10 @@ def test_killed_runs_end_like_the_whole_one(stripes, tmp_path, num_kills):
         process.join()
         assert process.exitcode == 0
     seconds, rng, kills = time.time() - started, random.Random(num_kills), 0
-    while kills < num_kills:
-        out = tmp_path / f"run{kills}"
+    for i in itertools.count():
+        if kills >= num_kills:
+            break
+        out = tmp_path / f"run{i}"
         for _ in range(rng.choice((1, 1, 2, 3))):  # some runs are killed more than once
             process = start([*argv, str(out)])
             time.sleep(rng.uniform(0, seconds))
