@@ -256,20 +256,27 @@ def evaluate_checkpoint(args: Namespace) -> dict[str, Any]:
 def train_sweep(args: Namespace) -> list[dict[str, Any]]:
     """A run for each combination of values. Finished runs are read, interrupted ones resumed."""
     runs = expand_runs(args)
-    if has_sweep_values(args):  # check every value before the first run, not after it
-        for run in {
-            join_values([run.base_ranks, run.shots, run.shift]): run for run in runs
-        }.values():
-            num_ranks = load_task(run).num_ranks
-            if run.method == "ordinalclip" and run.base_ranks > num_ranks:
-                raise SystemExit(
-                    f"--base-ranks {run.base_ranks}, but {args.data} has {num_ranks} ranks; "
-                    "give fewer"
-                )
+    check_sweep(args, runs)
     results = [load_finished_results(run) or train(run) for run in runs]
     if is_main():
         write_report([run.out for run in runs], f"report-{table_name(args)}.md")
     return results
+
+
+def check_sweep(args: Namespace, runs: list[Namespace]) -> None:
+    """SystemExit for whatever would stop a later run: before the first one, not after hours."""
+    for run in runs:
+        if not (Path(run.out) / "results.json").exists():
+            check_run_dir(run)
+    if not has_sweep_values(args) and args.fold != "all":
+        return
+    values = {join_values([run.base_ranks, run.shots, run.shift, run.fold]): run for run in runs}
+    for run in values.values():
+        num_ranks = load_task(run).num_ranks
+        if run.method == "ordinalclip" and run.base_ranks > num_ranks:
+            raise SystemExit(
+                f"--base-ranks {run.base_ranks}, but {args.data} has {num_ranks} ranks; give fewer"
+            )
 
 
 def cli() -> None:

@@ -1,5 +1,6 @@
 """pytest tests/test_options.py -- flags, defaults, combinations without effect, runs of a sweep."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,29 @@ def test_mistakes_are_told_plainly(gray, tmp_path, argv, message):
         train.main([*first, *argv])
 
 
+def test_folds_of_a_given_split_are_refused(gray, tmp_path):
+    for part in ("train", "val", "test"):
+        for rank in range(4):
+            folder = tmp_path / "own" / part / f"{rank} gray"
+            shutil.copytree(gray / f"{rank} gray", folder)
+    argv = ["--data", str(tmp_path / "own"), *TINY, "--out", str(tmp_path / "o")]
+    for flags in (["--fold", "1"], ["--split-seed", "2"], ["--fold", "all"]):
+        with pytest.raises(
+            SystemExit, match="no effect with .*own, which has one split of its own"
+        ):
+            train.main([*argv, *flags])
+    assert not list((tmp_path / "o").rglob("*.pt"))
+
+
+def test_a_later_run_of_a_sweep_is_checked_before_the_first(gray, tmp_path):
+    argv = ["--data", str(gray), *TINY, "--out", str(tmp_path / "runs"), "--seeds"]
+    train.main([*argv, "27"])
+    next((tmp_path / "runs").glob("*seed27/results.json")).unlink()
+    with pytest.raises(SystemExit, match="seed27 was begun with other settings: --lr 0.002, not"):
+        train.main([*argv, "1", "27", "--lr", "0.1"])
+    assert not list((tmp_path / "runs").glob("*seed1"))
+
+
 def test_a_row_of_a_table_is_one_command(monkeypatch):
     calls = []
     monkeypatch.setattr(
@@ -120,6 +144,7 @@ def test_category_each_runs_all_four_and_refuses_other_data(tmp_path, monkeypatc
         train, "train", lambda args: calls.append((args.category, args.fold, args.seed, args.out))
     )
     monkeypatch.setattr(train, "write_report", lambda runs, name: calls.append(name))
+    monkeypatch.setattr(train, "load_task", lambda run: SimpleNamespace(num_ranks=5))
     train.main(["--data", "aesthetics", "--category", "each", "--fold", "all", "--seed", "3"])
     names = ["nature", "animal", "urban", "people"]
     assert [run[:3] for run in calls[:-1]] == [

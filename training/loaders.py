@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 import data
 from training.distributed import main_process_first, world_size
 from training.options import PRECISIONS
+from training.run_folder import split_digests
 
 
 @contextlib.contextmanager
@@ -47,17 +48,18 @@ def load_task(args: Namespace) -> data.Task:
         lists = None  # the demo has one split
     elif lists[0] is None:
         raise SystemExit("--val-list and --test-list need a --train-list")
+    options = dict(split=args.split, lists=lists)
+    options |= dict(category=args.category, label_rule=args.label_rule)
+    fold = dict(fold=args.fold, seed=args.split_seed)
     with main_process_first(), exit_on_user_error():  # it draws the demo, the others find it
-        task = data.load(
-            args.data,
-            args.data_root,
-            split=args.split,
-            fold=args.fold,
-            seed=args.split_seed,
-            lists=lists,
-            category=args.category,
-            label_rule=args.label_rule,
-        )
+        task = data.load(args.data, args.data_root, **fold, **options)
+        if not run_exists and args.data not in data.DATASETS and fold != dict(fold=0, seed=1):
+            first = data.load(args.data, args.data_root, fold=0, seed=1, **options)
+            if split_digests(first) == split_digests(task):
+                raise SystemExit(
+                    f"--fold and --split-seed have no effect with {args.data}, which has one split "
+                    "of its own (lists, or train / val / test folders); remove them"
+                )
         if lists is None or not run_exists:  # else the lists of the run are these images
             if args.shots is not None:
                 task = data.few_shot(task, args.shots, args.seed)
