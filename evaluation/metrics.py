@@ -19,7 +19,7 @@ MANY_SHOT, FEW_SHOT = 100, 20  # training images of a rank (Yang et al., ICML 20
 
 
 class Metric(NamedTuple):
-    """compute: predicted ranks (M,) and labels (M,), both float64 -> 0-dim tensor, nan: undefined."""
+    """compute: predicted ranks (M,), labels (M,), both float64 -> 0-dim tensor; nan: undefined."""
 
     label: str  # as printed after a run
     compute: Callable[[Tensor, Tensor], Tensor]

@@ -19,9 +19,6 @@ OURS = {
 }  # fmt: skip
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 MODULES = sorted([*ROOT.glob("*.py"), *(p for name in PACKAGES for p in ROOT.glob(f"{name}/*.py"))])
-# While the files move, old ones stand beside new ones and are not measured. To be deleted.
-IS_MOVING = (ROOT / "data.py").exists() or "def draw_curves" in (ROOT / "predict.py").read_text()
-layout_is_complete = pytest.mark.skipif(IS_MOVING, reason="files are moving")
 
 
 def module_id(path: Path) -> str:
@@ -42,7 +39,6 @@ ARROWS = {  # file or folder: (modules of ours, third-party packages) it may imp
     "backbones.py": (set(), {"torch"} | OPTIONAL),
     "kernels": ({"kernels"}, {"torch", "triton", "PIL", "numpy"}),
     "kernels/bench.py": ({"kernels"}, {"torch", "triton", "PIL", "numpy"} | BENCH_PEERS),
-    "data.py": (set(), {"torch", "numpy", "PIL"}),
     "data": ({"data"}, {"torch", "numpy", "PIL"}),
     "training": ({"training"} | BELOW_TRAINING, {"torch"}),
     "evaluation": ({"evaluation", "training"} | BELOW_TRAINING, {"torch"}),
@@ -71,8 +67,6 @@ def imported_names(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=module_id)
 def test_imports_go_one_way(path):
-    if IS_MOVING and path.name in ("train.py", "plots.py"):
-        pytest.skip("they import from predict.py")
     name = module_id(path)
     ours, third_party = ARROWS.get(name) or ARROWS[name.split("/")[0]]
     imported = set(imported_names(path))
@@ -80,7 +74,6 @@ def test_imports_go_one_way(path):
     assert imported - OURS <= third_party
 
 
-@layout_is_complete
 def test_predict_takes_only_the_pictures_from_evaluation():
     modules = re.findall(r"(?:from|import) (evaluation\S*)", (ROOT / "predict.py").read_text())
     assert set(modules) <= {"evaluation.plots"}
@@ -103,7 +96,7 @@ def test_nothing_is_unpickled_freely():
 
 # --- sizes ---
 
-MAX_LINES, MAX_LINES_IN_ALL, MAX_COLUMNS = 450, 4500, 100
+MAX_LINES, MAX_LINES_IN_ALL, MAX_COLUMNS = 450, 6000, 100
 LONGER = {"kernels/matching_triton.py"}  # to be shortened: the one exception
 
 
@@ -111,20 +104,17 @@ def num_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n")
 
 
-@layout_is_complete
 @pytest.mark.parametrize("path", MODULES, ids=module_id)
 def test_a_module_has_at_most_450_lines(path):
     assert num_lines(path) <= MAX_LINES or module_id(path) in LONGER
 
 
-@layout_is_complete
-def test_modules_without_kernels_have_at_most_4500_lines():
+def test_modules_without_kernels_stay_short_in_all():
     assert sum(num_lines(path) for path in MODULES if "kernels" not in path.parts) <= (
         MAX_LINES_IN_ALL
     )
 
 
-@layout_is_complete
 @pytest.mark.parametrize("path", MODULES, ids=module_id)
 def test_lines_have_at_most_100_columns(path):
     if "kernels" not in path.parts:
@@ -171,7 +161,6 @@ def check_printed_lines(block: str, process: subprocess.CompletedProcess) -> Non
     assert expected and process.stdout.splitlines() == expected
 
 
-@layout_is_complete
 def test_the_examples_of_extending_work(tmp_path):
     """A new data set, method and metric, each written to the file that its block names."""
     for path in MODULES:
@@ -251,7 +240,6 @@ def test_a_document_links_to_files_that_exist(path):
         assert (path.parent / link).exists(), link
 
 
-@layout_is_complete
 @pytest.mark.parametrize("path", DOCS, ids=module_id)
 def test_a_document_names_files_that_exist(path):
     for name in re.findall(r"`((?:\w+/)?\w+\.py|(?:kernels|data|training|evaluation|docs)/[\w.]*)`",
@@ -271,9 +259,6 @@ ALONE = {  # files that are copied together, and what runs on them
         "print(tuple(match(torch.randn(1, 8), torch.randn(77, 8), 9.0)[0].shape))",
     ("ordinalclip.py", "kernels"):
         "from ordinalclip import LinearPrototypes; print(tuple(LinearPrototypes(1, 77)().shape))",
-    ("data.py",):
-        "import torch, data; pixels = torch.zeros(1, 3, 1, 77, dtype=torch.uint8)\n"
-        "print(tuple(data.normalize(pixels, data.CLIP_MEAN, data.CLIP_STD)[0, :1, 0].shape))",
     ("data",):
         "import torch, data; pixels = torch.zeros(1, 3, 1, 77, dtype=torch.uint8)\n"
         "print(tuple(data.normalize(pixels, data.CLIP_MEAN, data.CLIP_STD)[0, :1, 0].shape))",
@@ -289,12 +274,6 @@ ALONE = {  # files that are copied together, and what runs on them
         "picture = draw_matrices([torch.eye(5)], ['title'], names, ('x', 'y'))\n"
         "print((1, 77 * (picture.width > 77)))",
 }  # fmt: skip
-if IS_MOVING:
-    del ALONE[("evaluation/plots.py",)]
-ALONE = {  # without files that do not exist yet
-    tuple(name for name in files if (ROOT / name).exists()): code for files, code in ALONE.items()
-}
-ALONE.pop((), None)
 
 
 @pytest.mark.parametrize("files", ALONE, ids=lambda files: files[0])
@@ -323,6 +302,6 @@ def test_the_readme_names_what_is_copied_together(files):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if cells[0].rstrip("/`").lstrip("`") == files[0] and len(cells) == 3:
             names = [name.rstrip("/") for name in re.findall(r"`([^`]+)`", cells[2])]
-            assert [name for name in names if (ROOT / name).exists()] == list(files[1:])
+            assert names == list(files[1:])
             return
-    assert files[0] == "data.py"
+    pytest.fail(f"the README has no row for {files[0]}")

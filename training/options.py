@@ -245,8 +245,8 @@ def splits_here(args: Namespace) -> bool:
     return not args.train_list and args.data != "demo"
 
 
-# When a flag changes the result, and what decides that. Elsewhere it is refused: it would change the
-# name of the run, and look as if it had done something. Flags that are not here always have effect.
+# When a flag changes the result, and what decides that. Elsewhere it is refused: it would change
+# the name of the run and look as if it had done something. Flags not named here always have effect.
 BY_METHOD, BY_ENCODER = "--method {method}", "--image-encoder {image_encoder}"
 HAS_EFFECT: dict[str, tuple[Callable[[Namespace], bool], str]] = {
     "interp": (lambda args: interpolates(args) or args.method == "coop", BY_METHOD),

@@ -1,0 +1,70 @@
+"""`python -m data NAME`: count a release, say where it differs, and open every image.
+
+    python -m data morph2 --data-root /data/morph --out lists    # lists/fold_K/train.txt ...
+
+Read last. Copy together with: the whole folder.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from . import DATASETS, PARTS, Task, load, read_image
+
+
+def check(task: Task) -> int:
+    """Print counts and notes, open all images; the number of those missing or unreadable."""
+    print(task.protocol, *(f"note: {note}" for note in task.notes), sep="\n")
+    counts = [Counter(sample.label for sample in getattr(task, part)) for part in PARTS]
+    print(f"{'rank':>12} {'train':>7} {'val':>7} {'test':>7} {'all':>7}")
+    for rank, name in enumerate(task.rank_names):
+        if any(row := [count[rank] for count in counts]):
+            print(f"{name:>12} {row[0]:7} {row[1]:7} {row[2]:7} {sum(row):7}")
+    paths = sorted({task.root / sample.path for part in PARTS for sample in getattr(task, part)})
+    with ThreadPoolExecutor() as pool:
+        errors = [error for error in pool.map(_read_error, paths) if error]
+    print(*errors, f"{len(paths) - len(errors):,} of {len(paths):,} images can be read", sep="\n")
+    return len(errors)
+
+
+def _read_error(path: Path) -> str | None:
+    try:
+        read_image(path)
+    except (ValueError, FileNotFoundError) as error:
+        return str(error)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 0 if every image can be read."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data", description="Read a dataset, count it and open every image."
+    )
+    add = parser.add_argument
+    add("name", help=f"{', '.join(DATASETS)}, or a folder of your own images")
+    add("--data-root", help="where the release lies, default data/NAME")
+    add("--split", help="default the dataset's first: see its file in data/")
+    add("--seed", type=int, default=1, help="of splits made here, default 1 as in training")
+    add("--category", help="aesthetics: all, nature, animal, urban or people")
+    add("--label-rule", help="adience: exact, merged or inside; aesthetics: median or mean")
+    add("--out", help="folder for the lists of all folds: fold_K/train.txt ...")
+    args = parser.parse_args(argv)
+    options = dict(
+        split=args.split, seed=args.seed, category=args.category, label_rule=args.label_rule
+    )
+    try:
+        num_errors = check(load(args.name, args.data_root, **options, allow_missing=True))
+        for fold in range(DATASETS.get(args.name, {}).get("folds", 1)) if args.out else ():
+            folder = Path(args.out, f"fold_{fold}")
+            load(args.name, args.data_root, fold=fold, **options).write_lists(folder)
+            print(f"lists: {folder}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 1 if num_errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

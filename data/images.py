@@ -1,0 +1,119 @@
+"""Images: any mode to RGB as a person sees it, resize and crop, normalize.
+
+    images = ImageList(task.train, task.root, image_size=224, train=True)
+    image, label = images[0]                               # uint8 (3, 224, 224), rank index
+    batch = normalize(image[None], CLIP_MEAN, CLIP_STD)    # float32 (1, 3, 224, 224)
+
+Letters: B images, S image size. Differs from the official code (xk-huang/OrdinalCLIP@ca10a20):
+every image mode is read, not only RGB and L (ordinalclip/runner/data.py#L96); the aspect ratio is
+kept (`squash=True`: as ordinalclip/runner/utils.py#L375).
+Read on its own. Copy together with: nothing; needs torch>=2.4, numpy, pillow.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """An image of any mode as a person sees it, in RGB.
+
+    Upright by its EXIF tag, first frame, transparency on white, 16 bits scaled to 8. Raises
+    ValueError for unreadable files, and where white is unknown: floating point, and 32-bit integers
+    beyond 0 .. 65535.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)  # a copy would lose TIFF's tags
+            return to_rgb(image)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: there is no such image") from None
+    except Exception as error:  # decoders raise many types
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A PIL image of any mode -> RGB, transparency on white. ValueError where white is unknown."""
+    if image.mode == "F":
+        raise ValueError("floating point has no known white; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        image = _integers_to_gray(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _integers_to_gray(image: Image.Image) -> Image.Image:
+    gray = np.asarray(image).astype(np.int64)  # (H, W)
+    if gray.min() < 0 or gray.max() > 65535:
+        raise ValueError(f"{gray.min()} .. {gray.max()} has no known white; save it with 16 bits")
+    transparent = gray == image.info.get("transparency", -1)
+    if getattr(image, "tag_v2", {}).get(262) == 0:  # TIFF in which 0 is white
+        gray = 65535 - gray
+    gray = np.where(transparent, 255, (gray + 128) // 257)  # 65535 = 255 * 257
+    return Image.fromarray(gray.astype(np.uint8))
+
+
+class ImageList(torch.utils.data.Dataset):
+    """Samples as (uint8 tensor (3, S, S), label): resized, then cropped.
+
+    The shorter side becomes round(S * 256 / 224); with squash both do, as in the official code.
+    train: crop at random and mirror half the time; otherwise the crop is the centre.
+    Random numbers are torch's, so the seeds of a DataLoader govern them.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[tuple[str, int]],
+        root: str | Path,
+        *,
+        image_size: int = 224,
+        train: bool = False,
+        squash: bool = False,
+        resample: str = "bicubic",
+    ) -> None:
+        if resample not in ("bicubic", "bilinear"):
+            raise ValueError(f"resample={resample!r}; give bicubic or bilinear")
+        self.samples, self.root = list(samples), Path(root)
+        self.image_size, self.train, self.squash = image_size, train, squash
+        self.resample = Image.Resampling[resample.upper()]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.samples[index]
+        return self.prepare(read_image(self.root / path)), label
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """An RGB image of any size -> uint8 (3, S, S)."""
+        side, short = round(self.image_size * 256 / 224), min(image.size)
+        size = (side, side) if self.squash else tuple(side * edge // short for edge in image.size)
+        margin = [edge - self.image_size for edge in size]  # beyond the crop
+        if self.train:
+            left, top = (int(torch.randint(edge + 1, ())) for edge in margin)
+        else:
+            left, top = (round(edge / 2) for edge in margin)
+        image = image.resize(size, self.resample)
+        image = image.crop((left, top, left + self.image_size, top + self.image_size))
+        if self.train and torch.rand(()) < 0.5:
+            image = ImageOps.mirror(image)
+        pixels = torch.from_numpy(np.array(image))  # (S, S, 3)
+        return pixels.permute(2, 0, 1).contiguous()  # (3, S, S)
+
+
+def normalize(
+    images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """uint8 images (B, 3, H, W) -> (images / 255 - mean) / std (B, 3, H, W), on their device."""
+    mean, std = (torch.tensor(rgb, device=images.device).view(3, 1, 1) for rgb in (mean, std))
+    return images.float().div_(255).sub_(mean).div_(std).to(dtype)
