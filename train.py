@@ -84,7 +84,8 @@ def main(argv: list[str] | None = None) -> dict | list[dict] | str:
     except (OSError, FloatingPointError) as error:
         if args.debug:
             raise
-        raise SystemExit(f"train.py: {error}") from error
+        last_line = str(error).splitlines()[-1]  # before it, the traceback of a worker process
+        raise SystemExit(f"train.py: {last_line}") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

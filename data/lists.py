@@ -178,11 +178,20 @@ def write_lines(path: str | Path, lines: Iterable[object]) -> None:
 
 
 def atomic_write(path: str | Path, save: Callable[[Path], object]) -> None:
-    """save(tmp_path), then move tmp_path onto path: `path` is never half written."""
+    """save(tmp_path), then move tmp_path onto path: `path` is never half written.
+
+    OSError: a full disk (for which torch.save has a RuntimeError of its own), a removed folder.
+    """
     tmp_path = Path(f"{path}.{os.getpid()}.part")
+    if not tmp_path.parent.is_dir():
+        raise FileNotFoundError(f"{tmp_path.parent} was removed, so {path} cannot be written there")
     try:
         save(tmp_path)
         os.replace(tmp_path, path)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):
+            raise
+        raise OSError(f"{path} cannot be written; is the disk full? ({error})") from error
     finally:
         tmp_path.unlink(missing_ok=True)
 

@@ -1,14 +1,19 @@
 """pytest tests/test_run_folder.py -- what is written where, and when a folder is refused."""
 
+import errno
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY
+from test_checkpoints import check_equal_runs
 
 import data
 import train
+from training.methods import LossModule
 from training.run_folder import lock_run_dir, provenance
 
 
@@ -145,3 +150,64 @@ def test_without_git_the_commit_is_null(monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", missing)
     assert provenance()["commit"] is None
+
+
+def check_goes_on_after(argv, whole, out):
+    """The same command, with room on the disk again, ends like the uninterrupted run."""
+    assert not [*out.rglob("*.part")]
+    train.main(argv)
+    check_equal_runs(whole, out)
+
+
+@pytest.mark.parametrize("write", [1, 5, 8, pytest.param(0, marks=pytest.mark.full)])
+def test_a_disk_that_is_full_loses_nothing(stripes, tmp_path, monkeypatch, write):
+    """The n-th file of a run cannot be written; with 0, each one in turn."""
+    argv = ["--data", str(stripes), *TINY, "--out"]
+    atomic_write, paths = data.atomic_write, []
+
+    def full_disk(path, save):
+        paths.append(path)
+        if len(paths) == failing:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        atomic_write(path, save)
+
+    monkeypatch.setattr(data, "atomic_write", full_disk)
+    failing = None
+    train.main([*argv, str(tmp_path / "whole")])
+    num_writes = len(paths)
+    assert num_writes >= 13  # config, log, 3 x .pt, results, predictions, 6 pictures
+    for failing in [write] if write else range(1, num_writes + 1):  # noqa: B007
+        out = tmp_path / f"run{failing}"
+        paths.clear()
+        with pytest.raises(SystemExit, match="train.py: .*No space left on device: '.*run"):
+            train.main([*argv, str(out)])
+        check_goes_on_after([*argv, str(out)], tmp_path / "whole", out)
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_one_line(stripes, tmp_path):
+    """torch.save has an error of its own for a full disk; here, for a limit of the file size."""
+    resource = pytest.importorskip("resource")
+    argv = ["--data", str(stripes), *TINY, "--out", str(tmp_path / "run")]
+    process = subprocess.run(
+        [sys.executable, "train.py", *argv],
+        cwd=Path(train.__file__).parent,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1)),
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1 and "Traceback" not in process.stderr, process.stderr
+    assert "best.pt cannot be written; is the disk full?" in process.stderr
+    train.main([*argv[:-1], str(tmp_path / "whole")])
+    check_goes_on_after(argv, tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_run_folder_that_is_removed_is_one_line(stripes, tmp_path, monkeypatch):
+    run_dir, forward = tmp_path / "run", LossModule.forward
+
+    def remove(self, images, labels):
+        shutil.rmtree(run_dir, ignore_errors=True)
+        return forward(self, images, labels)
+
+    monkeypatch.setattr(LossModule, "forward", remove)
+    with pytest.raises(SystemExit, match="run was removed, so .*best.pt cannot be written there"):
+        train.main(["--data", str(stripes), *TINY, "--out", str(run_dir)])
