@@ -110,13 +110,11 @@ def write_report(paths: list[str | Path], name: str = "report.md") -> str:
     for path in sorted({path.resolve() for path in result_files(paths)}):
         try:
             runs.append(read_run(path))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             damaged.append(f"- left out {path}: damaged ({type(error).__name__}: {error})")
     if not runs:
         folders = ", ".join(map(str, paths))
-        lines = "\n".join(
-            [f"no results.json in {folders}; give folders of finished runs", *damaged]
-        )
+        lines = "\n".join([f"no finished run in {folders}; give folders of runs", *damaged])
         raise SystemExit(lines)
     name_rows(runs)
     out_dir = Path(os.path.commonpath([run["path"].parent for run in runs]))
@@ -138,13 +136,17 @@ def result_files(paths: list[str | Path]) -> Iterator[Path]:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """results.json with its folder as "path". ValueError, KeyError or TypeError: it is damaged."""
+    """results.json with its folder as "path".
+
+    ValueError, KeyError, TypeError or AttributeError: it is damaged, so that it has no tables.
+    """
     results = json.loads(path.read_text(encoding="utf-8"))
     settings = dict(init=None) | results["settings"]  # what runs of earlier versions do not hold
-    for key in ("test", "images", "commit", "seconds", "protocol"):
-        results[key]  # KeyError here rather than within a table
     settings["split"] = settings["split"] or "random"
-    return results | dict(path=path.parent, settings=settings)
+    run = results | dict(path=path.parent, settings=settings)
+    name_rows([run])
+    format_dataset(table_key(settings), [run], path.parent)
+    return run
 
 
 def table_key(settings: dict) -> tuple[str, str | None, str]:

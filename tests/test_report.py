@@ -164,7 +164,7 @@ def test_a_damaged_run_is_named_and_the_others_are_reported(tmp_path):
     assert "| ordinalclip-linear-K3 | 2.000 (n=1)" in text
     for name in "bcd":
         assert f"- left out {tmp_path / name / 'results.json'}: damaged (" in text
-    with pytest.raises(SystemExit, match="no results.json in .*\n- left out .*damaged"):
+    with pytest.raises(SystemExit, match="no finished run in .*\n- left out .*damaged"):
         write_report([tmp_path / "b"])
 
 

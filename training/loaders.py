@@ -6,7 +6,6 @@ Needs: data, training.distributed, training.options, training.run_folder.
 import contextlib
 import copy
 import hashlib
-import json
 import os
 from argparse import Namespace
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 import data
 from training.distributed import main_process_first, world_size
 from training.options import PRECISIONS
-from training.run_folder import split_digests
+from training.run_folder import load_json, split_digests
 
 
 @contextlib.contextmanager
@@ -66,8 +65,8 @@ def load_task(args: Namespace) -> data.Task:
             if args.shift:
                 task = data.distribution_shift(task, *args.shift, args.seed)
         if run_exists:  # the same images, so the same protocol
-            config = json.loads((Path(args.out) / "config.json").read_text())
-            task = replace(task, protocol=config["protocol"])
+            config = load_json(Path(args.out) / "config.json", "settings")
+            task = replace(task, protocol=str(config.get("protocol")))
     return task
 
 

@@ -292,6 +292,9 @@ def check_values(args: Namespace) -> None:
     texts = {key: value for key, value in vars(args).items() if isinstance(value, str)}
     if empty := [key for key, value in texts.items() if not value.strip()]:
         raise SystemExit(f"--{empty[0].replace('_', '-')} is empty; give a value, or leave it out")
+    context = args.context
+    if context and not (is_number(context) and int(context) or any(map(str.isalpha, context))):
+        raise SystemExit(f"--context {context!r}: expected words, or a number of tokens from 1")
     max_workers = max(64, 2 * (os.cpu_count() or 1))
     for key, low, high in (
         ("epochs", 0 if args.method == "zeroshot" else 1, 1_000_000),
@@ -339,7 +342,7 @@ def args_from_checkpoint(
     path = path / ("last.pt" if args.resume else "best.pt") if path.is_dir() else path
     config_path = path.parent / "config.json"
     if args.resume and not path.exists() and config_path.exists():  # cut off before last.pt
-        settings = load_json(config_path)["settings"]
+        settings = load_json(config_path, "settings")["settings"]
     else:
         settings = load_checkpoint(path, "settings")["settings"]
     saved = Namespace(**vars(parser.parse_args([])) | settings)

@@ -146,7 +146,7 @@ def load_finished_results(args: Namespace) -> dict | None:
     path = Path(args.out) / "results.json"
     if not path.exists():
         return None
-    results = load_json(path)
+    results = load_json(path, "settings")
     check_same_settings(args, results["settings"], "is finished")
     if is_main():
         print(f"{args.out}: already finished, reading results.json")
@@ -160,13 +160,15 @@ def check_run_dir(args: Namespace) -> None:
     if results_path.exists():
         if args.resume:
             raise SystemExit(f"{run_dir} is finished, see {results_path}; --eval tests it again")
-        check_same_settings(args, load_json(results_path)["settings"], "is finished")
+        saved = load_json(results_path, "settings")["settings"]
+        check_same_settings(args, saved, "is finished")
         raise SystemExit(
             f"{run_dir} holds a finished run; --eval {run_dir} tests it again, "
             "--out starts anew elsewhere"
         )
     if config_path.exists():
-        check_same_settings(args, load_json(config_path)["settings"], "was begun")
+        saved = load_json(config_path, "settings")["settings"]
+        check_same_settings(args, saved, "was begun")
     elif run_dir.exists():
         names = {p.name for p in run_dir.iterdir() if p.suffix != ".part"}
         if unknown := sorted(names - set(RUN_FILES)):
@@ -221,7 +223,7 @@ def check_same_images(args: Namespace, task: data.Task) -> None:
     path = Path(args.out) / "config.json"
     if not path.exists():
         return
-    saved, digests = load_json(path).get("splits", {}), split_digests(task)
+    saved, digests = load_json(path, "settings").get("splits", {}), split_digests(task)
     if changed := [part for part in data.PARTS if saved.get(part, digests[part]) != digests[part]]:
         raise SystemExit(
             f"{args.out}: the list of {' and '.join(changed)} images changed since the run began; "
@@ -262,12 +264,15 @@ def save_json(path: Path, content: dict) -> None:
     data.atomic_write(path, lambda tmp_path: tmp_path.write_text(text, encoding="utf-8"))
 
 
-def load_json(path: Path) -> dict:
-    """SystemExit for a file that is damaged."""
+def load_json(path: Path, needed: str) -> dict:
+    """An object whose value `needed` is an object too. SystemExit for a file that is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not isinstance(content.get(needed), dict):
+            raise ValueError(f"it holds no {needed!r}")
     except ValueError as error:
         raise SystemExit(f"{path} is damaged ({error}); delete it, or restore it") from error
+    return content
 
 
 def save_csv(path: Path, rows: list[dict]) -> None:
@@ -281,11 +286,15 @@ def save_csv(path: Path, rows: list[dict]) -> None:
 
 
 def read_log(run_dir: Path) -> list[dict[str, float]]:
-    """Rows of log.csv as numbers; [] where nothing was trained."""
+    """Rows of log.csv as numbers; [] where nothing was trained. SystemExit: it is damaged."""
     if not (run_dir / "log.csv").exists():
         return []
     with open(run_dir / "log.csv", newline="", encoding="utf-8") as file:
-        return [{k: float(v or math.nan) for k, v in row.items()} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    try:
+        return [{k: float(v or math.nan) for k, v in row.items()} for row in rows]
+    except (ValueError, TypeError) as error:
+        raise SystemExit(f"{run_dir / 'log.csv'} is damaged ({error}); restore it") from error
 
 
 # --- what a figure depends on beside the settings ---
