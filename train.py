@@ -45,8 +45,8 @@ from training.loaders import (
     prepare_batch,
     without_image_encoder,
 )
-from training.methods import LossModule, build_model, param_groups, warm_start
-from training.options import expand_runs, has_sweep_values, is_sweep
+from training.methods import LossModule, build_model, warm_start
+from training.optim import epochs_without_progress
 from training.progress import ProgressLine, print_epoch, print_run_header
 from training.run_folder import (
     Run,
@@ -62,6 +62,7 @@ from training.run_folder import (
     table_name,
     write_config,
 )
+from training.sweep import expand_runs, has_sweep_values, is_sweep
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -152,12 +153,7 @@ def fit(
     saved: last.pt of the run, from which it goes on, perhaps within an epoch.
     """
     args, model = run.args, run.model
-    optimizer = torch.optim.RAdam(
-        param_groups(model), lr=args.lr, weight_decay=args.weight_decay, decoupled_weight_decay=True
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
-    scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.precision == "fp16")
-    state = TrainingState(run, optimizer, schedule, scaler, start_time, initial_similarity)
+    state = TrainingState(run, start_time, initial_similarity)
     if saved:
         state.load(saved)
     loss_module = LossModule(
@@ -165,13 +161,16 @@ def fit(
         "softmax10" if args.official else "normalized",
     )
     loss_module = data_parallel(loss_module)
+    eval_run = run._replace(model=state.average.module) if state.average else run
     log, start_epoch, fit_start = state.log, len(state.log) + 1, time.time()
     for epoch in range(start_epoch, args.epochs + 1):
+        if args.patience and epochs_without_progress(log) >= args.patience:
+            break
         torch.manual_seed(args.seed * 1_000_003 + epoch)  # of dropout; images have seeds of theirs
-        row = dict(epoch=epoch, lr=schedule.get_last_lr()[0])
+        row = dict(epoch=epoch, lr=state.schedule.get_last_lr()[0])
         row |= train_one_epoch(run, loss_module, state, train_loader, epoch)
-        schedule.step()
-        val = compute_metrics(*predict_loader(run, val_loader))
+        state.schedule.step()
+        val = compute_metrics(*predict_loader(eval_run, val_loader))
         row |= {f"val_{name}": value for name, value in val.items()}
         row |= dict(peak_mb=peak_memory(args.device))
         is_best = row["val_mae_argmax"] < min((r["val_mae_argmax"] for r in log), default=math.inf)
@@ -180,7 +179,7 @@ def fit(
             seconds = (time.time() - fit_start) / (epoch - start_epoch + 1)
             print_epoch(row, args.epochs, seconds * (args.epochs - epoch), is_best)
             if is_best:  # before last.pt: a run cut off between the two repeats the epoch
-                save_checkpoint(run.dir / "best.pt", model, args, epoch=epoch)
+                save_checkpoint(run.dir / "best.pt", eval_run.model, args, epoch=epoch)
             state.save()
             save_csv(run.dir / "log.csv", log)
 
@@ -192,12 +191,13 @@ def train_one_epoch(
 
     Goes on where `state` says that the epoch was cut off.
     """
-    args, optimizer, scaler = run.args, state.optimizer, state.scaler
+    args, scaler, accumulate = run.args, state.scaler, run.args.accumulate
     run.model.train()
     loss_sums = torch.zeros(4, device=args.device)
     steps = state.start_epoch(loss_sums)
     loader.sampler.epoch, loader.sampler.start = epoch, steps * loader.batch_size
     num_steps = steps + len(loader)
+    whole_groups = num_steps // accumulate * accumulate
     progress = ProgressLine(f"epoch {epoch}", num_steps)
     num_images, start_time = 0, time.time()
     for step, (images, labels) in enumerate(loader, steps + 1):
@@ -205,15 +205,17 @@ def train_one_epoch(
         labels = labels.to(args.device, non_blocking=True)
         with autocast(args):
             total, i2t, t2i = loss_module(images, labels)
-        optimizer.zero_grad()
-        scaler.scale(total * world_size()).backward()  # DistributedDataParallel averages
-        scaler.step(optimizer)
-        scaler.update()
+        group_size = accumulate if step <= whole_groups else num_steps - whole_groups
+        scale = world_size() / group_size  # DistributedDataParallel takes the mean of gradients
+        scaler.scale(total * scale).backward()
+        is_group_end = step % accumulate == 0 or step == num_steps
+        if is_group_end:
+            state.step()
         losses = torch.stack([total, i2t, t2i, total.new_ones(())])
         loss_sums += losses.detach() * len(labels)
         num_images += len(labels) * world_size()
         progress.update(step, num_images)
-        if state.is_save_due():
+        if is_group_end and state.is_save_due():
             check_finite(loss_sums, epoch, step)
             state.save_within_epoch(step, loss_sums)
     check_finite(loss_sums, epoch, num_steps)

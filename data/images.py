@@ -67,7 +67,7 @@ class ImageList(torch.utils.data.Dataset):
     """Samples as (uint8 tensor (3, S, S), label): resized, then cropped.
 
     The shorter side becomes round(S * 256 / 224); with squash both do, as in the official code.
-    train: crop at random and mirror half the time; otherwise the crop is the centre.
+    train: crop at random and, with flip, mirror half the time; otherwise the crop is the centre.
     Random numbers are torch's, so the seeds of a DataLoader govern them.
     """
 
@@ -78,6 +78,7 @@ class ImageList(torch.utils.data.Dataset):
         *,
         image_size: int = 224,
         train: bool = False,
+        flip: bool = True,
         squash: bool = False,
         resample: str = "bicubic",
     ) -> None:
@@ -85,6 +86,7 @@ class ImageList(torch.utils.data.Dataset):
             raise ValueError(f"resample={resample!r}; give bicubic or bilinear")
         self.samples, self.root = list(samples), Path(root)
         self.image_size, self.train, self.squash = image_size, train, squash
+        self.flip = flip
         self.resample = Image.Resampling[resample.upper()]
 
     def __len__(self) -> int:
@@ -105,7 +107,7 @@ class ImageList(torch.utils.data.Dataset):
             left, top = (round(edge / 2) for edge in margin)
         image = image.resize(size, self.resample)
         image = image.crop((left, top, left + self.image_size, top + self.image_size))
-        if self.train and torch.rand(()) < 0.5:
+        if self.train and self.flip and torch.rand(()) < 0.5:
             image = ImageOps.mirror(image)
         pixels = torch.from_numpy(np.array(image))  # (S, S, 3)
         return pixels.permute(2, 0, 1).contiguous()  # (3, S, S)

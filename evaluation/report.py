@@ -16,8 +16,9 @@ from typing import Any
 import data
 from evaluation.metrics import METRICS
 from training.methods import METHODS
-from training.options import PAPER, categories
+from training.options import PAPER
 from training.run_folder import comparable_settings, method_name
+from training.sweep import categories
 
 
 def shots_label(shots: int) -> str:

@@ -13,7 +13,8 @@ from conftest import TINY_MODEL
 import train
 from training import options
 from training.loaders import load_task, make_loaders, prepare_batch
-from training.methods import METHODS, build_model, param_groups, warm_start
+from training.methods import METHODS, build_model, warm_start
+from training.optim import build_optimizer, build_schedule
 
 VALUES = {  # flag: another value than the default
     "interp": "inverse",
@@ -30,6 +31,11 @@ VALUES = {  # flag: another value than the default
     "epochs": "2",
     "lr": "0.01",
     "weight_decay": "0.1",
+    "lr_image": "0.01",
+    "lr_prompts": "0.01",
+    "warmup": "1",
+    "no_flip": None,
+    "balanced": None,
     "batch_size": "8",
     "shots": "3",
     "shift": "2,0.3",
@@ -54,10 +60,9 @@ def fingerprint(args):
         warm_start(args, model)
     train_loader, _, test_loader = make_loaders(args, task, preprocess, model)
     digest = hashlib.sha256()
-    if groups := param_groups(model) if args.epochs else []:
-        optimizer = torch.optim.RAdam(
-            groups, lr=args.lr, weight_decay=args.weight_decay, decoupled_weight_decay=True
-        )
+    if args.epochs:
+        optimizer = build_optimizer(args, model)
+        build_schedule(args, optimizer)  # sets the learning rate of the first epoch
         target = "softmax10" if args.official else "normalized"
         model.train()
         step_model = train.without_image_encoder(model) if args.freeze_image else model
@@ -99,8 +104,8 @@ def test_a_flag_changes_the_run_or_is_refused(
     value = value and value.format(source=finished_run[0], other_rank_init=rank_init)
     if (flag, method) == ("init", "coop"):  # names of several tokens do not fit the other run's
         extra = ["--rank-init", "random"]
-    else:
-        extra = []
+    else:  # with one epoch there is none left to warm up in
+        extra = ["--epochs", "2"] if flag == "warmup" and method != "zeroshot" else []
     plain = fingerprint(parse(gray, tmp_path, method, extra=extra))
     try:
         args = parse(gray, tmp_path, method, flag, value, extra)
@@ -119,6 +124,7 @@ def test_a_flag_changes_the_run_or_is_refused(
 
 def test_every_flag_with_conditions_is_tried():
     untested = {"clip", "quick_gelu", "trust_torchscript", "save_every", "split"}
+    untested |= {"accumulate", "ema", "patience"}  # test_optim.py
     assert set(options.HAS_EFFECT) - set(VALUES) == untested
 
 

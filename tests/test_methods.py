@@ -17,7 +17,8 @@ from evaluation.metrics import expected_rank
 from ordinalclip import OrdinalCLIP, RankPrompts, interpolation_weights
 from tokenizer import Tokenizer
 from training.loaders import load_task, make_loaders
-from training.methods import build_model, init_state, param_groups
+from training.methods import build_model, init_state
+from training.optim import param_groups
 from training.run_folder import Run
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import TINY
 
 import train
-from training.options import is_sweep
+from training.sweep import is_sweep
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import data
 from training.distributed import is_main
+from training.optim import build_average, build_optimizer, build_schedule
 from training.run_folder import Run, settings_dict
 
 
@@ -39,21 +40,18 @@ def load_checkpoint(path: str | Path, needed: str) -> dict[str, Any]:
 
 
 class TrainingState:
-    """What last.pt holds beside the model: optimizer, schedule, scaler, log, where in the epoch."""
+    """Optimizer, schedule, scaler, average, log, where in the epoch: last.pt beside the model."""
 
-    def __init__(
-        self,
-        run: Run,
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-        scaler: torch.amp.GradScaler,
-        start_time: float,
-        initial_similarity: Tensor
-        | None,  # (R, R) of the prototypes before training, for a picture
-    ) -> None:
+    def __init__(self, run: Run, start_time: float, initial_similarity: Tensor | None) -> None:
+        """initial_similarity (R, R): of the prototypes before training, for a picture."""
+        args = run.args
         self.run, self.start_time = run, start_time
         self.initial_similarity = initial_similarity
-        self.optimizer, self.schedule, self.scaler = optimizer, schedule, scaler
+        self.optimizer = build_optimizer(args, run.model)
+        self.schedule = build_schedule(args, self.optimizer)
+        device, use_scaler = args.device.split(":")[0], args.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(device, enabled=use_scaler)
+        self.average = build_average(args, run.model)
         self.log: list[dict[str, float]] = []  # one row per whole epoch
         self.progress: dict[str, Any] | None = None  # steps, loss sums, RNG of a cut-off epoch
         self.last_save = time.time()
@@ -61,7 +59,17 @@ class TrainingState:
     def load(self, saved: dict[str, Any]) -> None:
         for name in ("optimizer", "schedule", "scaler"):
             getattr(self, name).load_state_dict(saved[name])
+        if self.average:
+            self.average.load_state_dict(saved["average"])
         self.log, self.progress = saved["log"], saved.get("progress")
+
+    def step(self) -> None:
+        """One step of the optimizer with the gradients of the last batches, which then go."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.average:
+            self.average.update_parameters(self.run.model)
 
     def save(self, progress: dict[str, Any] | None = None) -> None:
         """Write last.pt after a whole epoch, or within one after progress["steps"] steps."""
@@ -77,6 +85,7 @@ class TrainingState:
             optimizer=self.optimizer.state_dict(),
             schedule=self.schedule.state_dict(),
             scaler=self.scaler.state_dict(),
+            average=self.average and self.average.state_dict(),
         )
         self.last_save = time.time()
 

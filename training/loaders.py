@@ -85,11 +85,13 @@ def make_loaders(
     for part in data.PARTS:
         is_train = part == "train"
         images = make_images(task, part, preprocess, augment=is_train and not args.freeze_image)
+        images.flip = not args.no_flip
         if args.freeze_image:
             images = cached_features(args, images, preprocess, model)
         sampler = None
         if is_train:
-            sampler = EpochSampler(len(images), args.seed)
+            weights = rank_weights(task) if args.balanced else None
+            sampler = EpochSampler(len(images), args.seed, weights)
             images = SeededImages(images, args.seed)
         elif dist.is_initialized():
             images = Subset(images, range(dist.get_rank(), len(images), world_size()))
@@ -109,11 +111,12 @@ class EpochSampler(Sampler[int]):
     """Keys of this process's share of the images, in an order that seed and epoch decide.
 
     A key is epoch * num_images + index, see SeededImages. As DistributedSampler does, the first
-    images are repeated until all processes have equally many.
+    images are repeated until all processes have equally many. weights (M,): images are drawn with
+    these, again and again, instead of once each.
     """
 
-    def __init__(self, num_images: int, seed: int) -> None:
-        self.num_images, self.seed = num_images, seed
+    def __init__(self, num_images: int, seed: int, weights: Tensor | None = None) -> None:
+        self.num_images, self.seed, self.weights = num_images, seed, weights
         self.epoch, self.start = 0, 0  # start: images of this process to skip, when resuming
 
     def __len__(self) -> int:
@@ -121,12 +124,21 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
-        order = torch.randperm(self.num_images, generator=generator)
+        if self.weights is None:
+            order = torch.randperm(self.num_images, generator=generator)
+        else:
+            order = torch.multinomial(self.weights, self.num_images, True, generator=generator)
         share = -(-self.num_images // world_size())
         order = order.repeat(1 + world_size())[: share * world_size()]
         rank = dist.get_rank() if dist.is_initialized() else 0
         keys = order[rank :: world_size()] + self.epoch * self.num_images
         return iter(keys[self.start :].tolist())
+
+
+def rank_weights(task: data.Task) -> Tensor:
+    """Weights (M,) of the training images under which all ranks are equally likely."""
+    labels = torch.tensor([sample.label for sample in task.train])
+    return labels.bincount().double().reciprocal()[labels]
 
 
 class SeededImages(Dataset):
@@ -155,11 +167,11 @@ def mix_seed(*numbers: int) -> int:
 
 
 def make_images(
-    task: data.Task, part: str, preprocess: dict[str, Any], augment: bool = False
+    task: data.Task, part: str, preprocess: dict[str, Any], augment: bool = False, flip: bool = True
 ) -> data.ImageList:
     options = {key: preprocess[key] for key in ("squash", "resample") if key in preprocess}
-    size = preprocess["image_size"]
-    return data.ImageList(getattr(task, part), task.root, image_size=size, train=augment, **options)
+    options |= dict(image_size=preprocess["image_size"], train=augment, flip=flip)
+    return data.ImageList(getattr(task, part), task.root, **options)
 
 
 def prepare_batch(images: Tensor, args: Namespace, preprocess: dict[str, Any]) -> Tensor:

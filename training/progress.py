@@ -7,7 +7,7 @@ import sys
 import time
 
 from training.distributed import is_main, world_size
-from training.methods import param_groups
+from training.optim import param_groups
 from training.run_folder import Run, run_name
 
 

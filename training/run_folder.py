@@ -38,7 +38,7 @@ RUN_FILES = (
 )  # fmt: skip
 # Settings that do not change the result: ignored when two runs are compared.
 NOT_COMPARED = (
-    "device", "precision", "workers", "data_root", "out", "seeds", "save_every", "debug",
+    "device", "precision", "compile", "workers", "data_root", "out", "seeds", "save_every", "debug",
 )  # fmt: skip
 NOT_SETTINGS = ("resume", "eval", "report", "debug")  # what to do, not what the run is
 
