@@ -3,7 +3,6 @@
 A flag that is accepted changes what is trained or tested; one that is refused would change nothing.
 """
 
-import hashlib
 import itertools
 
 import pytest
@@ -51,7 +50,7 @@ HARMLESS = {("batch_size", "zeroshot"), ("seed", "zeroshot")}
 
 
 def fingerprint(args):
-    """Digest of two optimizer steps and the answers after them, on fixed settings `args`."""
+    """Losses of two optimizer steps and the answers after them, on fixed settings `args`."""
     args.seed = args.seeds[0] if args.seeds else args.seed
     task = load_task(args)
     torch.manual_seed(args.seed)
@@ -59,7 +58,7 @@ def fingerprint(args):
     if args.init:
         warm_start(args, model)
     train_loader, _, test_loader = make_loaders(args, task, preprocess, model)
-    digest = hashlib.sha256()
+    numbers = []
     if args.epochs:
         optimizer = build_optimizer(args, model)
         build_schedule(args, optimizer)  # sets the learning rate of the first epoch
@@ -72,15 +71,20 @@ def fingerprint(args):
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
-            digest.update(total.detach().numpy().tobytes())
-        digest.update(f"{args.epochs} {len(train_loader)}".encode())
+            numbers.append(total.detach()[None])
+        numbers.append(torch.tensor([args.epochs, len(train_loader)]))
     eval_model = model.export().eval()
     if args.freeze_image:
         eval_model = train.without_image_encoder(eval_model)
     for images, labels in test_loader:
         probs = eval_model.predict(prepare_batch(images, args, preprocess))["probs"]
-        digest.update(probs.numpy().tobytes() + labels.numpy().tobytes())
-    return digest.hexdigest()
+        numbers += [probs.flatten(), labels]
+    return torch.cat(numbers)
+
+
+def is_same(numbers, others):
+    """But for rounding: convolutions of the same images differ in the last bit on some CPUs."""
+    return len(numbers) == len(others) and torch.allclose(numbers, others, rtol=1e-5, atol=1e-6)
 
 
 def parse(folder, tmp_path, method, flag=None, value=None, extra=()):
@@ -117,9 +121,9 @@ def test_a_flag_changes_the_run_or_is_refused(
             assert args.interp == "none"
         args.shots = None if method == "zeroshot" else args.shots  # fewer images, but none trains
         args.shift = None if method == "zeroshot" else args.shift
-        assert fingerprint(args) == plain
+        assert is_same(fingerprint(args), plain)
     else:
-        assert (fingerprint(args) != plain) != ((flag, method) in HARMLESS)
+        assert is_same(fingerprint(args), plain) == ((flag, method) in HARMLESS)
 
 
 def test_every_flag_with_conditions_is_tried():

@@ -127,7 +127,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add_with_paper_default(group, "--lr", float, "learning rate of everything that trains")
     add_with_paper_default(group, "--weight-decay", float, "decoupled: p -= lr * decay * p")
     add("--lr-image", type=float, help="learning rate of the image encoder (default: --lr)")
-    add("--lr-prompts", type=float, help="learning rate of context and base ranks (default: --lr)")
+    add("--lr-prompts", type=float, help="learning rate of the rank prototypes (default: --lr)")
     add("--warmup", type=int, default=0, help="epochs of rising learning rate before the cosine")
     add("--accumulate", type=int, default=1, metavar="N", help="batches per optimizer step; ranks "
         "are matched to the images of one batch, not of all N")  # fmt: skip
@@ -288,7 +288,7 @@ HAS_EFFECT: dict[str, tuple[Callable[[Namespace], bool], str]] = {
     "balanced": (trains, BY_METHOD),
     "no_flip": (augments, "--freeze-image or " + BY_METHOD),
     "lr_image": (augments, "--freeze-image or " + BY_METHOD),
-    "lr_prompts": (has_prompts, BY_METHOD),
+    "lr_prompts": (lambda args: trains(args) and args.method != "regression", BY_METHOD),
     "shots": (trains, BY_METHOD),
     "shift": (trains, BY_METHOD),
     "seeds": (trains, BY_METHOD),
@@ -323,7 +323,7 @@ def check_values(args: Namespace) -> None:
         ("lr", 1e-12, 1e3),
         ("lr_image", 1e-12, 1e3),
         ("lr_prompts", 1e-12, 1e3),
-        ("warmup", 0, max(args.epochs - 1, 0)),
+        ("warmup", 0, args.epochs - 1 if args.epochs else 1),
         ("accumulate", 1, 10_000),
         ("ema", 0.0, 0.999999),
         ("patience", 1, 1_000_000),
