@@ -81,7 +81,8 @@ def test_a_release_lies_beside_its_file_by_default(pasted):
 
 def test_a_new_dataset_is_one_new_file(pasted):
     (pasted / "data" / "weather.py").write_text(
-        "from .lists import Sample, is_image\n"
+        "from .files import is_image\n"
+        "from .lists import Sample\n"
         "from .task import Options, Task, find_path, make_task\n"
         "PRESET = dict(context='the wind is', rank_names=('calm', 'breeze', 'storm'),\n"
         "              splits=('random',), folds=3)\n"

@@ -52,10 +52,10 @@ def test_ranks_txt_orders_folders(tmp_path):
 @pytest.mark.parametrize(
     "ranks, text, words",
     [
-        (["good", "bad"], None, "order of rank folder 'bad' is not known; name it in .*ranks.txt"),
-        (["1", "bad"], None, "order of rank folder 'bad' is not known"),
-        (["1 a", "1 b"], None, "order of rank folder '1 a' is not known"),
-        (["good", "bad"], "good\n", "order of rank folder 'bad' is not known"),
+        (["good", "bad"], None, "order of rank 'bad' is not known; name it in .*ranks.txt"),
+        (["1", "bad"], None, "order of rank 'bad' is not known"),
+        (["1 a", "1 b"], None, "order of rank '1 a' is not known"),
+        (["good", "bad"], "good\n", "order of rank 'bad' is not known"),
         (["good", "bad"], "good\nbad\ngood\n", "ranks.txt names a rank twice"),
         (["7"], None, "1 rank, but ordinal regression needs 2 or more"),
         ([], None, "holds neither train.txt .* nor one folder per rank"),
@@ -138,11 +138,13 @@ def test_own_lists_given_elsewhere_with_root_and_ranks(tmp_path):
 def test_write_lists_reads_back(tmp_path):
     root = make_lists(tmp_path / "own")
     tiny(root / "#1.jpg")
-    (root / "train.txt").write_text(
-        (root / "train.txt").read_text() + f"./#1.jpg 0\n{root / '#1.jpg'} 2\n"
-    )
+    other = tiny(tmp_path / "elsewhere" / "2.jpg")
+    with (root / "train.txt").open("a") as file:
+        file.write(f"./#1.jpg 0\n{root / '#1.jpg'} 0\n{other} 2\n../elsewhere/2.jpg 2\n")
     task = load(root)
-    assert task.train[-2:] == (Sample("#1.jpg", 0), Sample(str(root / "#1.jpg"), 2))
+    numbered = Sample("#1.jpg", 0)  # in one spelling where it is under the root
+    others = Sample(str(other), 2), Sample("../elsewhere/2.jpg", 2)
+    assert task.train[-4:] == (numbered, numbered, *others)
     task.write_lists(tmp_path / "run")
     assert sorted(os.listdir(tmp_path / "run")) == ["ranks.txt", "test.txt", "train.txt", "val.txt"]
     for part in data.PARTS:

@@ -82,8 +82,8 @@ def test_negative_label_without_a_number_of_ranks(pictures):
 
 
 def test_list_in_another_encoding(pictures):
-    (pictures / "l.txt").write_bytes("é.jpg 0\n".encode("latin-1"))
-    with pytest.raises(ValueError, match="l.txt is not UTF-8 text .*; save it as UTF-8"):
+    (pictures / "l.txt").write_bytes("a.jpg 0\né.jpg 0\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="l.txt:2: this is not UTF-8 text; save the file as UTF-8"):
         read_list(pictures / "l.txt", pictures)
 
 
