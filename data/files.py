@@ -29,7 +29,7 @@ def is_hidden(name: str) -> bool:
 
 
 def is_image(path: str | Path) -> bool:
-    """Whether a file is an image: by a familiar suffix, otherwise by content; never a hidden one."""
+    """Whether a file is an image, by a familiar suffix or by content; never a hidden one."""
     suffix = os.path.splitext(path)[1].lower()
     if is_hidden(os.path.basename(path)):
         return False

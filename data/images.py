@@ -10,8 +10,10 @@ kept (`squash=True`: as ordinalclip/runner/utils.py#L375).
 Read on its own. Copy together with: nothing; needs torch>=2.4, numpy, pillow.
 """
 
+import struct
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +57,18 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """The EXIF tag; None where the EXIF of a good photo is damaged."""
-    try:
-        return image.getexif().get(EXIF_ORIENTATION)
-    except Exception:  # struct.error, KeyError, TypeError, SyntaxError ...
-        return None
+    """The EXIF tag, 1 .. 8, or None; also where the rest of the EXIF is damaged."""
+    with suppress(Exception):  # struct.error, KeyError, TypeError, SyntaxError ...
+        if orientation := image.getexif().get(EXIF_ORIENTATION):
+            return orientation
+    with suppress(struct.error):  # Pillow stops at a dangling pointer
+        exif = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+        order = "<" if exif.startswith(b"II") else ">"
+        start = struct.unpack_from(order + "I", exif, 4)[0]
+        for i in range(struct.unpack_from(order + "H", exif, start)[0]):
+            tag, _, _, value = struct.unpack_from(order + "HHIH", exif, start + 2 + 12 * i)
+            if tag == EXIF_ORIENTATION:
+                return value
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

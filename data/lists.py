@@ -10,7 +10,6 @@ A list is a .txt with lines `path label` (the label is the last word, so paths m
 import csv
 import os
 import re
-import sys
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -59,10 +58,7 @@ def check_labels(samples: Iterable[tuple[str, Sample]]) -> None:
     for where, (image, label) in samples:
         other, other_label = first.setdefault(image, (where, label))
         if label != other_label:
-            raise ValueError(
-                f"{where}: label {label} of {image}, but {other} gives it label {other_label}; "
-                "remove one of the two"
-            )
+            raise ValueError(f"{where}: {image} has label {label}, but {other} says {other_label}")
 
 
 def parse_list(path: str | Path) -> list[tuple[int, str, int]]:
@@ -71,10 +67,8 @@ def parse_list(path: str | Path) -> list[tuple[int, str, int]]:
     for number, image, text in parse_rows(path):
         label = parse_integer(text)
         if label is None:
-            raise ValueError(
-                f"{path}:{number}: label {text[:99]!r} is no whole number; labels are ranks, "
-                "counted from 0"
-            )
+            what = f"label {text[:99]!r} is no whole number"
+            raise ValueError(f"{path}:{number}: {what}; labels are ranks, counted from 0")
         rows.append((number, image, label))
     return rows
 
@@ -88,9 +82,8 @@ def parse_rows(path: str | Path) -> list[tuple[int, str, str]]:
     for number, line in lines[header:]:
         cells = _cells(line, delimiter)
         if max(image, label) >= len(cells) or not cells[image] or not cells[label]:
-            raise ValueError(
-                f"{path}:{number}: expected an image path and a label, got {line[:200]!r}"
-            )
+            got = repr(line[:200])
+            raise ValueError(f"{path}:{number}: expected an image path and a label, got {got}")
         rows.append((number, str(Path(cells[image])), cells[label]))
     return rows
 
@@ -110,8 +103,8 @@ def _columns(path: str | Path, first_line: str) -> tuple[str | None, int, int, i
         return None, 0, 1, 0  # path label
     if len(names) != 2:
         raise ValueError(
-            f"{path}:1: {len(names)} columns, and no header that names one `path` and one `label`; "
-            f"got {first_line[:200]!r}"
+            f"{path}:1: expected two columns, or a header that names one `path` and one `label`, "
+            f"separated by {known!r}; got {first_line[:200]!r}"
         )
     is_header = parse_integer(names[1]) is None and Path(names[0]).suffix not in IMAGE_TYPES
     return known, 0, 1, int(is_header)
@@ -151,7 +144,7 @@ def parse_integer(text: str) -> int | None:
 def resolve_paths(
     root: str | Path, samples: Iterable[Sample], source: str | Path, allow_missing: bool = False
 ) -> list[Sample]:
-    """The samples with paths as on disk: .JPG may be .jpg, accents may be (de)composed, a/../b is b.
+    """The samples with paths as on disk: .JPG may be .jpg, accents decomposed, and a/../b is b.
 
     One FileNotFoundError names `source` and all missing images, unless allow_missing.
     """
@@ -166,10 +159,10 @@ def resolve_paths(
         if not entry:
             missing[path] = None
     if missing and not allow_missing:
-        total = len({path for path, _ in samples})
+        total, names = len({path for path, _ in samples}), list(missing)
         raise FileNotFoundError(
             f"{source}: {len(missing)} of {total} images are not under {root}, the first: "
-            f"{', '.join(map(ascii, list(missing)[:3]))} ({_why_missing(root, next(iter(missing)))})"
+            f"{', '.join(map(ascii, names[:3]))} ({_why_missing(str(root), names[0])})"
         )
     return resolved
 
@@ -181,40 +174,31 @@ def _loosely(name: str) -> str:
 
 def _open_folder(root: str | Path, folder: str, source: str | Path) -> tuple[str, dict[str, str]]:
     """(folder relative to root, in one spelling, {name as it may be written: name on disk})."""
-    base = os.path.abspath(root)
-    path = os.path.join(base, folder)
+    base, path = os.path.abspath(root), os.path.join(os.path.abspath(root), folder)
     try:
         names = os.listdir(path) if os.path.isdir(path) else []
-    except UnicodeEncodeError:
-        encoding = sys.getfilesystemencoding()
-        raise ValueError(
-            f"{source}: this locale names files in {encoding}, which has no {folder!a}; "
-            "set PYTHONUTF8=1"
-        ) from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{source}: this locale has no {folder!a}; set PYTHONUTF8=1") from error
     simple = os.path.normpath(path)  # another folder, if a link comes before ..
     if names and os.path.isdir(simple) and os.path.samefile(simple, path):
-        is_inside = simple.startswith(base.rstrip(os.sep) + os.sep)
+        is_inside = os.path.join(simple, "").startswith(os.path.join(base, ""))
         folder = os.path.relpath(simple, base) if is_inside else os.path.normpath(folder)
-        folder = "" if simple == base else folder
+        folder = "" if folder == "." else folder
     return folder, {_loosely(name): name for name in names} | dict(zip(names, names))
 
 
-def _why_missing(root: str | Path, path: str) -> str:
+def _why_missing(folder: str, path: str) -> str:
     """Where the first part of a path that is missing differs from what is there."""
-
-    def spelling(name: str) -> str:
-        return unicodedata.normalize("NFC", os.path.splitext(name)[0]).casefold()
-
-    folder = str(root)
     for name in Path(path.replace("\\", "/")).parts:
         entries = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
         if name not in entries:
-            similar = [entry for entry in entries if spelling(entry) == spelling(name)]
-            if similar:
-                return f"there is {os.path.join(folder, similar[0])!a}: mind case, suffix, accents"
-            subfolders = [e for e in entries if os.path.exists(os.path.join(folder, e, name))]
-            if subfolders:
-                return f"there is {os.path.join(folder, subfolders[0], name)!a}"
+            spelling = os.path.splitext(_loosely(name))[0].casefold()
+            for entry in entries:
+                if os.path.splitext(_loosely(entry))[0].casefold() == spelling:
+                    entry = os.path.join(folder, entry)
+                    return f"there is {entry!a}: mind case, suffix, accents"
+                if os.path.exists(os.path.join(folder, entry, name)):
+                    return f"there is {os.path.join(folder, entry, name)!a}"
             return f"{folder!a} holds no {name!a}"
         folder = os.path.join(folder, name)
     return "write / where the list has a backslash"
@@ -229,15 +213,15 @@ def write_list(path: str | Path, samples: Iterable[tuple[str, int]]) -> None:
 
 def check_names(paths: Iterable[str]) -> None:
     """ValueError for the first path that write_list cannot write so that it is read back."""
+    faults = {
+        r"[\n\r]": "holds a line break",
+        r"^\s|\s$": "starts or ends with a space",
+        "[\ud800-\udfff]": "is not UTF-8 text",
+    }
     for path in paths:
-        if re.search("[\ud800-\udfff]", path):
-            raise ValueError(
-                f"the file name {path!a} is not UTF-8 text; rename the file, or set PYTHONUTF8=1"
-            )
-        if path != path.strip() or re.search(r"[\n\r\0]", path):
-            raise ValueError(
-                f"the file name {path!a} holds a line break or ends in a space; rename the file"
-            )
+        for pattern, fault in faults.items():
+            if re.search(pattern, path):
+                raise ValueError(f"the file name {path!a} {fault}; rename the file")
 
 
 def read_paths(path: str | Path) -> list[str]:
