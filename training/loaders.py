@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 import data
 from training.distributed import main_process_first, world_size
 from training.options import PRECISIONS
+from training.progress import ProgressLine, clear_line
 from training.run_folder import load_json, split_digests
 
 
@@ -64,9 +65,29 @@ def load_task(args: Namespace) -> data.Task:
                 task = data.few_shot(task, args.shots, args.seed)
             if args.shift:
                 task = data.distribution_shift(task, *args.shift, args.seed)
+        task = check_images(args, task, args.skip_bad and (lists is None or not run_exists))
         if run_exists:  # the same images, so the same protocol
             config = load_json(Path(args.out) / "config.json", "settings")
             task = replace(task, protocol=str(config.get("protocol")))
+    return task
+
+
+def check_images(args: Namespace, task: data.Task, may_skip: bool) -> data.Task:
+    """The task with the images that can be read; ValueError if the others may not be left out."""
+    line = ProgressLine("images opened", 0)
+
+    def show(done: int, total: int) -> None:
+        line.total = total
+        line.update(done, done)
+
+    task, errors = data.check_images(task, args.workers, show)
+    clear_line()
+    if errors and not (may_skip and task.train and task.val and task.test):
+        more = [f"... and {len(errors) - 20:,} more"] * (len(errors) > 20)
+        raise ValueError(
+            f"{len(errors):,} images of {args.data} cannot be read; mend or remove them, or start "
+            "the run with --skip-bad:\n" + "\n".join([*errors.values()][:20] + more)
+        )
     return task
 
 

@@ -65,6 +65,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add("--train-list", help="list file `path label`, instead of a split made here")
     add("--val-list", help="list file of validation images (default: a tenth of the training ones)")
     add("--test-list", help="list file of test images")
+    add("--skip-bad", action="store_true", help="leave out images that cannot be read")
 
     group = parser.add_argument_group("protocol")
     add = group.add_argument

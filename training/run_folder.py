@@ -39,6 +39,7 @@ RUN_FILES = (
 # Settings that do not change the result: ignored when two runs are compared.
 NOT_COMPARED = (
     "device", "precision", "compile", "workers", "data_root", "out", "seeds", "save_every", "debug",
+    "skip_bad",  # but its images are: check_same_images
 )  # fmt: skip
 NOT_SETTINGS = ("resume", "eval", "report", "debug")  # what to do, not what the run is
 
