@@ -136,9 +136,10 @@ def print_results(results: dict[str, Any]) -> None:
         print("NOTE: the epoch was chosen on the test images themselves, as this protocol has it")
     figures = []
     for name, metric in METRICS.items():
-        values = (test[f"{name}_{answer}"] for answer in ("expected", "argmax"))
-        expected, argmax = ("-" if v is None else format(v, metric.format) for v in values)
-        figures.append(f"{metric.label} {expected} expected {argmax} argmax")
+        values = {answer: test[f"{name}_{answer}"] for answer in metric.computed}
+        texts = {a: "-" if v is None else format(v, metric.format) for a, v in values.items()}
+        words = [f"{text} {a}" if len(texts) > 1 else text for a, text in texts.items()]
+        figures.append(" ".join([metric.label, *words]))
     for i in range(0, len(figures), 2):
         print(("test   " if i == 0 else "") + "   ".join(figures[i : i + 2]))
     print(

@@ -276,9 +276,11 @@ def load_json(path: Path, needed: str) -> dict:
 
 
 def save_csv(path: Path, rows: list[dict]) -> None:
+    """Rows with all their keys as columns; what a row lacks, or None, is an empty cell."""
+
     def save(tmp_path: Path) -> None:
         with open(tmp_path, "w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, rows[0])
+            table = csv.DictWriter(file, {key: None for row in rows for key in row})
             table.writeheader()
             table.writerows(rows)
 
