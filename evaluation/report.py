@@ -150,9 +150,9 @@ def read_run(path: Path) -> dict[str, Any]:
     results = json.loads(path.read_text(encoding="utf-8"))
     settings = dict(init=None) | results["settings"]  # what runs of earlier versions do not hold
     settings["split"] = settings["split"] or "random"
-    values = {f"{name}_{a}": None for name, metric in METRICS.items() for a in metric.computed}
-    test = {name: value for name, value in values.items() if not name.startswith("mae_")}
-    test |= results["test"]
+    names = [f"{name}_{a}" for name, metric in METRICS.items() for a in metric.computed]
+    added = [name for name in names if not name.startswith("mae_")]  # MAE was there from the start
+    test = results["test"] | {name: None for name in added if name not in results["test"]}
     run = results | dict(path=path.parent, settings=settings, test=test)
     name_rows([run])
     format_dataset(table_key(settings), [run], path.parent)

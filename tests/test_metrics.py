@@ -1,5 +1,8 @@
 """pytest tests/test_metrics.py -- each metric against an independent formula."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -151,3 +154,8 @@ def test_confusion_and_distribution():
     assert confusion_matrix(probs, labels).tolist() == [[1, 0, 0], [0, 0, 0], [1, 0, 1]]
     expected = torch.tensor([[0.7, 0.2, 0.1], [0, 0, 0], [0.3, 0.2, 0.5]])
     assert torch.allclose(mean_probs_by_rank(probs, labels), expected)
+
+
+def test_every_metric_is_defined_in_the_docs():
+    text = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", text, re.M) == list(METRICS)
