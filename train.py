@@ -47,6 +47,7 @@ from training.loaders import (
 )
 from training.methods import LossModule, build_model, param_groups, warm_start
 from training.options import expand_runs, has_sweep_values, is_sweep
+from training.profile import profile_run
 from training.progress import ProgressLine, print_epoch, print_run_header
 from training.run_folder import (
     Run,
@@ -69,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def main(argv: list[str] | None = None) -> dict | list[dict] | str:
-    """-> results of the run; a list of them where there are several; tables with --report.
+    """-> results of the run, or a list of those of several; tables with --report, --profile.
 
     SystemExit for user errors: bad flags or files, a full disk, a loss that is not finite.
     """
@@ -80,6 +81,8 @@ def main(argv: list[str] | None = None) -> dict | list[dict] | str:
         init_distributed(args)
         if args.eval:
             return evaluate_checkpoint(args)
+        if args.profile:
+            return profile_run(expand_runs(args)[0])
         return train_sweep(args) if is_sweep(args) else train(args)
     except (OSError, FloatingPointError) as error:
         if args.debug:

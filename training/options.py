@@ -142,7 +142,8 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add("--debug", action="store_true", help="show the traceback of every error")
     add("--resume", metavar="RUN", help="go on with the run in this folder, with its own settings")
     add("--eval", metavar="CKPT", help="only test this checkpoint, with its own settings")
-    add("--report", metavar="RUN", nargs="+", help="print finished runs as tables, write report.md")
+    add("--report", metavar="RUN", nargs="+", help="print finished runs, write report.md and .csv")
+    add("--profile", action="store_true", help="print where a step's time and memory go, then end")
     return parser
 
 
@@ -268,6 +269,7 @@ HAS_EFFECT: dict[str, tuple[Callable[[Namespace], bool], str]] = {
     "lr": (trains, BY_METHOD),
     "weight_decay": (trains, BY_METHOD),
     "save_every": (trains, BY_METHOD),
+    "profile": (trains, BY_METHOD),
     "shots": (trains, BY_METHOD),
     "shift": (trains, BY_METHOD),
     "seeds": (trains, BY_METHOD),

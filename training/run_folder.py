@@ -40,7 +40,7 @@ RUN_FILES = (
 NOT_COMPARED = (
     "device", "precision", "workers", "data_root", "out", "seeds", "save_every", "debug",
 )  # fmt: skip
-NOT_SETTINGS = ("resume", "eval", "report", "debug")  # what to do, not what the run is
+NOT_SETTINGS = ("resume", "eval", "report", "profile", "debug")  # what to do, not what the run is
 
 
 class Run(NamedTuple):
