@@ -48,7 +48,7 @@ from training.loaders import (
 from training.methods import LossModule, build_model, param_groups, warm_start
 from training.options import expand_runs, has_sweep_values, is_sweep
 from training.profile import profile_run
-from training.progress import ProgressLine, print_epoch, print_run_header
+from training.progress import ProgressLine, clear_line, print_epoch, print_run_header
 from training.run_folder import (
     Run,
     check_run_dir,
@@ -90,6 +90,7 @@ def main(argv: list[str] | None = None) -> dict | list[dict] | str:
         last_line = str(error).splitlines()[-1]  # before it, the traceback of a worker process
         raise SystemExit(f"train.py: {last_line}") from error
     finally:
+        clear_line()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -201,7 +202,8 @@ def train_one_epoch(
     steps = state.start_epoch(loss_sums)
     loader.sampler.epoch, loader.sampler.start = epoch, steps * loader.batch_size
     num_steps = steps + len(loader)
-    progress = ProgressLine(f"epoch {epoch}", num_steps)
+    start = loader.sampler.start * world_size()
+    progress = ProgressLine(f"epoch {epoch}/{args.epochs}", start)
     num_images, start_time = 0, time.time()
     for step, (images, labels) in enumerate(loader, steps + 1):
         images = prepare_batch(images, args, run.preprocess)
@@ -215,7 +217,7 @@ def train_one_epoch(
         losses = torch.stack([total, i2t, t2i, total.new_ones(())])
         loss_sums += losses.detach() * len(labels)
         num_images += len(labels) * world_size()
-        progress.update(step, num_images)
+        progress(start + num_images, start + len(loader.sampler) * world_size())
         if state.is_save_due():
             check_finite(loss_sums, epoch, step)
             state.save_within_epoch(step, loss_sums)

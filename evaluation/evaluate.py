@@ -25,9 +25,10 @@ from evaluation.metrics import (
 from evaluation.plots import draw_curves, draw_error_by_rank, draw_matrices, draw_sheet
 from kernels import unit
 from ordinalclip import ordinality, ordinality_chance
-from training.distributed import all_gather_rows, average_buffers, is_main
+from training.distributed import all_gather_rows, average_buffers, is_main, world_size
 from training.loaders import autocast, make_images, prepare_batch, without_image_encoder
 from training.methods import Regression, zeroshot_prompt
+from training.progress import ProgressLine
 from training.run_folder import Run, provenance, read_log, run_name, save_csv, settings_dict
 
 ORDINALITY_SPANS = (2, 4, 8, 16, 32)  # of the ordinality scores beside the whole one
@@ -43,12 +44,14 @@ def predict_loader(run: Run, loader: DataLoader) -> tuple[Tensor, Tensor]:
     eval_model = run.model.export().eval()  # the text tower runs once
     if run.args.freeze_image:
         eval_model = without_image_encoder(eval_model)
-    probs, labels = [], []
-    for images, batch_labels in loader:
+    probs, labels, progress = [], [], ProgressLine("predicting")
+    num_images = len(loader.dataset) * world_size()
+    for i, (images, batch_labels) in enumerate(loader, 1):
         with autocast(run.args):
             outputs = eval_model.predict(prepare_batch(images, run.args, run.preprocess))
         probs.append(outputs["probs"].cpu())
         labels.append(batch_labels)
+        progress(min(i * run.args.batch_size, num_images), num_images)
     if not labels:  # fewer images than processes
         probs, labels = [torch.zeros(0, run.task.num_ranks)], [torch.zeros(0, dtype=torch.long)]
     probs = all_gather_rows(torch.cat(probs))  # (M, R)

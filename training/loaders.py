@@ -1,6 +1,6 @@
 """The task under its protocol, DataLoaders, batches to the device, features of a frozen encoder.
 
-Needs: data, training.distributed, training.options, training.run_folder.
+Needs: data, training.distributed, .options, .progress, .run_folder.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 import data
 from training.distributed import main_process_first, world_size
 from training.options import PRECISIONS
+from training.progress import ProgressLine
 from training.run_folder import load_json, split_digests
 
 
@@ -220,10 +221,12 @@ def compute_features(
 ) -> Tensor:
     """Features (M, D), float32 on the CPU."""
     encoder.eval()
-    features = []
-    for batch, _ in DataLoader(images, args.batch_size, num_workers=args.workers):
+    features, progress = [], ProgressLine("features")
+    loader = DataLoader(images, args.batch_size, num_workers=args.workers)
+    for i, (batch, _) in enumerate(loader, 1):
         with autocast(args):
             features.append(encoder(prepare_batch(batch, args, preprocess)).float().cpu())
+        progress(min(i * args.batch_size, len(images)), len(images))
     return torch.cat(features)
 
 
