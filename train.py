@@ -48,7 +48,14 @@ from training.loaders import (
 from training.methods import LossModule, build_model, param_groups, warm_start
 from training.options import expand_runs, has_sweep_values, is_sweep
 from training.profile import profile_run
-from training.progress import ProgressLine, clear_line, print_epoch, print_run_header
+from training.progress import (
+    ProgressLine,
+    TensorBoard,
+    clear_line,
+    print_epoch,
+    print_run_header,
+    summary_writer,
+)
 from training.run_folder import (
     Run,
     check_run_dir,
@@ -76,6 +83,8 @@ def main(argv: list[str] | None = None) -> dict | list[dict] | str:
     """
     args = parse_args(argv)
     try:
+        if args.tensorboard and not args.eval:
+            summary_writer()  # it is installed, or the program ends here
         if args.report:
             return write_report(args.report)
         init_distributed(args)
@@ -170,6 +179,7 @@ def fit(
     )
     loss_module = data_parallel(loss_module)
     log, start_epoch, fit_start = state.log, len(state.log) + 1, time.time()
+    board = TensorBoard(run, start_epoch)
     for epoch in range(start_epoch, args.epochs + 1):
         torch.manual_seed(args.seed * 1_000_003 + epoch)  # of dropout; images have seeds of theirs
         row = dict(epoch=epoch, lr=schedule.get_last_lr()[0])
@@ -185,8 +195,10 @@ def fit(
             print_epoch(row, args.epochs, seconds * (args.epochs - epoch), is_best)
             if is_best:  # before last.pt: a run cut off between the two repeats the epoch
                 save_checkpoint(run.dir / "best.pt", model, args, epoch=epoch)
+            board.write(epoch, row)  # before last.pt, too
             state.save()
             save_csv(run.dir / "log.csv", log)
+    board.close()
 
 
 def train_one_epoch(

@@ -28,7 +28,7 @@ from ordinalclip import ordinality, ordinality_chance
 from training.distributed import all_gather_rows, average_buffers, is_main, world_size
 from training.loaders import autocast, make_images, prepare_batch, without_image_encoder
 from training.methods import Regression, zeroshot_prompt
-from training.progress import ProgressLine
+from training.progress import ProgressLine, TensorBoard
 from training.run_folder import Run, provenance, read_log, run_name, save_csv, settings_dict
 
 ORDINALITY_SPANS = (2, 4, 8, 16, 32)  # of the ordinality scores beside the whole one
@@ -101,7 +101,12 @@ def evaluate_test_set(
     if is_main():
         save_predictions(run.dir / f"predictions-{name}.csv", task, probs)
         pictures_dir = run.dir / ("pictures" if name == "best" else f"pictures-{name}")
-        save_pictures(pictures_dir, run, initial_similarity, probs, labels, results["per_rank"])
+        per_rank = results["per_rank"]
+        pictures = save_pictures(pictures_dir, run, initial_similarity, probs, labels, per_rank)
+        if name == "best":
+            board = TensorBoard(run)
+            board.write(args.epochs, {f"test_{k}": v for k, v in results["test"].items()}, pictures)
+            board.close()
         print_results(results)
     return results
 
@@ -189,8 +194,8 @@ def save_pictures(
     probs: Tensor,
     labels: Tensor,
     per_rank: list[dict],
-) -> None:
-    """similarity, confusion, distribution, error, sheet and curves as PNG."""
+) -> dict[str, Any]:
+    """similarity, confusion, distribution, error, sheet and curves as PNG, and returned."""
     names, axes = run.task.rank_names, ("predicted rank", "true rank")
     means = mean_probs_by_rank(probs, labels)
     scale, title = (0, float(means.max())), "mean probability of each rank"
@@ -214,6 +219,7 @@ def save_pictures(
     pictures_dir.mkdir(exist_ok=True)
     for name, picture in pictures.items():
         data.atomic_write(pictures_dir / f"{name}.png", lambda path: picture.save(path, "PNG"))
+    return pictures
 
 
 def best_and_worst(

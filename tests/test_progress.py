@@ -1,13 +1,20 @@
 """pytest tests/test_progress.py -- the line of progress, on a terminal and in a log; TensorBoard."""
 
+import math
 import sys
+import types
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import TINY
+from PIL import Image
 
 import train
 from training import progress
 from training.progress import ProgressLine
+from training.run_folder import read_log
 
 
 @pytest.fixture
@@ -118,3 +125,84 @@ def test_features_count_their_images(gray, tmp_path, calls):
     assert features == [
         *[("features", 0, done, 56) for done in (16, 32, 48, 56)], *[("features", 0, 7, 7)] * 2
     ]  # fmt: skip
+
+
+class Writer:
+    """Stands in for torch.utils.tensorboard.SummaryWriter, which takes and checks the same."""
+
+    written = []
+
+    def __init__(self, log_dir, purge_step=None):
+        self.written.append(("open", Path(log_dir).name, purge_step))
+
+    def add_scalar(self, tag, value, step):
+        self.written.append((tag, float(value), step))
+
+    def add_image(self, tag, pixels, step, dataformats):
+        assert dataformats == "HWC" and pixels.dtype == torch.uint8
+        self.written.append((tag, pixels.numpy(), step))
+
+    def flush(self):
+        self.written.append(("flush",))
+
+    def close(self):
+        self.written.append(("close",))
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """What reached TensorBoard."""
+    module = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr(Writer, "written", [])
+    return Writer.written
+
+
+def test_tensorboard_gets_figures_and_pictures(gray, tmp_path, written):
+    out = tmp_path / "a"
+    argv = ["--data", str(gray), *TINY, "--epochs", "2", "--tensorboard", "--out", str(out)]
+    results = train.main(argv)
+    log = read_log(out)
+    first = {tag: value for tag, value, step in (w for w in written if len(w) == 3) if step == 1}
+    for name, value in log[0].items():
+        tag = name.replace("val_", "val/") if name.startswith("val_") else f"train/{name}"
+        if name == "epoch" or math.isnan(value):
+            assert tag not in first
+        else:
+            assert first[tag] == pytest.approx(value)
+    last = {tag: value for tag, value, step in (w for w in written if len(w) == 3) if step == 2}
+    assert last["test/mae_argmax"] == results["test"]["mae_argmax"]
+    pictures = {path.stem: Image.open(path) for path in (out / "pictures").iterdir()}
+    assert len(pictures) == 6
+    for name, picture in pictures.items():
+        assert np.array_equal(last[name], picture)
+    opened = [w for w in written if w[0] == "open"]
+    assert opened == [("open", "tensorboard", 1), ("open", "tensorboard", None)]
+    assert [w for w in written if w in (("flush",), ("close",))] == [
+        ("flush",), ("flush",), ("close",), ("flush",), ("close",)
+    ]  # fmt: skip
+
+
+def test_tensorboard_goes_on_where_the_run_does(gray, tmp_path, written):
+    out = tmp_path / "a"
+    argv = ["--data", str(gray), *TINY, "--epochs", "2", "--out", str(out)]
+    train.main([*argv, "--tensorboard"])
+    (out / "results.json").unlink()
+    del written[:]
+    train.main(["--resume", str(out)])  # its settings are kept
+    assert ("open", "tensorboard", 3) in written
+    (out / "results.json").unlink()
+    del written[:]
+    train.main(["--resume", str(out), "--no-tensorboard"])
+    train.main(["--eval", str(out)])
+    assert written == []
+
+
+def test_tensorboard_that_is_not_installed_is_named_at_the_start(gray, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    argv = ["--data", str(gray), *TINY, "--out", str(tmp_path / "a")]
+    message = r"--tensorboard needs the package tensorboard \(.*\); pip install tensorboard$"
+    with pytest.raises(SystemExit, match=message):
+        train.main([*argv, "--tensorboard"])
+    assert not (tmp_path / "a").exists()
+    train.main(argv)

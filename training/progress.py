@@ -1,4 +1,4 @@
-"""What a run prints while it goes on: its header, a line of progress, a line per epoch.
+"""What a run shows while it goes on: header, line of progress, line per epoch, TensorBoard.
 
 Needs: training.distributed, .methods, .run_folder.
 """
@@ -6,6 +6,9 @@ Needs: training.distributed, .methods, .run_folder.
 import sys
 import time
 from datetime import timedelta
+from typing import Any
+
+import torch
 
 from training.distributed import is_main, world_size
 from training.methods import param_groups
@@ -72,3 +75,50 @@ def clear_line() -> None:
     """Remove the line of progress."""
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+# --- --tensorboard ---
+
+
+def summary_writer() -> type:
+    """torch's SummaryWriter. SystemExit where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise SystemExit(
+            f"--tensorboard needs the package tensorboard ({error}); pip install tensorboard"
+        ) from error
+    return SummaryWriter
+
+
+class TensorBoard:
+    """Figures and pictures of a run in its folder tensorboard/; without --tensorboard, nothing.
+
+    Repeated after an interruption, `first_epoch` and what follows replace what was written before.
+    """
+
+    def __init__(self, run: Run, first_epoch: int | None = None) -> None:
+        self.writer = None
+        if run.args.tensorboard and is_main():
+            self.writer = summary_writer()(str(run.dir / "tensorboard"), purge_step=first_epoch)
+
+    def write(
+        self, epoch: int, figures: dict[str, float | None], pictures: dict[str, Any] | None = None
+    ) -> None:
+        """figures: None is left out, val_NAME and test_NAME are groups; pictures: of Pillow."""
+        if self.writer is None:
+            return
+        for name, value in figures.items():
+            is_group = name.startswith(("val_", "test_"))
+            tag = name.replace("_", "/", 1) if is_group else f"train/{name}"
+            if value is not None and name != "epoch":
+                self.writer.add_scalar(tag, value, epoch)
+        for name, picture in (pictures or {}).items():
+            pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+            pixels = pixels.view(picture.height, picture.width, 3)
+            self.writer.add_image(name, pixels, epoch, dataformats="HWC")
+        self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()

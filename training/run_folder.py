@@ -34,11 +34,12 @@ except ModuleNotFoundError:  # Windows
 
 RUN_FILES = (
     "config.json", "splits", "log.csv", "best.pt", "last.pt", "predictions-best.csv", "pictures",
-    "exported.pt",
+    "exported.pt", "tensorboard",
 )  # fmt: skip
 # Settings that do not change the result: ignored when two runs are compared.
 NOT_COMPARED = (
     "device", "precision", "workers", "data_root", "out", "seeds", "save_every", "debug",
+    "tensorboard",
 )  # fmt: skip
 NOT_SETTINGS = ("resume", "eval", "report", "profile", "debug")  # what to do, not what the run is
 
