@@ -127,7 +127,7 @@ def test_a_flag_changes_the_run_or_is_refused(
 
 
 def test_every_flag_with_conditions_is_tried():
-    untested = {"clip", "quick_gelu", "trust_torchscript", "save_every", "split"}
+    untested = {"clip", "quick_gelu", "trust_torchscript", "save_every", "profile", "split"}
     untested |= {"accumulate", "ema", "patience"}  # test_optim.py
     assert set(options.HAS_EFFECT) - set(VALUES) == untested
 
@@ -141,6 +141,8 @@ def test_every_flag_with_conditions_is_tried():
      "--trust-torchscript has no effect with --clip tiny and --method ordinalclip; remove it"),
     (["--method", "zeroshot", "--image-encoder", "clip", "--save-every", "5"],
      "--save-every has no effect with --method zeroshot; remove it"),
+    (["--method", "zeroshot", "--image-encoder", "clip", "--profile"],
+     "--profile has no effect with --method zeroshot; remove it"),
     (["--data", "demo", "--split", "random"], "--split has no effect with --data demo"),
     (["--data", "demo", "--fold", "1"], "--fold has no effect with --data demo"),
     (["--data", "demo", "--split-seed", "2"], "--split-seed has no effect with --data demo"),

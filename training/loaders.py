@@ -1,6 +1,6 @@
 """The task under its protocol, DataLoaders, batches to the device, features of a frozen encoder.
 
-Needs: data, training.distributed, training.options, training.run_folder.
+Needs: data, training.distributed, .options, .progress, .run_folder.
 """
 
 import contextlib
@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 import data
 from training.distributed import main_process_first, world_size
 from training.options import PRECISIONS
-from training.progress import ProgressLine, clear_line
-from training.run_folder import load_json, split_digests
+from training.progress import ProgressLine
+from training.run_folder import check_run_dir, join_values, load_json, split_digests
+from training.sweep import has_sweep_values
 
 
 @contextlib.contextmanager
@@ -72,16 +73,25 @@ def load_task(args: Namespace) -> data.Task:
     return task
 
 
+def check_sweep(args: Namespace, runs: list[Namespace]) -> None:
+    """SystemExit for whatever would stop a later run: before the first one, not after hours."""
+    for run in runs:
+        if not (Path(run.out) / "results.json").exists():
+            check_run_dir(run)
+    if not has_sweep_values(args) and args.fold != "all":
+        return
+    values = {join_values([run.base_ranks, run.shots, run.shift, run.fold]): run for run in runs}
+    for run in values.values():
+        num_ranks = load_task(run).num_ranks
+        if run.method == "ordinalclip" and run.base_ranks > num_ranks:
+            raise SystemExit(
+                f"--base-ranks {run.base_ranks}, but {args.data} has {num_ranks} ranks; give fewer"
+            )
+
+
 def check_images(args: Namespace, task: data.Task, may_skip: bool) -> data.Task:
     """The task with the images that can be read; ValueError if the others may not be left out."""
-    line = ProgressLine("images opened", 0)
-
-    def show(done: int, total: int) -> None:
-        line.total = total
-        line.update(done, done)
-
-    task, errors = data.check_images(task, args.workers, show)
-    clear_line()
+    task, errors = data.check_images(task, args.workers, ProgressLine("images opened"))
     if errors and not (may_skip and task.train and task.val and task.test):
         more = [f"... and {len(errors) - 20:,} more"] * (len(errors) > 20)
         raise ValueError(
@@ -253,10 +263,12 @@ def compute_features(
 ) -> Tensor:
     """Features (M, D), float32 on the CPU."""
     encoder.eval()
-    features = []
-    for batch, _ in DataLoader(images, args.batch_size, num_workers=args.workers):
+    features, progress = [], ProgressLine("features")
+    loader = DataLoader(images, args.batch_size, num_workers=args.workers)
+    for i, (batch, _) in enumerate(loader, 1):
         with autocast(args):
             features.append(encoder(prepare_batch(batch, args, preprocess)).float().cpu())
+        progress(min(i * args.batch_size, len(images)), len(images))
     return torch.cat(features)
 
 

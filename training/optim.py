@@ -8,7 +8,7 @@ from argparse import Namespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -63,3 +63,13 @@ def epochs_without_progress(log: list[dict[str, float]]) -> int:
     """Epochs since the one with the lowest validation MAE (argmax), the first of equals."""
     errors = [row["val_mae_argmax"] for row in log]
     return len(errors) - 1 - errors.index(min(errors)) if errors else 0
+
+
+def check_finite(loss_sums: Tensor, epoch: int, step: int) -> None:
+    """FloatingPointError naming the first loss that is not finite; last.pt stays as it was."""
+    for name, value in zip(("loss", "i2t", "t2i"), loss_sums.tolist()):
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{name} is {value} in epoch {epoch}, by step {step}; try a lower --lr or "
+                "--precision fp32. --resume goes on from the last checkpoint"
+            )

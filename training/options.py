@@ -149,10 +149,13 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add("--workers", type=int, help="processes that read images (default: up to 8, leaving a core)")
     add("--out", help="folder of the run (default: runs/DATA-METHOD-...-seedS)")
     add("--save-every", type=float, default=10, metavar="MINUTES", help="write last.pt this often")
+    add("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
+        help="write figures and pictures for TensorBoard, too")  # fmt: skip
     add("--debug", action="store_true", help="show the traceback of every error")
     add("--resume", metavar="RUN", help="go on with the run in this folder, with its own settings")
     add("--eval", metavar="CKPT", help="only test this checkpoint, with its own settings")
-    add("--report", metavar="RUN", nargs="+", help="print finished runs as tables, write report.md")
+    add("--report", metavar="RUN", nargs="+", help="print finished runs, write report.md and .csv")
+    add("--profile", action="store_true", help="print where a step's time and memory go, then end")
     return parser
 
 
@@ -290,6 +293,7 @@ HAS_EFFECT: dict[str, tuple[Callable[[Namespace], bool], str]] = {
     "no_flip": (augments, "--freeze-image or " + BY_METHOD),
     "lr_image": (augments, "--freeze-image or " + BY_METHOD),
     "lr_prompts": (lambda args: trains(args) and args.method != "regression", BY_METHOD),
+    "profile": (trains, BY_METHOD),
     "shots": (trains, BY_METHOD),
     "shift": (trains, BY_METHOD),
     "seeds": (trains, BY_METHOD),
@@ -361,6 +365,7 @@ def args_from_checkpoint(
 ) -> Namespace:
     """The settings of the run that --resume or --eval names, but for where it runs now."""
     machine_flags = {"device", "precision", "workers", "data_root"}
+    machine_flags |= {"tensorboard"} if args.resume else set()
     if unexpected := explicit_flags - machine_flags - {"resume", "eval"}:
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(unexpected))
         parser.error(
