@@ -226,12 +226,18 @@ class LinearPrototypes(nn.Module):
 
 
 class FixedPrototypes(nn.Module):
-    """A stored (R, D) tensor, copied: zero-shot text features, or the result of training."""
+    """A stored (R, D) tensor, copied: zero-shot text features, or the result of training.
+
+    Raises ValueError for another shape, FloatingPointError for nan and inf.
+    """
 
     def __init__(self, prototypes: Tensor) -> None:
         super().__init__()
         if prototypes.dim() != 2:
             raise ValueError(f"got prototypes {tuple(prototypes.shape)}; expected (R, D)")
+        if not (finite := prototypes.isfinite().all(1)).all():
+            bad = f"prototype {int(finite.long().argmin())} of {len(finite)} holds nan or inf"
+            raise FloatingPointError(f"{bad}; lower the learning rate, or take other weights")
         self.register_buffer("prototypes", prototypes.detach().clone())
 
     def forward(self) -> Tensor:

@@ -178,8 +178,8 @@ def test_damaged_and_foreign_files(state, archive, tmp_path):
     for name, data in bad.items():
         path = tmp_path / f"bad {name}"
         path.write_bytes(data)
-        message = rf"(?s)cannot read {path} \({len(data)} bytes\): \w+ .*expected a state dict"
-        with pytest.raises(ValueError, match=message + " .*damaged, get it again"):
+        message = rf"{path} \({len(data)} bytes\) cannot be read: .*; expected a state dict"
+        with pytest.raises(ValueError, match=message + " .*: get it again[^\n]*$"):
             CLIP.from_pretrained(path, quick_gelu=True, trust_torchscript=True)
     with pytest.raises(ValueError, match=r"\d+ bytes of tensors, its header says \d+"):
         read_safetensors(tmp_path / "bad junk.safetensors")
@@ -189,7 +189,7 @@ def test_objects_are_never_unpickled(tmp_path):
     for i, value in enumerate([nn.Linear(2, 2), {"a": Path("/")}, [1, 2], torch.zeros(2)]):
         path = tmp_path / f"{i}.pt"
         torch.save(value, path)
-        message = r"(?s)expected a state dict.*save its state_dict\(\) alone"
+        message = r"expected a state dict"
         with pytest.raises(ValueError, match=message) as caught:
             CLIP.from_pretrained(path, quick_gelu=True)
         assert "`False`" not in str(caught.value) and "weights_only=False" not in str(caught.value)
@@ -200,7 +200,7 @@ def test_folders(state, tmp_path):
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
     message = (
         f"no weights at '{tmp_path}'; expected one of RN50, .* or a file, or a folder with "
-        "model.safetensors .*weights in parts must be merged"
+        "model.safetensors .*pytorch_model.bin.index.json"
     )
     with pytest.raises(FileNotFoundError, match=message):
         CLIP.from_pretrained(tmp_path)

@@ -15,7 +15,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("kernels", "data", "training", "evaluation")
 OURS = {
-    "ordinalclip", "clip_model", "clip_weights", "tokenizer", "backbones", "train", "predict", *PACKAGES
+    "ordinalclip", "clip_model", "clip_weights", "tokenizer", "backbones", "train", "exported", "predict", *PACKAGES
 }  # fmt: skip
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 MODULES = sorted([*ROOT.glob("*.py"), *(p for name in PACKAGES for p in ROOT.glob(f"{name}/*.py"))])
@@ -34,7 +34,7 @@ BENCH_PEERS = {"inf_cl", "cut_cross_entropy", "memeff", "open_clip", "liger_kern
 ARROWS = {  # file or folder: (modules of ours, third-party packages) it may import
     "tokenizer.py": (set(), {"torch", "ftfy", "regex"}),
     "clip_model.py": ({"clip_weights"}, {"torch"}),
-    "clip_weights.py": (set(), {"torch"}),
+    "clip_weights.py": (set(), {"torch", "numpy"}),
     "ordinalclip.py": ({"kernels"}, {"torch"}),
     "backbones.py": (set(), {"torch"} | OPTIONAL),
     "kernels": ({"kernels"}, {"torch", "triton", "PIL", "numpy"}),
@@ -44,9 +44,10 @@ ARROWS = {  # file or folder: (modules of ours, third-party packages) it may imp
     "evaluation": ({"evaluation", "training"} | BELOW_TRAINING, {"torch"}),
     "evaluation/metrics.py": (set(), {"torch"}),
     "evaluation/plots.py": (set(), {"torch", "numpy", "PIL"}),
-    "train.py": (OURS - {"train", "predict"}, {"torch"}),
+    "exported.py": (BELOW_TRAINING - {"tokenizer"}, {"torch"}),
+    "train.py": (OURS - {"train", "predict", "exported"}, {"torch"}),
     "predict.py": (
-        BELOW_TRAINING - {"tokenizer"} | {"evaluation"},
+        BELOW_TRAINING - {"tokenizer"} | {"evaluation", "exported"},
         {"torch", "numpy", "PIL", "onnx", "onnxscript"},
     ),
 }

@@ -15,6 +15,7 @@ from PIL import Image
 
 import backbones
 import data
+import exported as exported_files
 import predict
 from clip_model import tiny_clip
 from ordinalclip import FixedPrototypes, OrdinalCLIP
@@ -118,7 +119,7 @@ def test_an_encoder_that_is_not_clips(tmp_path, monkeypatch):
 
 
 def test_a_vgg16_gets_its_memory_from_the_file_only(tmp_path):
-    encoder = predict._build_image_encoder(dict(image_encoder="vgg16", state_dict={}), 8)
+    encoder = exported_files._build_image_encoder(dict(image_encoder="vgg16", state_dict={}), 8)
     assert isinstance(encoder, backbones.VGG16) and all(p.is_meta for p in encoder.parameters())
 
 
@@ -166,38 +167,14 @@ def test_what_cannot_be_predicted_is_refused(tmp_path, exported):
 
 
 def test_other_files_are_refused(run, tmp_path):
-    def save(content):
-        torch.save(content, tmp_path / "x.pt")
-        return tmp_path / "x.pt"
-
-    (tmp_path / "text.pt").write_text("hello")
-    whole = torch.load(run[0] / "exported.pt", weights_only=True)
-    state = whole["state_dict"]
-    part = {key: value for key, value in state.items() if key != "image_encoder.conv1.weight"}
-    ours = "expected the exported.pt that train.py writes"
-    with pytest.raises(FileNotFoundError, match=f"no file .*none.pt; {ours}"):
+    with pytest.raises(FileNotFoundError, match="none.pt does not exist; expected the exported.pt"):
         predict.load(tmp_path / "none.pt")
-    with pytest.raises(ValueError, match=f"text.pt cannot be read .*; {ours}"):
-        predict.load(tmp_path / "text.pt")
     with pytest.raises(
-        ValueError, match=f"is another file: got format None with model, .*; {ours}"
+        FileNotFoundError, match=f"{tmp_path} is a folder; expected the exported.pt"
     ):
+        predict.load(tmp_path)
+    with pytest.raises(ValueError, match="another file: got format None with model, settings, "):
         predict.load(run[0] / "best.pt")
-    for content, message in [
-        ([1], "is another file: got format None with no entries"),
-        (whole | dict(format="ordinalclip-9"), "got format 'ordinalclip-9'"),
-        ({k: v for k, v in whole.items() if k != "preprocess"}, f"{ours}: .*preprocess"),
-        ({k: v for k, v in whole.items() if k != "quick_gelu"}, f"{ours}: .*quick_gelu"),
-        (
-            whole | dict(rank_names=["one"]),
-            "holds 4 prototypes, 4 values, 1 names; expected equal numbers",
-        ),
-        (whole | dict(state_dict={}), "holds 0 prototypes, .*a regression run has no prototypes"),
-        (whole | dict(state_dict=part), "no whole image encoder 'clip' .*conv1.weight"),
-        (whole | dict(image_encoder="vgg99"), "image encoder 'vgg99': expected one of"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            predict.load(save(content))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
@@ -212,7 +189,7 @@ def test_a_missing_package_is_named(run, tmp_path):
 
 def test_prototypes_alone(run, exported, tmp_path):
     assert predict.main([exported, "--save-prototypes", str(tmp_path / "p.pt")]) == 0
-    saved, predictor = predict.load_prototypes(tmp_path / "p.pt"), predict.load(exported)
+    saved, predictor = exported_files.load_prototypes(tmp_path / "p.pt"), predict.load(exported)
     assert torch.equal(saved["prototypes"], predictor.model.prototypes())
     assert (
         saved["rank_names"] == predictor.rank_names
@@ -227,19 +204,19 @@ def test_prototypes_alone(run, exported, tmp_path):
     )
     assert (tmp_path / "p.pt").stat().st_size < 10_000
 
-    predict.save_prototypes(tmp_path / "q.pt", torch.ones(2, 3).half(), ("a", "b"), 1)
-    saved = predict.load_prototypes(tmp_path / "q.pt")
+    exported_files.save_prototypes(tmp_path / "q.pt", torch.ones(2, 3).half(), ("a", "b"), 1)
+    saved = exported_files.load_prototypes(tmp_path / "q.pt")
     assert saved["rank_values"] == [0.0, 1.0] and saved["prototypes"].dtype == torch.float32
     with pytest.raises(
         ValueError, match=r"got prototypes \(2, 3\), 1 rank_names, 1 rank_values; expected"
     ):
-        predict.save_prototypes(tmp_path / "r.pt", torch.ones(2, 3), ["a"], 1)
+        exported_files.save_prototypes(tmp_path / "r.pt", torch.ones(2, 3), ["a"], 1)
     with pytest.raises(
         ValueError, match="got format 'ordinalclip-1' .*what save_prototypes writes"
     ):
-        predict.load_prototypes(exported)
-    with pytest.raises(FileNotFoundError, match="no file"):
-        predict.load_prototypes(tmp_path / "r.pt")
+        exported_files.load_prototypes(exported)
+    with pytest.raises(FileNotFoundError, match="r.pt does not exist"):
+        exported_files.load_prototypes(tmp_path / "r.pt")
 
 
 def test_table_csv_and_json_agree(run, exported, tmp_path, capsys):
@@ -354,7 +331,7 @@ def test_invalid_commands_are_refused(exported, tmp_path, capsys):
         ([exported, str(tmp_path / "empty")], "predict.py: no images in .*empty; expected .jpg"),
         ([exported, str(tmp_path / "l.txt")], "predict.py: no images in .*l.txt"),
         ([exported, str(tmp_path / "m.txt")], "m.txt is not UTF-8 text .*; save it as UTF-8"),
-        ([str(tmp_path / "l.pt"), "a.png"], "predict.py: no file .*l.pt"),
+        ([str(tmp_path / "l.pt"), "a.png"], "predict.py: .*l.pt does not exist"),
     ]:
         with pytest.raises(SystemExit, match=message):
             predict.main(argv)
@@ -401,13 +378,19 @@ def copy_modules(folder, *names):
             shutil.copy(ROOT / name, folder / name)
 
 
-ALONE = ("predict.py", "ordinalclip.py", "kernels", "evaluation/plots.py", "clip_model.py")
+ALONE = (
+    "predict.py",
+    "exported.py",
+    "ordinalclip.py",
+    "kernels",
+    "evaluation/plots.py",
+    "clip_model.py",
+)
 ALONE += ("clip_weights.py",)
-DATA = "data" if (ROOT / "data" / "__init__.py").exists() else "data.py"
 
 
 def test_it_runs_without_the_rest_of_the_project(run, exported, tmp_path):
-    copy_modules(tmp_path, *ALONE, "backbones.py", DATA)
+    copy_modules(tmp_path, *ALONE, "backbones.py", "data")
     image = sorted(run[1].rglob("*.png"))[0]
     command = [sys.executable, "predict.py", exported, str(image), str(tmp_path / "missing.png")]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
