@@ -296,9 +296,9 @@ def _read_weights(path, trusted):
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     if not trusted and sha256 not in {sha256 for _, sha256 in MODELS.values()}:
         raise ValueError(
-            f"{path} is a TorchScript archive, which can run code, and its sha256, {sha256}, is not "
-            "in MODELS; expected a state dict; pass trust_torchscript=True if you trust where it "
-            "came from"
+            f"{path} is a TorchScript archive, which can run code, and its sha256, {sha256}, is "
+            "not in MODELS; expected a state dict; pass trust_torchscript=True if you trust where "
+            "it came from"
         )
     try:
         return dict(torch.jit.load(path, map_location="cpu").state_dict())

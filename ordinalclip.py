@@ -31,8 +31,9 @@ Differs from the official code (xk-huang/OrdinalCLIP@ca10a20), with equal protot
     >>> model.export().eval().predict(images)["expected"].shape
     torch.Size([8])
 
-Copy together with: the folder kernels/, where the loss is (reference.py); needs torch>=2.4. The
-CLIP object may be ours, OpenAI's or open_clip's. Read from the top; private functions come last.
+Copy together with: the folder kernels/, where the loss is (reference.py) and the way through the
+text tower (prompts.py); needs torch>=2.4. The CLIP object may be ours, OpenAI's, open_clip's or
+Hugging Face's. Read from the top; private functions come last.
 """
 
 from collections.abc import Sequence
@@ -41,7 +42,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import match, matching_loss, similarity, unit
+if __package__:  # pasted into a package, kernels/ beside it
+    from .kernels import match, matching_loss, similarity, unit
+    from .kernels.prompts import TextTower, encode_prompts, token_table
+else:
+    from kernels import match, matching_loss, similarity, unit
+    from kernels.prompts import TextTower, encode_prompts, token_table
 
 SOT, FULL_STOP, EOT = 49406, 269, 49407  # ids in CLIP's vocabulary
 POSITIONS = ("tail", "middle", "front")
@@ -85,7 +91,7 @@ class RankPrompts(nn.Module):
     `.half`) but is not among its parameters nor in its state dict, and is set to need no gradient.
 
     Args:
-        clip: ours, OpenAI's or open_clip's CLIP.
+        clip: ours, OpenAI's, open_clip's CLIP or Hugging Face's CLIPModel.
         num_ranks: R >= 2.
         context: token ids (N,) whose embeddings start the context, or an int N for N random ones.
         rank_tokens: R sequences of token ids, the names of all ranks. With interpolation, the K
@@ -124,8 +130,8 @@ class RankPrompts(nn.Module):
         if tokens_per_rank < 1:
             raise ValueError(f"tokens_per_rank={tokens_per_rank}: expected at least 1")
         # In a tuple it is not a submodule.
-        self._text = (_TextTower(clip).requires_grad_(False),)
-        table = getattr(clip, "text", clip).token_embedding.weight.detach().float()  # (V, W)
+        self._text = (TextTower(clip).requires_grad_(False),)
+        table = token_table(clip).float()  # (V, W)
 
         context_embeds = _context_embeds(table, context)  # (N, W)
         if rank_specific_context:
@@ -172,45 +178,6 @@ class RankPrompts(nn.Module):
     def _apply(self, fn, recurse=True):
         self._text[0]._apply(fn, recurse)
         return super()._apply(fn, recurse)
-
-
-def encode_prompts(clip: nn.Module, shared: Tensor, own: Tensor, eot: Tensor) -> Tensor:
-    """Prompts that begin alike -> text features (R, D), exact in value and gradient.
-
-    The text tower is causal. So tokens after [EOT] never matter and are not encoded, and the keys
-    and values of the shared beginning are the same for every rank: they are computed once and read
-    by all. P + R S tokens are encoded instead of 77 R. Position P + s of rank r attends to the P
-    shared tokens and the first s + 1 of its own.
-
-    Args:
-        clip: a CLIP model (ours, OpenAI's, open_clip's) whose text tower is used as it is.
-        shared: (P, W) token embeddings at the front of every prompt, no positions added; P >= 1.
-        own: (R, S, W) what follows, padded behind [EOT] with anything.
-        eot: (R,) position of [EOT] within `own`.
-
-    Raises ValueError where P + S exceeds the tower's context length or its blocks are not CLIP's.
-    """
-    text = clip if isinstance(clip, _TextTower) else _TextTower(clip)
-    num_shared, (num_ranks, num_own, _) = len(shared), own.shape
-    length, positions = num_shared + num_own, text.positional_embedding
-    if length > len(positions):
-        raise ValueError(f"prompts of {length} tokens; the tower reads {len(positions)}")
-    own = own + positions[num_shared:length]  # (R, S, W)
-    x = torch.cat([shared + positions[:num_shared], own.flatten(0, 1)])  # (P + R S, W)
-    x = x.to(text.transformer.resblocks[0].attn.in_proj_weight.dtype)
-    attn_mask = torch.ones(num_own, length, dtype=torch.bool, device=x.device).tril(num_shared)
-    rows = num_shared + torch.arange(num_ranks, device=x.device) * num_own + eot  # (R,)
-    no_scale = nn.Identity()  # only some of open_clip's models scale their layers
-    for block in text.transformer.resblocks:
-        out = _attend(block.attn, block.ln_1(x), num_shared, num_ranks, attn_mask)  # (P + R S, W)
-        if block is text.transformer.resblocks[-1]:  # of which only [EOT] is read
-            x, out = x[rows], out[rows]  # (R, W)
-        x = x + getattr(block, "ls_1", no_scale)(out)
-        x = x + getattr(block, "ls_2", no_scale)(block.mlp(block.ln_2(x)))
-    x, projection = text.ln_final(x), text.text_projection
-    if isinstance(projection, nn.Module):  # some of open_clip's models
-        return projection(x)
-    return x.to(projection.dtype) @ projection  # (R, D)
 
 
 class LinearPrototypes(nn.Module):
@@ -403,42 +370,6 @@ def _prompt_layout(num_context, lengths, position, rank_specific):
         prompts.append(torch.tensor([0, *context[:before], *name, *context[before:], 1, 2]))
     eot = torch.tensor([len(prompt) - 1 for prompt in prompts])
     return nn.utils.rnn.pad_sequence(prompts, batch_first=True), eot
-
-
-# -------------------------------------------------------------------------- behind encode_prompts
-class _TextTower(nn.Module):
-    """The parts of a CLIP model that turn embeddings into text features. Not a copy of them."""
-
-    def __init__(self, clip):
-        super().__init__()
-        text = getattr(clip, "text", clip)  # open_clip's CustomTextCLIP keeps its text tower there
-        self.transformer = text.transformer
-        self.positional_embedding = text.positional_embedding
-        self.ln_final = text.ln_final
-        self.text_projection = text.text_projection
-        attention = self.transformer.resblocks[0].attn
-        if not hasattr(attention, "in_proj_weight"):
-            raise ValueError(
-                f"the text blocks of {type(clip).__name__} have {type(attention).__name__} for "
-                "attention; expected CLIP's, with in_proj_weight and out_proj as in "
-                "nn.MultiheadAttention"
-            )
-
-
-def _attend(attn, x, num_shared, num_ranks, attn_mask):
-    """Causal self-attention of P shared and R x S own tokens, all rows of x (P + R S, W)."""
-    qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)  # (P + R S, 3W)
-    qkv = qkv.unflatten(1, (3, attn.num_heads, -1))  # (P + R S, 3, heads, W/heads)
-    qkv = qkv.permute(1, 2, 0, 3)  # (3, heads, P + R S, W/heads)
-    shared = qkv[:, None, :, :num_shared]  # (3, 1, heads, P, W/heads)
-    own = qkv[:, :, num_shared:].unflatten(2, (num_ranks, -1))  # (3, heads, R, S, W/heads)
-    own = own.transpose(1, 2)  # (3, R, heads, S, W/heads)
-    shared_kv = shared[1:].expand(-1, num_ranks, -1, -1, -1)  # (2, R, heads, P, W/heads)
-    keys_values = torch.cat([shared_kv, own[1:]], 3)  # (2, R, heads, L, W/heads)
-    shared = F.scaled_dot_product_attention(*shared, is_causal=True)  # (1, heads, P, W/heads)
-    own = F.scaled_dot_product_attention(own[0], *keys_values, attn_mask=attn_mask)
-    rows = [out.transpose(1, 2).flatten(2).flatten(0, 1) for out in (shared, own)]
-    return attn.out_proj(torch.cat(rows))  # (P + R S, W)
 
 
 # ------------------------------------------------------------------------------ behind ordinality

@@ -45,21 +45,29 @@ from training.checkpoints import (
 from training.distributed import barrier, data_parallel, init_distributed, is_main, world_size
 from training.loaders import (
     autocast,
+    check_sweep,
     exit_on_user_error,
     load_task,
     make_loaders,
     prepare_batch,
     without_image_encoder,
 )
-from training.methods import LossModule, build_model, param_groups, warm_start
-from training.options import expand_runs, has_sweep_values, is_sweep
-from training.progress import ProgressLine, print_epoch, print_run_header
+from training.methods import LossModule, build_model, warm_start
+from training.optim import check_finite, epochs_without_progress
+from training.profile import profile_run
+from training.progress import (
+    ProgressLine,
+    TensorBoard,
+    clear_line,
+    print_epoch,
+    print_run_header,
+    summary_writer,
+)
 from training.run_folder import (
     Run,
     check_run_dir,
     check_same_images,
     export_model,
-    join_values,
     load_finished_results,
     lock_run_dir,
     peak_memory,
@@ -68,6 +76,7 @@ from training.run_folder import (
     table_name,
     write_config,
 )
+from training.sweep import expand_runs, is_sweep
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -75,17 +84,21 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def main(argv: list[str] | None = None) -> dict | list[dict] | str:
-    """-> results of the run; a list of them where there are several; tables with --report.
+    """-> results of the run, or a list of those of several; tables with --report, --profile.
 
     SystemExit for user errors: bad flags or files, a full disk, a loss that is not finite.
     """
     args = parse_args(argv)
     try:
+        if args.tensorboard and not args.eval:
+            summary_writer()  # it is installed, or the program ends here
         if args.report:
             return write_report(args.report)
         init_distributed(args)
         if args.eval:
             return evaluate_checkpoint(args)
+        if args.profile:
+            return profile_run(expand_runs(args)[0])
         return train_sweep(args) if is_sweep(args) else train(args)
     except (OSError, FloatingPointError) as error:
         if args.debug:
@@ -93,6 +106,7 @@ def main(argv: list[str] | None = None) -> dict | list[dict] | str:
         last_line = str(error).splitlines()[-1]  # before it, the traceback of a worker process
         raise SystemExit(f"train.py: {last_line}") from error
     finally:
+        clear_line()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -158,12 +172,7 @@ def fit(
     saved: last.pt of the run, from which it goes on, perhaps within an epoch.
     """
     args, model = run.args, run.model
-    optimizer = torch.optim.RAdam(
-        param_groups(model), lr=args.lr, weight_decay=args.weight_decay, decoupled_weight_decay=True
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
-    scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.precision == "fp16")
-    state = TrainingState(run, optimizer, schedule, scaler, start_time, initial_similarity)
+    state = TrainingState(run, start_time, initial_similarity)
     if saved:
         state.load(saved)
     loss_module = LossModule(
@@ -171,13 +180,17 @@ def fit(
         "softmax10" if args.official else "normalized",
     )
     loss_module = data_parallel(loss_module)
+    eval_run = run._replace(model=state.average.module) if state.average else run
     log, start_epoch, fit_start = state.log, len(state.log) + 1, time.time()
+    board = TensorBoard(run, start_epoch)
     for epoch in range(start_epoch, args.epochs + 1):
+        if args.patience and epochs_without_progress(log) >= args.patience:
+            break
         torch.manual_seed(args.seed * 1_000_003 + epoch)  # of dropout; images have seeds of theirs
-        row = dict(epoch=epoch, lr=schedule.get_last_lr()[0])
+        row = dict(epoch=epoch, lr=state.schedule.get_last_lr()[0])
         row |= train_one_epoch(run, loss_module, state, train_loader, epoch)
-        schedule.step()
-        val = compute_metrics(*predict_loader(run, val_loader))
+        state.schedule.step()
+        val = compute_metrics(*predict_loader(eval_run, val_loader))
         row |= {f"val_{name}": value for name, value in val.items()}
         row |= dict(peak_mb=peak_memory(args.device))
         is_best = row["val_mae_argmax"] < min((r["val_mae_argmax"] for r in log), default=math.inf)
@@ -186,9 +199,11 @@ def fit(
             seconds = (time.time() - fit_start) / (epoch - start_epoch + 1)
             print_epoch(row, args.epochs, seconds * (args.epochs - epoch), is_best)
             if is_best:  # before last.pt: a run cut off between the two repeats the epoch
-                save_checkpoint(run.dir / "best.pt", model, args, epoch=epoch)
+                save_checkpoint(run.dir / "best.pt", eval_run.model, args, epoch=epoch)
+            board.write(epoch, row)  # before last.pt, too
             state.save()
             save_csv(run.dir / "log.csv", log)
+    board.close()
 
 
 def train_one_epoch(
@@ -198,44 +213,38 @@ def train_one_epoch(
 
     Goes on where `state` says that the epoch was cut off.
     """
-    args, optimizer, scaler = run.args, state.optimizer, state.scaler
+    args, scaler, accumulate = run.args, state.scaler, run.args.accumulate
     run.model.train()
     loss_sums = torch.zeros(4, device=args.device)
     steps = state.start_epoch(loss_sums)
     loader.sampler.epoch, loader.sampler.start = epoch, steps * loader.batch_size
     num_steps = steps + len(loader)
-    progress = ProgressLine(f"epoch {epoch}", num_steps)
+    whole_groups = num_steps // accumulate * accumulate
+    start = loader.sampler.start * world_size()
+    progress = ProgressLine(f"epoch {epoch}/{args.epochs}", start)
     num_images, start_time = 0, time.time()
     for step, (images, labels) in enumerate(loader, steps + 1):
         images = prepare_batch(images, args, run.preprocess)
         labels = labels.to(args.device, non_blocking=True)
         with autocast(args):
             total, i2t, t2i = loss_module(images, labels)
-        optimizer.zero_grad()
-        scaler.scale(total * world_size()).backward()  # DistributedDataParallel averages
-        scaler.step(optimizer)
-        scaler.update()
+        group_size = accumulate if step <= whole_groups else num_steps - whole_groups
+        scale = world_size() / group_size  # DistributedDataParallel takes the mean of gradients
+        scaler.scale(total * scale).backward()
+        is_group_end = step % accumulate == 0 or step == num_steps
+        if is_group_end:
+            state.step()
         losses = torch.stack([total, i2t, t2i, total.new_ones(())])
         loss_sums += losses.detach() * len(labels)
         num_images += len(labels) * world_size()
-        progress.update(step, num_images)
-        if state.is_save_due():
+        progress(start + num_images, start + len(loader.sampler) * world_size())
+        if is_group_end and state.is_save_due():
             check_finite(loss_sums, epoch, step)
             state.save_within_epoch(step, loss_sums)
     check_finite(loss_sums, epoch, num_steps)
     loss, i2t, t2i = (loss_sums[:3] / loss_sums[3]).tolist()
     images_per_s = num_images / (time.time() - start_time)
     return dict(loss=loss, i2t=i2t, t2i=t2i, images_per_s=images_per_s)
-
-
-def check_finite(loss_sums: Tensor, epoch: int, step: int) -> None:
-    """FloatingPointError naming the first loss that is not finite; last.pt stays as it was."""
-    for name, value in zip(("loss", "i2t", "t2i"), loss_sums.tolist()):
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{name} is {value} in epoch {epoch}, by step {step}; try a lower --lr or "
-                "--precision fp32. --resume goes on from the last checkpoint"
-            )
 
 
 def evaluate_checkpoint(args: Namespace) -> dict[str, Any]:
@@ -268,22 +277,6 @@ def train_sweep(args: Namespace) -> list[dict[str, Any]]:
     if is_main():
         write_report([run.out for run in runs], f"report-{table_name(args)}.md")
     return results
-
-
-def check_sweep(args: Namespace, runs: list[Namespace]) -> None:
-    """SystemExit for whatever would stop a later run: before the first one, not after hours."""
-    for run in runs:
-        if not (Path(run.out) / "results.json").exists():
-            check_run_dir(run)
-    if not has_sweep_values(args) and args.fold != "all":
-        return
-    values = {join_values([run.base_ranks, run.shots, run.shift, run.fold]): run for run in runs}
-    for run in values.values():
-        num_ranks = load_task(run).num_ranks
-        if run.method == "ordinalclip" and run.base_ranks > num_ranks:
-            raise SystemExit(
-                f"--base-ranks {run.base_ranks}, but {args.data} has {num_ranks} ranks; give fewer"
-            )
 
 
 def cli() -> None:

@@ -12,7 +12,7 @@ rank_values, label_rules, categories where it has them) and load(root, options) 
 Differs from the official code (xk-huang/OrdinalCLIP@ca10a20): validation images are not the test
 images unless lists say so, and then the protocol does; labels are checked when read, and paths may
 hold spaces (ordinalclip/runner/data.py#L70).
-Read this file, then lists.py, task.py, images.py and one release: hci.py is the shortest.
+Read this file, then files.py, lists.py, task.py, images.py and one release: hci.py is the shortest.
 Copy together with: nothing but this folder; needs torch>=2.4, numpy, pillow.
 """
 
@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from . import folder
+from .check import check_images
 from .demo import make_demo
+from .files import IMAGE_TYPES, atomic_write
 from .images import (
     CLIP_MEAN,
     CLIP_STD,
@@ -35,15 +37,7 @@ from .images import (
     read_image,
     to_rgb,
 )
-from .lists import (
-    IMAGE_TYPES,
-    LABEL_COLUMNS,
-    PATH_COLUMNS,
-    Sample,
-    atomic_write,
-    read_list,
-    read_paths,
-)
+from .lists import LABEL_COLUMNS, PATH_COLUMNS, Sample, read_list, read_paths
 from .task import PARTS, Options, Task, distribution_shift, few_shot
 
 shifted = distribution_shift  # its former name

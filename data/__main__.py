@@ -6,35 +6,35 @@ Read last. Copy together with: the whole folder.
 """
 
 import argparse
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from . import DATASETS, PARTS, Task, load, read_image
+from . import DATASETS, PARTS, Task, check_images, load
 
 
 def check(task: Task) -> int:
     """Print counts and notes, open all images; the number of those missing or unreadable."""
-    print(task.protocol, *(f"note: {note}" for note in task.notes), sep="\n")
     counts = [Counter(sample.label for sample in getattr(task, part)) for part in PARTS]
+    paths = {sample.path for part in PARTS for sample in getattr(task, part)}
+    checked, errors = check_images(task, os.cpu_count() or 1, print_progress)
+    print(checked.protocol, *(f"note: {note}" for note in task.notes), sep="\n")
     print(f"{'rank':>12} {'train':>7} {'val':>7} {'test':>7} {'all':>7}")
     for rank, name in enumerate(task.rank_names):
         if any(row := [count[rank] for count in counts]):
             print(f"{name:>12} {row[0]:7} {row[1]:7} {row[2]:7} {sum(row):7}")
-    paths = sorted({task.root / sample.path for part in PARTS for sample in getattr(task, part)})
-    with ThreadPoolExecutor() as pool:
-        errors = [error for error in pool.map(_read_error, paths) if error]
-    print(*errors, f"{len(paths) - len(errors):,} of {len(paths):,} images can be read", sep="\n")
+    num_read = len(paths) - len(errors)
+    print(*errors.values(), f"{num_read:,} of {len(paths):,} images can be read", sep="\n")
     return len(errors)
 
 
-def _read_error(path: Path) -> str | None:
-    try:
-        read_image(path)
-    except (ValueError, FileNotFoundError) as error:
-        return str(error)
+def print_progress(done: int, total: int) -> None:
+    """A line on stderr, where that is a terminal."""
+    if sys.stderr.isatty() and (done % 50 == 0 or done == total):
+        end = "\n" if done == total else ""
+        print(f"\r{done:,} of {total:,} images opened", end=end, file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--label-rule", help="adience: exact, merged or inside; aesthetics: median or mean")
     add("--out", help="folder for the lists of all folds: fold_K/train.txt ...")
     args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # whatever the locale can print
     options = dict(
         split=args.split, seed=args.seed, category=args.category, label_rule=args.label_rule
     )

@@ -9,7 +9,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from .lists import Sample, raise_if_any, read_table, resolve_paths
+from .files import raise_if_any
+from .lists import Sample, read_table, resolve_paths
 from .task import Options, Task, conflict_warning, count_warning, find_path, hold_out, make_task
 
 PRESET = dict(
@@ -43,7 +44,7 @@ def load(root: Path, options: Options) -> Task:
     """The Task, with paths relative to root/aligned or root/faces; `fold` is the test part."""
     image_dir, notes = find_path(root, FILE_STEMS, HOW_TO_GET), []
     if options.lists:
-        parts = options.read_lists(image_dir, len(PRESET["rank_names"]))
+        parts = options.read_lists(image_dir, len(PRESET["rank_names"]), allow_conflicts=True)
     else:
         rows = _read_release(root, image_dir)
         folds, samples, notes = _label(rows, options.label_rule)

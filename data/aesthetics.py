@@ -12,7 +12,8 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from .lists import Sample, is_image, raise_if_any, read_lines, read_table
+from .files import is_image, raise_if_any, read_lines
+from .lists import Sample, read_table
 from .task import Options, Task, conflict_warning, count_warning, find_path, make_task, split_counts
 
 PRESET = dict(
@@ -43,7 +44,11 @@ def load(root: Path, options: Options) -> Task:
         return make_task("aesthetics", PRESET, image_dir, parts, options)
     table = find_path(root, [TABLE], HOW_TO_GET)
     rows, notes = _read_release(table, options.label_rule)
-    images = {Path(name).stem: name for name in sorted(os.listdir(image_dir)) if is_image(name)}
+    images = {
+        Path(name).stem: name
+        for name in sorted(os.listdir(image_dir))
+        if is_image(image_dir / name)
+    }
     categories = [name for name in COUNTS if options.category in ("all", name)]
     parts, num_rows = [[], [], []], sum(category in categories for category, _ in rows.values())
     for name in categories:  # each is split by itself

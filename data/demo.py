@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .lists import write_lines, write_list
+from .files import write_lines
+from .lists import write_list
 from .task import PARTS, Options, Task, make_task
 
 PRESET = dict(

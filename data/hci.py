@@ -7,7 +7,8 @@ dataset. Read after lists.py and task.py. Copy together with: those two.
 import os
 from pathlib import Path
 
-from .lists import Sample, is_image
+from .files import is_image
+from .lists import Sample
 from .task import Options, Task, conflict_warning, count_warning, find_path, make_task, split_counts
 
 PRESET = dict(
@@ -40,7 +41,8 @@ def load(root: Path, options: Options) -> Task:
     parts, notes, decades_by_name = [[], [], []], [], {}
     for rank, decade in enumerate(PRESET["rank_names"]):
         folder = image_dir / decade
-        names = [n for n in sorted(os.listdir(folder)) if is_image(n)] if folder.is_dir() else []
+        names = sorted(os.listdir(folder)) if folder.is_dir() else []
+        names = [name for name in names if is_image(folder / name)]
         if len(names) <= NUM_VAL + NUM_TEST:
             raise ValueError(
                 f"{folder}: {len(names)} images, expected {NUM_IMAGES}, at "

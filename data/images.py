@@ -10,7 +10,10 @@ kept (`squash=True`: as ordinalclip/runner/utils.py#L375).
 Read on its own. Copy together with: nothing; needs torch>=2.4, numpy, pillow.
 """
 
+import struct
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,19 @@ from torch import Tensor
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MAX_ASPECT_RATIO = 16  # beyond it only the crop is resized: a 1 x 20,000 image would take 4 GB
+EXIF_ORIENTATION = 274
+TRANSPOSE = {  # to the upright image, by the value of that tag
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Pillow warns of odd EXIF and large images without naming the file; what it cannot read it raises.
+warnings.filterwarnings("ignore", module="PIL")
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -32,12 +48,27 @@ def read_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)  # a copy would lose TIFF's tags
-            return to_rgb(image)
+            rgb, method = to_rgb(image), TRANSPOSE.get(_orientation(image))
+            return rgb if method is None else rgb.transpose(method)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such image") from None
     except Exception as error:  # decoders raise many types
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """The EXIF tag, 1 .. 8, or None; also where the rest of the EXIF is damaged."""
+    with suppress(Exception):  # struct.error, KeyError, TypeError, SyntaxError ...
+        if orientation := image.getexif().get(EXIF_ORIENTATION):
+            return orientation
+    with suppress(struct.error):  # Pillow stops at a dangling pointer
+        exif = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+        order = "<" if exif.startswith(b"II") else ">"
+        start = struct.unpack_from(order + "I", exif, 4)[0]
+        for i in range(struct.unpack_from(order + "H", exif, start)[0]):
+            tag, _, _, value = struct.unpack_from(order + "HHIH", exif, start + 2 + 12 * i)
+            if tag == EXIF_ORIENTATION:
+                return value
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -57,9 +88,11 @@ def _integers_to_gray(image: Image.Image) -> Image.Image:
     if gray.min() < 0 or gray.max() > 65535:
         raise ValueError(f"{gray.min()} .. {gray.max()} has no known white; save it with 16 bits")
     transparent = gray == image.info.get("transparency", -1)
-    if getattr(image, "tag_v2", {}).get(262) == 0:  # TIFF in which 0 is white
-        gray = 65535 - gray
-    gray = np.where(transparent, 255, (gray + 128) // 257)  # 65535 = 255 * 257
+    tags = getattr(image, "tag_v2", {})
+    white = 4095 if tags.get(258) == (12,) else 65535  # TIFF with 12 bits a pixel
+    if tags.get(262) == 0:  # TIFF in which 0 is white
+        gray = white - gray
+    gray = np.where(transparent, 255, (gray * 255 + white // 2) // white)
     return Image.fromarray(gray.astype(np.uint8))
 
 
@@ -67,7 +100,7 @@ class ImageList(torch.utils.data.Dataset):
     """Samples as (uint8 tensor (3, S, S), label): resized, then cropped.
 
     The shorter side becomes round(S * 256 / 224); with squash both do, as in the official code.
-    train: crop at random and mirror half the time; otherwise the crop is the centre.
+    train: crop at random and, with flip, mirror half the time; otherwise the crop is the centre.
     Random numbers are torch's, so the seeds of a DataLoader govern them.
     """
 
@@ -78,6 +111,7 @@ class ImageList(torch.utils.data.Dataset):
         *,
         image_size: int = 224,
         train: bool = False,
+        flip: bool = True,
         squash: bool = False,
         resample: str = "bicubic",
     ) -> None:
@@ -85,6 +119,7 @@ class ImageList(torch.utils.data.Dataset):
             raise ValueError(f"resample={resample!r}; give bicubic or bilinear")
         self.samples, self.root = list(samples), Path(root)
         self.image_size, self.train, self.squash = image_size, train, squash
+        self.flip = flip
         self.resample = Image.Resampling[resample.upper()]
 
     def __len__(self) -> int:
@@ -103,9 +138,14 @@ class ImageList(torch.utils.data.Dataset):
             left, top = (int(torch.randint(edge + 1, ())) for edge in margin)
         else:
             left, top = (round(edge / 2) for edge in margin)
-        image = image.resize(size, self.resample)
-        image = image.crop((left, top, left + self.image_size, top + self.image_size))
-        if self.train and torch.rand(()) < 0.5:
+        right, bottom = left + self.image_size, top + self.image_size
+        if max(size) <= MAX_ASPECT_RATIO * side:
+            image = image.resize(size, self.resample).crop((left, top, right, bottom))
+        else:
+            x, y = image.width / size[0], image.height / size[1]  # pixels of the file per pixel
+            box = (left * x, top * y, right * x, bottom * y)
+            image = image.resize((self.image_size,) * 2, self.resample, box)
+        if self.train and self.flip and torch.rand(()) < 0.5:
             image = ImageOps.mirror(image)
         pixels = torch.from_numpy(np.array(image))  # (S, S, 3)
         return pixels.permute(2, 0, 1).contiguous()  # (3, S, S)

@@ -4,17 +4,20 @@
     write_list(Path("copy.txt"), samples)
 
 A list is a .txt with lines `path label` (the label is the last word, so paths may hold spaces), a
-.csv or a .tsv. Read this file first, then task.py. Copy together with: nothing (standard library).
+.csv or a .tsv. Read after files.py, before task.py. Copy together with: files.py.
 """
 
 import csv
 import os
 import re
-from collections.abc import Callable, Iterable
+import sys
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+from .files import IMAGE_TYPES, read_lines, write_lines
+
 PATH_COLUMNS = ("path", "image", "filename", "file", "file_name", "image_path", "photo")
 LABEL_COLUMNS = ("label", "rank", "age", "class", "target")
 
@@ -25,13 +28,18 @@ class Sample(NamedTuple):
 
 
 def read_list(
-    path: str | Path, root: str | Path, num_ranks: int | None = None, allow_missing: bool = False
+    path: str | Path,
+    root: str | Path,
+    num_ranks: int | None = None,
+    allow_missing: bool = False,
+    allow_conflicts: bool = False,
 ) -> list[Sample]:
     """The samples of a list file, with paths relative to `root` as they are spelled on disk.
 
     A header is recognised by its names (PATH_COLUMNS, LABEL_COLUMNS) and selects the columns, also
-    in a .txt. Raises ValueError for a line that does not parse or a label outside 0 .. num_ranks-1,
-    FileNotFoundError for images that are not under `root`, unless allow_missing.
+    in a .txt. Raises ValueError for a line that does not parse, a label outside 0 .. num_ranks-1 or
+    (unless allow_conflicts) two labels of one image, FileNotFoundError for images that are not
+    under `root`, unless allow_missing.
     """
     rows = parse_list(path)
     for line, _, label in rows:
@@ -39,26 +47,45 @@ def read_list(
             highest = "" if num_ranks is None else f" .. {num_ranks - 1} ({num_ranks} ranks)"
             raise ValueError(f"{path}:{line}: label {label}, but ranks are counted 0{highest}")
     samples = [Sample(image, label) for _, image, label in rows]
-    return resolve_paths(root, samples, path, allow_missing)
+    samples = resolve_paths(root, samples, path, allow_missing)
+    if not allow_conflicts:
+        check_labels((f"{path}:{row[0]}", sample) for row, sample in zip(rows, samples))
+    return samples
+
+
+def check_labels(samples: Iterable[tuple[str, Sample]]) -> None:
+    """ValueError if an image has two labels; samples: (where it is listed, Sample)."""
+    first = {}
+    for where, (image, label) in samples:
+        other, other_label = first.setdefault(image, (where, label))
+        if label != other_label:
+            raise ValueError(f"{where}: {image} has label {label}, but {other} says {other_label}")
 
 
 def parse_list(path: str | Path) -> list[tuple[int, str, int]]:
     """[(line number, image path, label)] of a list file, with any whole number as label."""
+    rows = []
+    for number, image, text in parse_rows(path):
+        label = parse_integer(text)
+        if label is None:
+            what = f"label {text[:99]!r} is no whole number"
+            raise ValueError(f"{path}:{number}: {what}; labels are ranks, counted from 0")
+        rows.append((number, image, label))
+    return rows
+
+
+def parse_rows(path: str | Path) -> list[tuple[int, str, str]]:
+    """[(line number, image path, label as written)] of a list file."""
     lines, rows = read_lines(path), []
     delimiter, image, label, header = _columns(path, lines[0][1]) if lines else (None, 0, 1, 0)
     if not lines[header:]:
         raise ValueError(f"{path} lists no image; expected lines `path label`")
     for number, line in lines[header:]:
         cells = _cells(line, delimiter)
-        if max(image, label) >= len(cells) or not cells[image]:
-            raise ValueError(f"{path}:{number}: expected an image path and a label, got {line!r}")
-        rank = parse_integer(cells[label])
-        if rank is None:
-            raise ValueError(
-                f"{path}:{number}: label {cells[label]!r} is no whole number; labels "
-                "are ranks, counted from 0"
-            )
-        rows.append((number, str(Path(cells[image])), rank))
+        if max(image, label) >= len(cells) or not cells[image] or not cells[label]:
+            got = repr(line[:200])
+            raise ValueError(f"{path}:{number}: expected an image path and a label, got {got}")
+        rows.append((number, str(Path(cells[image])), cells[label]))
     return rows
 
 
@@ -77,8 +104,8 @@ def _columns(path: str | Path, first_line: str) -> tuple[str | None, int, int, i
         return None, 0, 1, 0  # path label
     if len(names) != 2:
         raise ValueError(
-            f"{path}:1: {len(names)} columns, and no header that names one `path` and "
-            f"one `label`; got {first_line!r}"
+            f"{path}:1: expected two columns, or a header that names one `path` and one `label`, "
+            f"separated by {known!r}; got {first_line[:200]!r}"
         )
     is_header = parse_integer(names[1]) is None and Path(names[0]).suffix not in IMAGE_TYPES
     return known, 0, 1, int(is_header)
@@ -87,17 +114,10 @@ def _columns(path: str | Path, first_line: str) -> tuple[str | None, int, int, i
 def _cells(line: str, delimiter: str | None) -> list[str]:
     if delimiter is None:
         return line.rsplit(None, 1)
-    return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter))]
-
-
-def read_lines(path: str | Path, comment: str | None = "#") -> list[tuple[int, str]]:
-    """[(line number, line)] of a UTF-8 text file, without blank lines and comments."""
     try:
-        text = Path(path).read_text("utf-8-sig")  # drops a BOM; CRLF becomes LF
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
-    return [(n, line) for n, line in lines if line and not (comment and line.startswith(comment))]
+        return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter))]
+    except csv.Error:  # a cell of more than 131,072 characters
+        return []
 
 
 def read_table(
@@ -108,8 +128,8 @@ def read_table(
     header = [cell.lower() for cell in _cells(first.lstrip("#"), delimiter)]  # #flickr_photo_id
     if missing := set(columns) - set(header):
         raise ValueError(
-            f"{path}:1: no column {', '.join(sorted(missing))}; expected the header "
-            f"of the release, got {first!r}"
+            f"{path}:1: no column {', '.join(sorted(missing))}; expected the header of the "
+            f"release, got {first!r}"
         )
     return [
         (number, dict.fromkeys(header, "") | dict(zip(header, _cells(line, delimiter))))
@@ -117,32 +137,15 @@ def read_table(
     ]
 
 
-def raise_if_any(errors: list[str]) -> None:
-    """Raise all errors as one ValueError, up to twenty of them in full."""
-    if errors:
-        more = [f"... and {len(errors) - 20:,} more such lines"] * (len(errors) > 20)
-        raise ValueError("\n".join(errors[:20] + more))
-
-
 def parse_integer(text: str) -> int | None:
     """3 for '3' and '3.0', None for anything that is not a whole number."""
-    return int(float(text)) if re.fullmatch(r"-?\d{1,9}(\.0*)?", text) else None
-
-
-def is_image(name: str) -> bool:
-    """Whether a file name is that of an image; hidden files such as macOS's ._x.jpg are not."""
-    return os.path.splitext(name)[1].lower() in IMAGE_TYPES and not name.startswith(".")
-
-
-def _lowercase_extension(name: str) -> str:
-    stem, extension = os.path.splitext(name)
-    return stem + extension.lower()
+    return int(text.split(".")[0]) if re.fullmatch(r"-?\d{1,99}(\.0*)?", text) else None
 
 
 def resolve_paths(
     root: str | Path, samples: Iterable[Sample], source: str | Path, allow_missing: bool = False
 ) -> list[Sample]:
-    """The samples with paths as on disk, where .JPG may be .jpg.
+    """The samples with paths as on disk: .JPG may be .jpg, accents decomposed, and a/../b is b.
 
     One FileNotFoundError names `source` and all missing images, unless allow_missing.
     """
@@ -150,50 +153,79 @@ def resolve_paths(
     for path, label in samples:
         folder, name = os.path.split(path)
         if folder not in folders:
-            names = os.listdir(Path(root, folder)) if Path(root, folder).is_dir() else []
-            by_lowercase = {_lowercase_extension(entry): entry for entry in names}
-            folders[folder] = by_lowercase | dict(zip(names, names))
-        entry = folders[folder].get(name) or folders[folder].get(_lowercase_extension(name))
-        resolved.append(Sample(os.path.join(folder, entry or name), label))
+            folders[folder] = _open_folder(root, folder, source)
+        spelled, names = folders[folder]
+        entry = names.get(name) or names.get(_loosely(name))
+        resolved.append(Sample(os.path.join(spelled, entry or name), label))
         if not entry:
             missing[path] = None
     if missing and not allow_missing:
-        total = len({path for path, _ in samples})
+        total, names = len({path for path, _ in samples}), list(missing)
         raise FileNotFoundError(
-            f"{source}: {len(missing)} of {total} images are not under "
-            f"{root}, the first: {', '.join(map(repr, list(missing)[:3]))}"
+            f"{source}: {len(missing)} of {total} images are not under {root}, the first: "
+            f"{', '.join(map(ascii, names[:3]))} ({_why_missing(str(root), names[0])})"
         )
     return resolved
+
+
+def _loosely(name: str) -> str:
+    stem, extension = os.path.splitext(unicodedata.normalize("NFC", name))
+    return stem + extension.lower()
+
+
+def _open_folder(root: str | Path, folder: str, source: str | Path) -> tuple[str, dict[str, str]]:
+    """(folder relative to root, in one spelling, {name as it may be written: name on disk})."""
+    base, path = os.path.abspath(root), os.path.join(os.path.abspath(root), folder)
+    try:
+        names = os.listdir(path) if os.path.isdir(path) else []
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{source}: this locale has no {folder!a}; set PYTHONUTF8=1") from error
+    simple = os.path.normpath(path)  # another folder, if a link comes before ..
+    if names and os.path.isdir(simple) and os.path.samefile(simple, path):
+        is_inside = os.path.join(simple, "").startswith(os.path.join(base, ""))
+        folder = os.path.relpath(simple, base) if is_inside else os.path.normpath(folder)
+        folder = "" if folder == "." else folder
+    return folder, {_loosely(name): name for name in names} | dict(zip(names, names))
+
+
+def _why_missing(folder: str, path: str) -> str:
+    """Where the first part of a path that is missing differs from what is there."""
+    for name in Path(path.replace("\\", "/")).parts:
+        entries = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        if name not in entries:
+            spelling = os.path.splitext(_loosely(name))[0].casefold()
+            for entry in entries:
+                if os.path.splitext(_loosely(entry))[0].casefold() == spelling:
+                    entry = os.path.join(folder, entry)
+                    return f"there is {entry!a}: mind case, suffix, accents"
+                if os.path.exists(os.path.join(folder, entry, name)):
+                    return f"there is {os.path.join(folder, entry, name)!a}"
+            return f"{folder!a} holds no {name!a}"
+        folder = os.path.join(folder, name)
+    return "write / where the list has a backslash"
 
 
 def write_list(path: str | Path, samples: Iterable[tuple[str, int]]) -> None:
     """Write lines `path label`, which read_list reads back; all of them or no file."""
     lines = (f"{image} {label}" for image, label in samples)
-    write_lines(path, ("./" * line.startswith("#") + line for line in lines))  # not a comment
+    # "./": neither a comment nor a BOM
+    write_lines(path, ("./" * line.startswith(("#", "\ufeff")) + line for line in lines))
 
 
-def write_lines(path: str | Path, lines: Iterable[object]) -> None:
-    text = "".join(f"{line}\n" for line in lines)
-    atomic_write(path, lambda tmp_path: tmp_path.write_text(text, "utf-8"))
-
-
-def atomic_write(path: str | Path, save: Callable[[Path], object]) -> None:
-    """save(tmp_path), then move tmp_path onto path: `path` is never half written.
-
-    OSError: a full disk (for which torch.save has a RuntimeError of its own), a removed folder.
-    """
-    tmp_path = Path(f"{path}.{os.getpid()}.part")
-    if not tmp_path.parent.is_dir():
-        raise FileNotFoundError(f"{tmp_path.parent} was removed, so {path} cannot be written there")
-    try:
-        save(tmp_path)
-        os.replace(tmp_path, path)
-    except RuntimeError as error:
-        if "inline_container" not in str(error):
-            raise
-        raise OSError(f"{path} cannot be written; is the disk full? ({error})") from error
-    finally:
-        tmp_path.unlink(missing_ok=True)
+def check_names(paths: Iterable[str]) -> None:
+    """ValueError for the first path that write_list cannot write so that it is read back."""
+    faults = {
+        r"[\n\r]": "holds a line break",
+        r"^\s|\s$": "starts or ends with a space",
+        "[\ud800-\udfff]": "is not UTF-8 text",
+    }
+    for path in paths:
+        for pattern, fault in faults.items():
+            if re.search(pattern, path):
+                advice = "rename the file"
+                if fault.endswith("text") and sys.getfilesystemencoding() != "utf-8":
+                    fault, advice = "cannot be read in this locale", "set PYTHONUTF8=1"
+                raise ValueError(f"the file name {path!a} {fault}; {advice}")
 
 
 def read_paths(path: str | Path) -> list[str]:

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .lists import Sample, parse_integer, parse_list, raise_if_any, read_table, resolve_paths
+from .files import raise_if_any
+from .lists import Sample, parse_integer, parse_list, read_table, resolve_paths
 from .task import Options, Task, find_path, hold_out, make_task, shuffled
 
 PRESET = dict(

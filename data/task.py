@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .lists import Sample, read_list, write_lines, write_list
+from .files import write_lines
+from .lists import Sample, check_labels, check_names, read_list, write_list
 
 PARTS = ("train", "val", "test")
 
@@ -75,11 +76,16 @@ class Options:
         rules += [f"label rule {self.label_rule}"] * bool(self.label_rule)
         return ", ".join([*rules, f"{self.split} split, seed {self.seed}, fold {self.fold}"])
 
-    def read_lists(self, root: Path, num_ranks: int | None) -> list[list[Sample] | None]:
+    def read_lists(
+        self, root: Path, num_ranks: int | None, allow_conflicts: bool = False
+    ) -> list[list[Sample] | None]:
         """The samples of each list file, None for a list that is None."""
-        return [
-            path and read_list(path, root, num_ranks, self.allow_missing) for path in self.lists
-        ]
+        lists = [path and Path(path) for path in self.lists]
+        options = num_ranks, self.allow_missing, allow_conflicts
+        parts = [path and read_list(path, root, *options) for path in lists]
+        if not allow_conflicts:
+            check_labels((str(path), s) for path, part in zip(lists, parts) for s in part or ())
+        return parts
 
 
 def make_task(
@@ -95,11 +101,14 @@ def make_task(
 
     Without val and test 10 % of train are held out for each; without val 10 % are held out for it;
     without test val is the test part too. preset: rank_names, context and maybe rank_values.
-    Raises ValueError if there are no training images, or if a part is empty.
+    Raises ValueError if there are no training images, if a part is empty, or for a file name that
+    no list can hold.
     """
     train, val, test = parts
     if train is None:
         raise ValueError(f"{name}: there is no list or folder of training images; give one")
+    check_names(path for part in parts for path, _ in part or ())
+    repeats = [*_repeats(parts)] if options.lists else []
     if val is None and test is None:
         train, test = hold_out(train, 0.1, f"test/{options.salt}")
         train, val = hold_out(train, 1 / 9, f"val/{options.salt}")
@@ -116,9 +125,18 @@ def make_task(
     paths = [{path for path, _ in part} for part in samples]
     untrained = sorted(set(range(len(names))) - {sample.label for sample in train})
     warnings = split_warnings(*paths, [names[rank] for rank in untrained], len(names))
-    protocol = "; ".join([f"{name}: {description or options.describe()}: {counts}", *warnings])
+    protocol = "; ".join(
+        [f"{name}: {description or options.describe()}: {counts}", *repeats, *warnings]
+    )
     context, val_is_test = preset["context"], paths[1] == paths[2]
     return Task(name, protocol, root, names, values, context, *samples, val_is_test, tuple(notes))
+
+
+def _repeats(parts: Sequence[Sequence[Sample] | None]) -> Iterator[str]:
+    """How many lines of each list repeat an image."""
+    for part, samples in zip(PARTS, parts):
+        if repeats := len(samples or ()) - len({path for path, _ in samples or ()}):
+            yield f"{repeats:,} of {len(samples):,} lines of the {part} list repeat an image"
 
 
 def split_warnings(

@@ -25,9 +25,10 @@ from evaluation.metrics import (
 from evaluation.plots import draw_curves, draw_error_by_rank, draw_matrices, draw_sheet
 from kernels import unit
 from ordinalclip import ordinality, ordinality_chance
-from training.distributed import all_gather_rows, average_buffers, is_main
+from training.distributed import all_gather_rows, average_buffers, is_main, world_size
 from training.loaders import autocast, make_images, prepare_batch, without_image_encoder
 from training.methods import Regression, zeroshot_prompt
+from training.progress import ProgressLine, TensorBoard
 from training.run_folder import Run, provenance, read_log, run_name, save_csv, settings_dict
 
 ORDINALITY_SPANS = (2, 4, 8, 16, 32)  # of the ordinality scores beside the whole one
@@ -43,12 +44,14 @@ def predict_loader(run: Run, loader: DataLoader) -> tuple[Tensor, Tensor]:
     eval_model = run.model.export().eval()  # the text tower runs once
     if run.args.freeze_image:
         eval_model = without_image_encoder(eval_model)
-    probs, labels = [], []
-    for images, batch_labels in loader:
+    probs, labels, progress = [], [], ProgressLine("predicting")
+    num_images = len(loader.dataset) * world_size()
+    for i, (images, batch_labels) in enumerate(loader, 1):
         with autocast(run.args):
             outputs = eval_model.predict(prepare_batch(images, run.args, run.preprocess))
         probs.append(outputs["probs"].cpu())
         labels.append(batch_labels)
+        progress(min(i * run.args.batch_size, num_images), num_images)
     if not labels:  # fewer images than processes
         probs, labels = [torch.zeros(0, run.task.num_ranks)], [torch.zeros(0, dtype=torch.long)]
     probs = all_gather_rows(torch.cat(probs))  # (M, R)
@@ -98,7 +101,12 @@ def evaluate_test_set(
     if is_main():
         save_predictions(run.dir / f"predictions-{name}.csv", task, probs)
         pictures_dir = run.dir / ("pictures" if name == "best" else f"pictures-{name}")
-        save_pictures(pictures_dir, run, initial_similarity, probs, labels, results["per_rank"])
+        per_rank = results["per_rank"]
+        pictures = save_pictures(pictures_dir, run, initial_similarity, probs, labels, per_rank)
+        if name == "best":
+            board = TensorBoard(run)
+            board.write(args.epochs, {f"test_{k}": v for k, v in results["test"].items()}, pictures)
+            board.close()
         print_results(results)
     return results
 
@@ -136,9 +144,10 @@ def print_results(results: dict[str, Any]) -> None:
         print("NOTE: the epoch was chosen on the test images themselves, as this protocol has it")
     figures = []
     for name, metric in METRICS.items():
-        values = (test[f"{name}_{answer}"] for answer in ("expected", "argmax"))
-        expected, argmax = ("-" if v is None else format(v, metric.format) for v in values)
-        figures.append(f"{metric.label} {expected} expected {argmax} argmax")
+        values = {answer: test[f"{name}_{answer}"] for answer in metric.computed}
+        texts = {a: "-" if v is None else format(v, metric.format) for a, v in values.items()}
+        words = [f"{text} {a}" if len(texts) > 1 else text for a, text in texts.items()]
+        figures.append(" ".join([metric.label, *words]))
     for i in range(0, len(figures), 2):
         print(("test   " if i == 0 else "") + "   ".join(figures[i : i + 2]))
     print(
@@ -185,8 +194,8 @@ def save_pictures(
     probs: Tensor,
     labels: Tensor,
     per_rank: list[dict],
-) -> None:
-    """similarity, confusion, distribution, error, sheet and curves as PNG."""
+) -> dict[str, Any]:
+    """similarity, confusion, distribution, error, sheet and curves as PNG, and returned."""
     names, axes = run.task.rank_names, ("predicted rank", "true rank")
     means = mean_probs_by_rank(probs, labels)
     scale, title = (0, float(means.max())), "mean probability of each rank"
@@ -210,6 +219,7 @@ def save_pictures(
     pictures_dir.mkdir(exist_ok=True)
     for name, picture in pictures.items():
         data.atomic_write(pictures_dir / f"{name}.png", lambda path: picture.save(path, "PNG"))
+    return pictures
 
 
 def best_and_worst(

@@ -3,6 +3,7 @@
 METRICS has one row per metric: it is computed, logged for each epoch, printed, saved in
 results.json and shown in reports from this table. Each is taken twice: of the expected rank (the
 mean rank index under the probabilities, a real number) and of the argmax (the most probable rank).
+Those whose row says "probs" are taken once, of the probabilities. docs/metrics.md has the sources.
 
 Copy together with: nothing (torch only).
 """
@@ -19,7 +20,10 @@ MANY_SHOT, FEW_SHOT = 100, 20  # training images of a rank (Yang et al., ICML 20
 
 
 class Metric(NamedTuple):
-    """compute: predicted ranks (M,), labels (M,), both float64 -> 0-dim tensor; nan: undefined."""
+    """compute: predicted ranks (M,), labels (M,), both float64 -> 0-dim tensor; nan: undefined.
+
+    Where `answers` is ("probs",) it gets probabilities (M, R) in the place of predicted ranks.
+    """
 
     label: str  # as printed after a run
     compute: Callable[[Tensor, Tensor], Tensor]
@@ -29,6 +33,11 @@ class Metric(NamedTuple):
     digits: int  # of a table value
     answers: tuple[str, ...]  # those that have a table in a report
 
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """The answers it is taken of: its values are named METRIC_ANSWER."""
+        return PROBS if self.answers == PROBS else BOTH
+
 
 def mean_absolute_error(predicted: Tensor, labels: Tensor) -> Tensor:
     return (predicted - labels).abs().mean()
@@ -37,6 +46,28 @@ def mean_absolute_error(predicted: Tensor, labels: Tensor) -> Tensor:
 def accuracy(predicted: Tensor, labels: Tensor) -> Tensor:
     """Share of rounded predictions that equal the label."""
     return (predicted.round() == labels).double().mean()
+
+
+def off_by_one_accuracy(predicted: Tensor, labels: Tensor) -> Tensor:
+    """Share of rounded predictions at most one rank off."""
+    return ((predicted.round() - labels).abs() <= 1).double().mean()
+
+
+def mae_of_each_rank(predicted: Tensor, labels: Tensor) -> Tensor:
+    """MAE of the images of each rank that occurs among the labels, (number of those ranks,)."""
+    _, index, counts = labels.unique(return_inverse=True, return_counts=True)
+    return torch.bincount(index, (predicted - labels).abs()) / counts
+
+
+def average_mae(predicted: Tensor, labels: Tensor) -> Tensor:
+    """AMAE: the mean over ranks of their MAE, so that rare ranks count as much as frequent ones."""
+    return mae_of_each_rank(predicted, labels).mean()
+
+
+def maximum_mae(predicted: Tensor, labels: Tensor) -> Tensor:
+    """MMAE: the MAE of the rank where it is highest."""
+    maes = mae_of_each_rank(predicted, labels)
+    return maes.max() if len(maes) else maes.new_tensor(math.nan)
 
 
 def cumulative_score(predicted: Tensor, labels: Tensor) -> Tensor:
@@ -58,15 +89,41 @@ def weighted_kappa(predicted: Tensor, labels: Tensor) -> Tensor:
     return 1 - (predicted - labels).square().mean() / expected_error
 
 
-BOTH, CS = ("expected", "argmax"), f"CS({CS_TOLERANCE})"
+def spearman(predicted: Tensor, labels: Tensor) -> Tensor:
+    """Spearman's rank correlation, equal values at their mean position; nan: all are equal."""
+    positions = torch.stack([mean_positions(predicted), mean_positions(labels)])  # (2, M)
+    deviations = positions - positions.mean(1, keepdim=True)
+    return deviations.prod(0).sum() / deviations.square().sum(1).prod().sqrt()
+
+
+def mean_positions(values: Tensor) -> Tensor:
+    """Position of each value in ascending order, from 1; equal values share their mean position."""
+    _, index, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[index].double()
+
+
+def ranked_probability_score(probs: Tensor, labels: Tensor) -> Tensor:
+    """RPS: squared differences of the cumulative distributions, summed over ranks; 0 is best.
+
+    In ranks, not divided by R - 1: of an answer that is certain it is the absolute error.
+    """
+    is_reached = torch.arange(probs.shape[1]) >= labels[:, None]  # (M, R)
+    return (probs.double().cumsum(1) - is_reached.double()).square().sum(1).mean()
+
+
+EXPECTED, ARGMAX, PROBS, BOTH = ("expected",), ("argmax",), ("probs",), ("expected", "argmax")
+CS = f"CS({CS_TOLERANCE})"
 METRICS = {
     # name: label, function, format | report: title, factor, digits, answers
     "mae": Metric("MAE", mean_absolute_error, ".3f", "MAE", 1, 3, BOTH),
-    "acc": Metric("accuracy", accuracy, ".1%", "Accuracy", 100, 2, ("argmax",)),
-    "cs": Metric(CS, cumulative_score, ".1%", f"Cumulative score {CS}", 100, 1, ("expected",)),
-    "qwk": Metric(
-        "weighted kappa", weighted_kappa, ".3f", "Quadratic weighted kappa", 1, 3, ("expected",)
-    ),
+    "acc": Metric("accuracy", accuracy, ".1%", "Accuracy", 100, 2, ARGMAX),
+    "off1": Metric("off by one", off_by_one_accuracy, ".1%", "Off-by-one accuracy", 100, 2, ARGMAX),
+    "cs": Metric(CS, cumulative_score, ".1%", f"Cumulative score {CS}", 100, 1, EXPECTED),
+    "amae": Metric("AMAE", average_mae, ".3f", "Average MAE over ranks", 1, 3, ARGMAX),
+    "mmae": Metric("MMAE", maximum_mae, ".3f", "Maximum MAE over ranks", 1, 3, ARGMAX),
+    "qwk": Metric("QWK", weighted_kappa, ".3f", "Quadratic weighted kappa", 1, 3, EXPECTED),
+    "spearman": Metric("Spearman", spearman, ".3f", "Spearman's rank correlation", 1, 3, EXPECTED),
+    "rps": Metric("RPS", ranked_probability_score, ".3f", "Ranked probability score", 1, 3, PROBS),
 }
 
 
@@ -76,16 +133,16 @@ def expected_rank(probs: Tensor) -> Tensor:
 
 
 def compute_metrics(probs: Tensor, labels: Tensor) -> dict[str, float | None]:
-    """Probabilities (M, R), rank indices (M,) -> {"mae_expected": ..., "mae_argmax": ..., ...}.
+    """Probabilities (M, R), rank indices (M,) -> {"mae_expected": ..., ..., "rps_probs": ...}.
 
     None for a metric that these labels do not define.
     """
     labels = labels.double()
-    predicted = dict(expected=expected_rank(probs), argmax=probs.argmax(1).double())  # (M,) each
+    answers = dict(expected=expected_rank(probs), argmax=probs.argmax(1).double(), probs=probs)
     values = {
-        f"{name}_{answer}": float(metric.compute(ranks, labels))
+        f"{name}_{answer}": float(metric.compute(answers[answer], labels))
         for name, metric in METRICS.items()
-        for answer, ranks in predicted.items()
+        for answer in metric.computed
     }
     return {name: None if math.isnan(value) else value for name, value in values.items()}
 

@@ -1,4 +1,4 @@
-"""Finished runs as Markdown tables, method x column, beside the paper's figures.
+"""Finished runs as Markdown tables, method x column, beside the paper's figures, and as CSV.
 
 Read write_report first; METRICS says which tables there are, PAPER_MAE, PAPER_ACC the paper's.
 Needs: data, training.methods, training.options, training.run_folder, evaluation.metrics.
@@ -16,8 +16,9 @@ from typing import Any
 import data
 from evaluation.metrics import METRICS
 from training.methods import METHODS
-from training.options import PAPER, categories
-from training.run_folder import comparable_settings, method_name
+from training.options import PAPER
+from training.run_folder import comparable_settings, method_name, save_csv
+from training.sweep import categories
 
 
 def shots_label(shots: int) -> str:
@@ -84,7 +85,11 @@ PAPER_ACC = {
 # Fewer test images than these (any fold or category) are not the paper's data.
 PAPER_TEST_IMAGES = {"morph2": 1098, "adience": 2000, "aesthetics": 500, "hci": 250}
 
-ANSWERS = {"expected": "expected rank", "argmax": "most probable rank"}
+ANSWERS = {
+    "expected": "expected rank",
+    "argmax": "most probable rank",
+    "probs": "of the whole distribution",
+}
 PAPER_FIGURES = {"mae": PAPER_MAE, "acc": PAPER_ACC}
 TABLES = [  # title, path in results, factor, digits, the paper's figures
     (
@@ -103,6 +108,7 @@ TABLES.append(("Ordinality of the prototypes, %", ("ordinality",), 100, 1, {}))
 def write_report(paths: list[str | Path], name: str = "report.md") -> str:
     """Tables of the mean +- standard deviation over runs; printed, and written beside the runs.
 
+    Beside NAME.md, NAME.csv has a row per run: its settings and all its figures.
     The paper's figure stands beside runs with the paper's encoder and data, under its protocol
     (split, label rule, prompt). SystemExit where there is no finished run.
     """
@@ -124,7 +130,9 @@ def write_report(paths: list[str | Path], name: str = "report.md") -> str:
     text = "\n".join(format_dataset(key, group, out_dir) for key, group in tables.items())
     text += "\n".join(damaged)
     data.atomic_write(out_dir / name, lambda tmp_path: tmp_path.write_text(text, encoding="utf-8"))
-    print(text + f"\nwritten to {out_dir / name}")
+    csv_path = (out_dir / name).with_suffix(".csv")
+    save_csv(csv_path, [csv_row(run, os.path.relpath(run["path"], out_dir)) for run in runs])
+    print(text + f"\nwritten to {out_dir / name} and {csv_path.name}")
     return text
 
 
@@ -143,10 +151,26 @@ def read_run(path: Path) -> dict[str, Any]:
     results = json.loads(path.read_text(encoding="utf-8"))
     settings = dict(init=None) | results["settings"]  # what runs of earlier versions do not hold
     settings["split"] = settings["split"] or "random"
-    run = results | dict(path=path.parent, settings=settings)
+    names = [f"{name}_{a}" for name, metric in METRICS.items() for a in metric.computed]
+    added = [name for name in names if not name.startswith("mae_")]  # MAE was there from the start
+    test = results["test"] | {name: None for name in added if name not in results["test"]}
+    run = results | dict(path=path.parent, settings=settings, test=test)
     name_rows([run])
     format_dataset(table_key(settings), [run], path.parent)
     return run
+
+
+def csv_row(run: dict, link: str) -> dict[str, Any]:
+    """One row of NAME.csv: the cell of the run in NAME.md, its settings, its figures.
+
+    Values of the test images are named test_METRIC, of the validation images val_METRIC.
+    """
+    row = dict(run=link, table=" ".join(filter(None, table_key(run["settings"]))))
+    row |= dict(row=run["row"], column=run["column"]) | run["settings"]
+    for part in ("test", "val", "majority", "images"):
+        row |= {f"{part}_{name}": value for name, value in (run.get(part) or {}).items()}
+    names = ("ordinality", "ordinality_chance", "val_is_test", "seconds", "commit", "torch", "gpu")
+    return row | {name: run.get(name) for name in names}
 
 
 def table_key(settings: dict) -> tuple[str, str | None, str]:

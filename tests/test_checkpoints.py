@@ -21,6 +21,7 @@ SETTINGS = {  # flags that change what a checkpoint has to hold
     "shift": ["--shift", "1,0.5"],
     "context": ["--context", "6"],
     "workers": ["--workers", "2"],
+    "extras": "--ema 0.9 --accumulate 2 --warmup 1 --balanced --patience 9".split(),
 }
 REFUSED = {  # two methods, a flag without effect, and names of two tokens from base ranks of one
     ("coop", "linear"),
@@ -36,6 +37,7 @@ SAMPLE = {
     ("freeze", "regression"),
     ("official", "shots"),
     ("linear", "workers"),
+    ("freeze", "extras"),
 }
 
 
@@ -82,7 +84,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     flags = [word.format(source=finished_run[0]) for name in pair for word in SETTINGS[name]]
     argv = ["--data", str(stripes), *TINY, "--epochs", "2", "--save-every", "0", *flags, "--out"]
     whole = train.main([*argv, str(tmp_path / "whole")])
-    steps = 1 if "shots" in pair else 5  # of 4 an epoch; 2 with --shots 5
+    steps = 7 if "extras" in pair else 5  # of 4 an epoch; 2 with --shots 5
+    steps = 1 if "shots" in pair else steps
     cut_off(monkeypatch, steps, [*argv, str(tmp_path / "cut")])
     resumed = train.main([*argv, str(tmp_path / "cut")])
     assert resumed["test"] == whole["test"] and resumed["val"] == whole["val"]

@@ -39,22 +39,6 @@ def pasted(tmp_path):
     return tmp_path / "alone"
 
 
-def test_unknown_names_splits_and_lists(tmp_path):
-    names = "adience, aesthetics, demo, hci, morph2"
-    with pytest.raises(ValueError, match=f"folder 'morph'; give {names} or a folder of own data"):
-        load("morph")
-    with pytest.raises(
-        ValueError, match="morph2 has no split 'rand'; give random or subject-exclusive"
-    ):
-        load("morph2", split="rand")
-    with pytest.raises(ValueError, match="has no split 'subject-exclusive'; give random"):
-        load(tmp_path, split="subject-exclusive")
-    with pytest.raises(ValueError, match="has no category, got 'all'; leave it out"):
-        load(tmp_path, category="all")
-    with pytest.raises(ValueError, match="the demo has lists of its own"):
-        load("demo", tmp_path, lists=("a.txt", None, None))
-
-
 def test_public_names():
     folds = {name: preset["folds"] for name, preset in data.DATASETS.items()}
     assert folds == dict(demo=1, morph2=5, adience=5, aesthetics=5, hci=10)
@@ -81,7 +65,8 @@ def test_a_release_lies_beside_its_file_by_default(pasted):
 
 def test_a_new_dataset_is_one_new_file(pasted):
     (pasted / "data" / "weather.py").write_text(
-        "from .lists import Sample, is_image\n"
+        "from .files import is_image\n"
+        "from .lists import Sample\n"
         "from .task import Options, Task, find_path, make_task\n"
         "PRESET = dict(context='the wind is', rank_names=('calm', 'breeze', 'storm'),\n"
         "              splits=('random',), folds=3)\n"

@@ -1,5 +1,7 @@
 """pytest tests/test_evaluate.py -- the pictures of runs and evaluations."""
 
+import json
+import math
 import shutil
 
 import numpy as np
@@ -11,6 +13,8 @@ from PIL import Image
 import data
 import train
 from evaluation.evaluate import best_and_worst
+from evaluation.metrics import METRICS
+from training.run_folder import read_log
 
 
 def test_every_run_and_every_evaluation_draws_its_pictures(finished_run, tmp_path):
@@ -50,3 +54,34 @@ def test_the_sheet_shows_the_nearest_and_the_farthest(gray):
     assert worst[1][0][1] == f"expected {name[3 - labels[2]]}\ntrue {name[labels[2]]}"
     rank, true = best[1][0][1].split("\n")
     assert rank.removeprefix("expected ") == true.removeprefix("true ")
+
+
+def test_every_metric_is_printed_logged_and_saved(gray, tmp_path, capsys):
+    out = tmp_path / "run"
+    test = train.main(["--data", str(gray), *TINY, "--out", str(out)])["test"]
+    printed = capsys.readouterr().out.replace("\n", "   ")
+    header, row = (out / "log.csv").read_text().splitlines()
+    for name, metric in METRICS.items():
+        keys = [f"{name}_{answer}" for answer in metric.computed]
+        texts = ["-" if test[k] is None else format(test[k], metric.format) for k in keys]
+        if len(keys) > 1:
+            texts = [f"{text} {answer}" for text, answer in zip(texts, metric.computed)]
+        assert f" {metric.label} {' '.join(texts)}   " in printed
+        assert {f"val_{key}" for key in keys} <= set(header.split(","))
+    assert set(test) == set(json.loads((out / "results.json").read_text())["test"])
+    assert len(row.split(",")) == len(header.split(","))
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_newer_metrics(gray, tmp_path):
+    out = tmp_path / "run"
+    argv = ["--data", str(gray), *TINY, "--epochs", "2", "--out", str(out)]
+    train.main(argv)
+    saved = torch.load(out / "last.pt", weights_only=True)
+    whole = (out / "log.csv").read_text().splitlines()
+    del saved["log"][0]["val_rps_probs"], saved["log"][1]
+    torch.save(saved, out / "last.pt")
+    (out / "results.json").unlink()
+    train.main(argv)
+    first, second = read_log(out)
+    assert math.isnan(first["val_rps_probs"]) and second["val_rps_probs"] > 0
+    assert set(first) == set(second) == set(whole[0].split(","))

@@ -3,7 +3,6 @@
 A flag that is accepted changes what is trained or tested; one that is refused would change nothing.
 """
 
-import hashlib
 import itertools
 
 import pytest
@@ -13,7 +12,8 @@ from conftest import TINY_MODEL
 import train
 from training import options
 from training.loaders import load_task, make_loaders, prepare_batch
-from training.methods import METHODS, build_model, param_groups, warm_start
+from training.methods import METHODS, build_model, warm_start
+from training.optim import build_optimizer, build_schedule
 
 VALUES = {  # flag: another value than the default
     "interp": "inverse",
@@ -30,6 +30,11 @@ VALUES = {  # flag: another value than the default
     "epochs": "2",
     "lr": "0.01",
     "weight_decay": "0.1",
+    "lr_image": "0.01",
+    "lr_prompts": "0.01",
+    "warmup": "1",
+    "no_flip": None,
+    "balanced": None,
     "batch_size": "8",
     "shots": "3",
     "shift": "2,0.3",
@@ -45,7 +50,7 @@ HARMLESS = {("batch_size", "zeroshot"), ("seed", "zeroshot")}
 
 
 def fingerprint(args):
-    """Digest of two optimizer steps and the answers after them, on fixed settings `args`."""
+    """Losses of two optimizer steps and the answers after them, on fixed settings `args`."""
     args.seed = args.seeds[0] if args.seeds else args.seed
     task = load_task(args)
     torch.manual_seed(args.seed)
@@ -53,11 +58,10 @@ def fingerprint(args):
     if args.init:
         warm_start(args, model)
     train_loader, _, test_loader = make_loaders(args, task, preprocess, model)
-    digest = hashlib.sha256()
-    if groups := param_groups(model) if args.epochs else []:
-        optimizer = torch.optim.RAdam(
-            groups, lr=args.lr, weight_decay=args.weight_decay, decoupled_weight_decay=True
-        )
+    numbers = []
+    if args.epochs:
+        optimizer = build_optimizer(args, model)
+        build_schedule(args, optimizer)  # sets the learning rate of the first epoch
         target = "softmax10" if args.official else "normalized"
         model.train()
         step_model = train.without_image_encoder(model) if args.freeze_image else model
@@ -67,15 +71,20 @@ def fingerprint(args):
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
-            digest.update(total.detach().numpy().tobytes())
-        digest.update(f"{args.epochs} {len(train_loader)}".encode())
+            numbers.append(total.detach()[None])
+        numbers.append(torch.tensor([args.epochs, len(train_loader)]))
     eval_model = model.export().eval()
     if args.freeze_image:
         eval_model = train.without_image_encoder(eval_model)
     for images, labels in test_loader:
         probs = eval_model.predict(prepare_batch(images, args, preprocess))["probs"]
-        digest.update(probs.numpy().tobytes() + labels.numpy().tobytes())
-    return digest.hexdigest()
+        numbers += [probs.flatten(), labels]
+    return torch.cat(numbers)
+
+
+def is_same(numbers, others):
+    """But for rounding: convolutions of the same images differ in the last bit on some CPUs."""
+    return len(numbers) == len(others) and torch.allclose(numbers, others, rtol=1e-5, atol=1e-6)
 
 
 def parse(folder, tmp_path, method, flag=None, value=None, extra=()):
@@ -99,8 +108,8 @@ def test_a_flag_changes_the_run_or_is_refused(
     value = value and value.format(source=finished_run[0], other_rank_init=rank_init)
     if (flag, method) == ("init", "coop"):  # names of several tokens do not fit the other run's
         extra = ["--rank-init", "random"]
-    else:
-        extra = []
+    else:  # with one epoch there is none left to warm up in
+        extra = ["--epochs", "2"] if flag == "warmup" and method != "zeroshot" else []
     plain = fingerprint(parse(gray, tmp_path, method, extra=extra))
     try:
         args = parse(gray, tmp_path, method, flag, value, extra)
@@ -112,13 +121,14 @@ def test_a_flag_changes_the_run_or_is_refused(
             assert args.interp == "none"
         args.shots = None if method == "zeroshot" else args.shots  # fewer images, but none trains
         args.shift = None if method == "zeroshot" else args.shift
-        assert fingerprint(args) == plain
+        assert is_same(fingerprint(args), plain)
     else:
-        assert (fingerprint(args) != plain) != ((flag, method) in HARMLESS)
+        assert is_same(fingerprint(args), plain) == ((flag, method) in HARMLESS)
 
 
 def test_every_flag_with_conditions_is_tried():
-    untested = {"clip", "quick_gelu", "trust_torchscript", "save_every", "split"}
+    untested = {"clip", "quick_gelu", "trust_torchscript", "save_every", "profile", "split"}
+    untested |= {"accumulate", "ema", "patience"}  # test_optim.py
     assert set(options.HAS_EFFECT) - set(VALUES) == untested
 
 
@@ -131,6 +141,8 @@ def test_every_flag_with_conditions_is_tried():
      "--trust-torchscript has no effect with --clip tiny and --method ordinalclip; remove it"),
     (["--method", "zeroshot", "--image-encoder", "clip", "--save-every", "5"],
      "--save-every has no effect with --method zeroshot; remove it"),
+    (["--method", "zeroshot", "--image-encoder", "clip", "--profile"],
+     "--profile has no effect with --method zeroshot; remove it"),
     (["--data", "demo", "--split", "random"], "--split has no effect with --data demo"),
     (["--data", "demo", "--fold", "1"], "--fold has no effect with --data demo"),
     (["--data", "demo", "--split-seed", "2"], "--split-seed has no effect with --data demo"),

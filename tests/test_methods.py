@@ -17,7 +17,8 @@ from evaluation.metrics import expected_rank
 from ordinalclip import OrdinalCLIP, RankPrompts, interpolation_weights
 from tokenizer import Tokenizer
 from training.loaders import load_task, make_loaders
-from training.methods import build_model, init_state, param_groups
+from training.methods import build_model, init_state
+from training.optim import param_groups
 from training.run_folder import Run
 
 
@@ -97,7 +98,7 @@ def official_step(model, images, labels, steps, lr, decay):
                                            table[[0]].expand(77 - num, -1)]) for row in rows])  # fmt: skip
         x = (sentence + text.positional_embedding).transpose(0, 1)
         mask = torch.full((77, 77), -math.inf).triu(1)
-        for block in text.transformer.resblocks:
+        for block in text.blocks:
             y = block.ln_1(x)
             x = x + F.multi_head_attention_forward(
                 y, y, y, y.shape[-1], block.attn.num_heads, block.attn.in_proj_weight, block.attn.in_proj_bias,

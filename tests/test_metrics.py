@@ -1,5 +1,8 @@
 """pytest tests/test_metrics.py -- each metric against an independent formula."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ import torch.nn.functional as F
 
 import data
 from evaluation.metrics import (
+    METRICS,
     compute_metrics,
     confusion_matrix,
     long_tail_metrics,
@@ -50,6 +54,86 @@ def test_cumulative_score_and_kappa():
     assert two["qwk_argmax"] == 0
 
 
+# Ten images of ranks 0, 1, 2, 4: rank 3 is not among the labels. The figures below: scipy 1.17.1
+# (spearmanr), scikit-learn 1.9.1 (cohen_kappa_score with quadratic weights, accuracy_score,
+# mean_absolute_error), dlordinal 2.7.0 (amae, mmae, accuracy_off1, ranked_probability_score).
+TENTHS = [
+    [8, 1, 1, 0, 0], [2, 7, 1, 0, 0], [0, 3, 5, 2, 0], [0, 1, 2, 6, 1], [1, 0, 0, 3, 6],
+    [0, 0, 4, 1, 5], [6, 3, 0, 1, 0], [1, 2, 4, 2, 1], [0, 0, 1, 2, 7], [3, 4, 2, 1, 0],
+]  # fmt: skip
+LABELS = [0, 0, 1, 4, 4, 2, 1, 2, 4, 0]
+PUBLISHED = dict(
+    mae_expected=0.71, mae_argmax=0.7, acc_argmax=0.4, off1_argmax=0.9, amae_argmax=0.75,
+    mmae_argmax=1.0, qwk_argmax=0.8178137651821862, spearman_argmax=0.8339041192083575,
+    spearman_expected=0.8754275592730113, rps_probs=0.421,
+)  # fmt: skip
+
+
+def test_metrics_are_those_of_published_packages():
+    metrics = compute_metrics(torch.tensor(TENTHS) / 10.0, torch.tensor(LABELS))
+    assert {name: metrics[name] for name in PUBLISHED} == pytest.approx(PUBLISHED, abs=1e-6)
+
+
+def test_every_metric_has_its_answers():
+    metrics = compute_metrics(torch.tensor(TENTHS) / 10.0, torch.tensor(LABELS))
+    names = {f"{name}_{answer}" for name in METRICS for answer in ("expected", "argmax")}
+    assert set(metrics) == names - {"rps_expected", "rps_argmax"} | {"rps_probs"}
+    for metric in METRICS.values():
+        assert set(metric.answers) <= set(metric.computed)
+
+
+@pytest.mark.parametrize("seed, num_ranks, num_images", [(0, 12, 300), (1, 30, 7), (2, 2, 40)])
+def test_metrics_by_other_formulas(seed, num_ranks, num_images):
+    """Loops over ranks and images, and other forms of the same quantities."""
+    rng = np.random.RandomState(seed)
+    labels = rng.randint(0, num_ranks, num_images)
+    probs = rng.dirichlet(np.full(num_ranks, 0.3), num_images)
+    metrics = compute_metrics(torch.tensor(probs), torch.tensor(labels))
+    for answer, predicted in (
+        ("expected", probs @ np.arange(num_ranks)),
+        ("argmax", probs.argmax(1)),
+    ):
+        maes = [abs(predicted[labels == rank] - rank).mean() for rank in set(labels)]
+        assert metrics[f"amae_{answer}"] == pytest.approx(sum(maes) / len(maes))
+        assert metrics[f"mmae_{answer}"] == pytest.approx(max(maes))
+        near = [abs(round(float(p)) - y) < 1.5 for p, y in zip(predicted, labels)]
+        assert metrics[f"off1_{answer}"] == pytest.approx(sum(near) / num_images)
+        positions = [
+            [sum(other < value for other in values) + sum(other == value for other in values) / 2
+             for value in values] for values in (predicted, labels)
+        ]  # fmt: skip
+        assert metrics[f"spearman_{answer}"] == pytest.approx(np.corrcoef(*positions)[0, 1])
+    # E|X - y| - E|X - X'| / 2 of independent X, X' (Gneiting, Raftery, JASA 2007, section 4.2)
+    distance = abs(np.subtract.outer(np.arange(num_ranks), np.arange(num_ranks)))
+    to_label = (probs * distance[labels]).sum(1)
+    spread = np.einsum("mi,ij,mj->m", probs, distance, probs)
+    assert metrics["rps_probs"] == pytest.approx((to_label - spread / 2).mean())
+
+
+def test_rps_of_an_answer_that_is_certain_is_its_error():
+    answers, labels = torch.tensor([0, 2, 2, 3]), torch.tensor([3, 2, 1, 0])
+    metrics = compute_metrics(F.one_hot(answers, 4), labels)
+    assert metrics["rps_probs"] == metrics["mae_argmax"] == 1.75
+
+
+@pytest.mark.parametrize("labels", [[1], [2, 2, 2]])
+def test_metrics_of_one_image_and_of_one_rank(labels):
+    probs = torch.tensor([[0.1, 0.3, 0.6], [0.7, 0.1, 0.2], [0.2, 0.2, 0.6]])[: len(labels)]
+    metrics = compute_metrics(probs, torch.tensor(labels))
+    undefined = {name for name, value in metrics.items() if value is None}
+    assert undefined == {f"{n}_{a}" for n in ("qwk", "spearman") for a in ("expected", "argmax")}
+    for answer in ("expected", "argmax"):
+        mae, *others = (metrics[f"{name}_{answer}"] for name in ("mae", "amae", "mmae"))
+        assert mae > 0 and others == pytest.approx([mae, mae], rel=1e-12)
+
+
+def test_metrics_of_no_images_and_of_a_constant_answer_are_undefined():
+    metrics = compute_metrics(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
+    assert set(metrics.values()) == {None}
+    metrics = compute_metrics(torch.eye(3)[[1, 1]], torch.tensor([0, 2]))
+    assert metrics["spearman_argmax"] is None and metrics["mmae_argmax"] == 1
+
+
 def test_per_rank_and_long_tail(gray):
     task = data.load(gray)
     counts = torch.tensor([sample.label for sample in task.train]).bincount()
@@ -70,3 +154,8 @@ def test_confusion_and_distribution():
     assert confusion_matrix(probs, labels).tolist() == [[1, 0, 0], [0, 0, 0], [1, 0, 1]]
     expected = torch.tensor([[0.7, 0.2, 0.1], [0, 0, 0], [0.3, 0.2, 0.5]])
     assert torch.allclose(mean_probs_by_rank(probs, labels), expected)
+
+
+def test_every_metric_is_defined_in_the_docs():
+    text = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", text, re.M) == list(METRICS)

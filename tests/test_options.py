@@ -10,7 +10,8 @@ import pytest
 from conftest import TINY
 
 import train
-from training.options import is_sweep
+from training import loaders
+from training.sweep import is_sweep
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,7 +58,7 @@ def test_a_row_of_a_table_is_one_command(monkeypatch):
         lambda args: calls.append((args.shots, args.shift, args.seed, Path(args.out).name)),
     )
     reports = []
-    monkeypatch.setattr(train, "load_task", lambda run: SimpleNamespace(num_ranks=101))
+    monkeypatch.setattr(loaders, "load_task", lambda run: SimpleNamespace(num_ranks=101))
     monkeypatch.setattr(train, "write_report", lambda runs, name: reports.append(name))
     train.main(["--data", "morph2", "--base-ranks", "2", "9"])
     assert [run[3] for run in calls] == [f"morph2-ordinalclip-linear-K{k}-seed1" for k in (2, 9)]
@@ -83,7 +84,7 @@ def test_category_each_runs_all_four_and_refuses_other_data(tmp_path, monkeypatc
         train, "train", lambda args: calls.append((args.category, args.fold, args.seed, args.out))
     )
     monkeypatch.setattr(train, "write_report", lambda runs, name: calls.append(name))
-    monkeypatch.setattr(train, "load_task", lambda run: SimpleNamespace(num_ranks=5))
+    monkeypatch.setattr(loaders, "load_task", lambda run: SimpleNamespace(num_ranks=5))
     train.main(["--data", "aesthetics", "--category", "each", "--fold", "all", "--seed", "3"])
     names = ["nature", "animal", "urban", "people"]
     assert [run[:3] for run in calls[:-1]] == [

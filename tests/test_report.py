@@ -1,6 +1,8 @@
 """pytest tests/test_report.py -- tables of finished runs beside the paper's figures."""
 
+import csv
 import json
+import shutil
 
 import pytest
 
@@ -175,3 +177,50 @@ def test_an_undefined_metric_is_left_open(tmp_path):
     (tmp_path / "a" / "results.json").write_text(json.dumps(results))
     table = write_report([tmp_path]).split("Quadratic weighted kappa")[1].split("\n\n")[1]
     assert table.endswith("| - |")
+
+
+def test_runs_of_earlier_versions_lack_newer_metrics(tmp_path):
+    """write_run writes none of the metrics that were added later."""
+    write_run(tmp_path / "a", 2.0)
+    write_run(tmp_path / "b", 3.0, method="coop", interp="none")
+    results = json.loads((tmp_path / "b" / "results.json").read_text())
+    results["test"] |= dict(rps_probs=1.25, amae_argmax=None)
+    (tmp_path / "b" / "results.json").write_text(json.dumps(results))
+    tables = write_report([tmp_path]).split("\n\n")
+    by_title = dict(zip(tables[1::2], tables[2::2]))
+    rows = by_title["Ranked probability score, of the whole distribution"].splitlines()[2:]
+    assert rows == ["| coop | 1.250 (n=1) |", "| ordinalclip-linear-K3 | - |"]
+    rows = by_title["Average MAE over ranks, most probable rank"].splitlines()[2:]
+    assert rows == ["| coop | - |", "| ordinalclip-linear-K3 | - |"]
+
+
+def test_a_run_without_mae_is_damaged(tmp_path):
+    write_run(tmp_path / "a", 2.0)
+    path = tmp_path / "a" / "results.json"
+    results = json.loads(path.read_text())
+    del results["test"]["mae_argmax"]
+    path.write_text(json.dumps(results))
+    with pytest.raises(SystemExit, match=r"damaged \(KeyError: 'mae_argmax'\)"):
+        write_report([tmp_path])
+
+
+def test_the_csv_has_a_row_per_run(tmp_path, finished_run, capsys):
+    write_run(tmp_path / "runs" / "a", 2.0)
+    write_run(tmp_path / "runs" / "b", 3.0, seed=2, shift=[10, 0.2])
+    shutil.copytree(finished_run[0], tmp_path / "runs" / "c, d")
+    write_report([tmp_path / "runs"])
+    assert "runs/report.md and report.csv" in capsys.readouterr().out
+    with open(tmp_path / "runs" / "report.csv", newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    assert len(set(header)) == len(header) and [len(row) for row in rows] == [len(header)] * 3
+    first, second, third = (dict(zip(header, row)) for row in rows)
+    assert [first["run"], second["run"], third["run"]] == ["a", "b", "c, d"]
+    assert first["table"] == "morph2 random" and first["row"] == "ordinalclip-linear-K3"
+    assert second["column"] == "shift 10-80" and second["seed"] == "2"
+    assert float(second["test_mae_argmax"]) == 3.1 and second["val_mae_argmax"] == ""
+    assert second["test_rps_probs"] == "" and second["majority_mae"] == "7.0"
+    test, val = finished_run[1]["test"], finished_run[1]["val"]
+    assert {f"test_{name}" for name in test} | {f"val_{name}" for name in val} <= set(header)
+    for name, value in test.items():
+        assert third[f"test_{name}"] == ("" if value is None else str(value)), name
+    assert float(third["val_rps_probs"]) == val["rps_probs"] and third["images_test"] == "8"

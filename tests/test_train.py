@@ -15,7 +15,7 @@ from PIL import Image
 import data
 import train
 from ordinalclip import OrdinalCLIP
-from training import options
+from training import sweep
 from training.loaders import load_task
 from training.methods import LossModule, build_model
 
@@ -186,7 +186,7 @@ def test_prompt_ablations_train_what_they_say(gray, tmp_path, tune, learnt):
 def test_seeds_and_folds_are_one_command_and_finished_runs_are_read(
     gray, tmp_path, monkeypatch, capsys, num_folds
 ):
-    monkeypatch.setattr(options, "OWN_DATA_FOLDS", num_folds)
+    monkeypatch.setattr(sweep, "OWN_DATA_FOLDS", num_folds)
     argv = [
         "--data",
         str(gray),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import data
 from clip_weights import check_finite, load_file
 from training.distributed import is_main
+from training.optim import build_average, build_optimizer, build_schedule
 from training.run_folder import Run, settings_dict
 
 
@@ -25,11 +26,12 @@ def save_checkpoint(path: Path, model: nn.Module, args: Namespace, **more: Any) 
 
 
 ENTRIES = dict(  # of last.pt; best.pt holds the first three
-    model=dict, settings=dict, epoch=int, log=list, seconds=(int, float), progress=(dict, type(None)),
-    initial_similarity=(Tensor, type(None)), optimizer=dict, schedule=dict, scaler=dict,
+    model=dict, settings=dict, epoch=int, log=list, seconds=(int, float), optimizer=dict,
+    schedule=dict, scaler=dict, progress=(dict, type(None)), average=(dict, type(None)),
+    initial_similarity=(Tensor, type(None)),
 )  # fmt: skip
 PROGRESS = {"steps", "loss_sums", "rng"}  # within an epoch
-NEEDED_TO_RESUME = tuple(key for key in ENTRIES if key != "progress")  # which older ones lack
+NEEDED_TO_RESUME = tuple(key for key in ENTRIES if key not in ("progress", "average"))
 
 
 def load_checkpoint(path: str | Path, *needed: str) -> dict[str, Any]:
@@ -78,21 +80,18 @@ def load_model(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> 
 
 
 class TrainingState:
-    """What last.pt holds beside the model: optimizer, schedule, scaler, log, where in the epoch."""
+    """Optimizer, schedule, scaler, average, log, where in the epoch: last.pt beside the model."""
 
-    def __init__(
-        self,
-        run: Run,
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-        scaler: torch.amp.GradScaler,
-        start_time: float,
-        initial_similarity: Tensor
-        | None,  # (R, R) of the prototypes before training, for a picture
-    ) -> None:
+    def __init__(self, run: Run, start_time: float, initial_similarity: Tensor | None) -> None:
+        """initial_similarity (R, R): of the prototypes before training, for a picture."""
+        args = run.args
         self.run, self.start_time = run, start_time
         self.initial_similarity = initial_similarity
-        self.optimizer, self.schedule, self.scaler = optimizer, schedule, scaler
+        self.optimizer = build_optimizer(args, run.model)
+        self.schedule = build_schedule(args, self.optimizer)
+        device, use_scaler = args.device.split(":")[0], args.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(device, enabled=use_scaler)
+        self.average = build_average(args, run.model)
         self.log: list[dict[str, float]] = []  # one row per whole epoch
         self.progress: dict[str, Any] | None = None  # steps, loss sums, RNG of a cut-off epoch
         self.last_save = time.time()
@@ -104,7 +103,18 @@ class TrainingState:
                 raise SystemExit(f"{source} holds {', '.join(map(str, saved[name])) or 'nothing'}")
             if saved[name] or name != "scaler":  # which is empty without --precision fp16
                 load_model(part, saved[name], source)
+        if self.average:
+            source = f"{self.run.dir / 'last.pt'}: its average"
+            load_model(self.average, saved.get("average") or {}, source)
         self.log, self.progress = saved["log"], saved.get("progress")
+
+    def step(self) -> None:
+        """One step of the optimizer with the gradients of the last batches, which then go."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.average:
+            self.average.update_parameters(self.run.model)
 
     def save(self, progress: dict[str, Any] | None = None) -> None:
         """Write last.pt after a whole epoch, or within one after progress["steps"] steps."""
@@ -120,6 +130,7 @@ class TrainingState:
             optimizer=self.optimizer.state_dict(),
             schedule=self.schedule.state_dict(),
             scaler=self.scaler.state_dict(),
+            average=self.average and self.average.state_dict(),
         )
         self.last_save = time.time()
 

@@ -1,6 +1,6 @@
 """The task under its protocol, DataLoaders, batches to the device, features of a frozen encoder.
 
-Needs: data, training.distributed, training.options, training.run_folder.
+Needs: data, training.distributed, .options, .progress, .run_folder.
 """
 
 import contextlib
@@ -22,7 +22,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 import data
 from training.distributed import main_process_first, world_size
 from training.options import PRECISIONS
-from training.run_folder import load_json, split_digests
+from training.progress import ProgressLine
+from training.run_folder import check_run_dir, join_values, load_json, split_digests
+from training.sweep import has_sweep_values
 
 
 @contextlib.contextmanager
@@ -64,9 +66,38 @@ def load_task(args: Namespace) -> data.Task:
                 task = data.few_shot(task, args.shots, args.seed)
             if args.shift:
                 task = data.distribution_shift(task, *args.shift, args.seed)
+        task = check_images(args, task, args.skip_bad and (lists is None or not run_exists))
         if run_exists:  # the same images, so the same protocol
             config = load_json(Path(args.out) / "config.json", "settings")
             task = replace(task, protocol=str(config.get("protocol")))
+    return task
+
+
+def check_sweep(args: Namespace, runs: list[Namespace]) -> None:
+    """SystemExit for whatever would stop a later run: before the first one, not after hours."""
+    for run in runs:
+        if not (Path(run.out) / "results.json").exists():
+            check_run_dir(run)
+    if not has_sweep_values(args) and args.fold != "all":
+        return
+    values = {join_values([run.base_ranks, run.shots, run.shift, run.fold]): run for run in runs}
+    for run in values.values():
+        num_ranks = load_task(run).num_ranks
+        if run.method == "ordinalclip" and run.base_ranks > num_ranks:
+            raise SystemExit(
+                f"--base-ranks {run.base_ranks}, but {args.data} has {num_ranks} ranks; give fewer"
+            )
+
+
+def check_images(args: Namespace, task: data.Task, may_skip: bool) -> data.Task:
+    """The task with the images that can be read; ValueError if the others may not be left out."""
+    task, errors = data.check_images(task, args.workers, ProgressLine("images opened"))
+    if errors and not (may_skip and task.train and task.val and task.test):
+        more = [f"... and {len(errors) - 20:,} more"] * (len(errors) > 20)
+        raise ValueError(
+            f"{len(errors):,} images of {args.data} cannot be read; mend or remove them, or start "
+            "the run with --skip-bad:\n" + "\n".join([*errors.values()][:20] + more)
+        )
     return task
 
 
@@ -85,11 +116,13 @@ def make_loaders(
     for part in data.PARTS:
         is_train = part == "train"
         images = make_images(task, part, preprocess, augment=is_train and not args.freeze_image)
+        images.flip = not args.no_flip
         if args.freeze_image:
             images = cached_features(args, images, preprocess, model)
         sampler = None
         if is_train:
-            sampler = EpochSampler(len(images), args.seed)
+            weights = rank_weights(task) if args.balanced else None
+            sampler = EpochSampler(len(images), args.seed, weights)
             images = SeededImages(images, args.seed)
         elif dist.is_initialized():
             images = Subset(images, range(dist.get_rank(), len(images), world_size()))
@@ -109,11 +142,12 @@ class EpochSampler(Sampler[int]):
     """Keys of this process's share of the images, in an order that seed and epoch decide.
 
     A key is epoch * num_images + index, see SeededImages. As DistributedSampler does, the first
-    images are repeated until all processes have equally many.
+    images are repeated until all processes have equally many. weights (M,): images are drawn with
+    these, again and again, instead of once each.
     """
 
-    def __init__(self, num_images: int, seed: int) -> None:
-        self.num_images, self.seed = num_images, seed
+    def __init__(self, num_images: int, seed: int, weights: Tensor | None = None) -> None:
+        self.num_images, self.seed, self.weights = num_images, seed, weights
         self.epoch, self.start = 0, 0  # start: images of this process to skip, when resuming
 
     def __len__(self) -> int:
@@ -121,12 +155,21 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
-        order = torch.randperm(self.num_images, generator=generator)
+        if self.weights is None:
+            order = torch.randperm(self.num_images, generator=generator)
+        else:
+            order = torch.multinomial(self.weights, self.num_images, True, generator=generator)
         share = -(-self.num_images // world_size())
         order = order.repeat(1 + world_size())[: share * world_size()]
         rank = dist.get_rank() if dist.is_initialized() else 0
         keys = order[rank :: world_size()] + self.epoch * self.num_images
         return iter(keys[self.start :].tolist())
+
+
+def rank_weights(task: data.Task) -> Tensor:
+    """Weights (M,) of the training images under which all ranks are equally likely."""
+    labels = torch.tensor([sample.label for sample in task.train])
+    return labels.bincount().double().reciprocal()[labels]
 
 
 class SeededImages(Dataset):
@@ -155,11 +198,11 @@ def mix_seed(*numbers: int) -> int:
 
 
 def make_images(
-    task: data.Task, part: str, preprocess: dict[str, Any], augment: bool = False
+    task: data.Task, part: str, preprocess: dict[str, Any], augment: bool = False, flip: bool = True
 ) -> data.ImageList:
     options = {key: preprocess[key] for key in ("squash", "resample") if key in preprocess}
-    size = preprocess["image_size"]
-    return data.ImageList(getattr(task, part), task.root, image_size=size, train=augment, **options)
+    options |= dict(image_size=preprocess["image_size"], train=augment, flip=flip)
+    return data.ImageList(getattr(task, part), task.root, **options)
 
 
 def prepare_batch(images: Tensor, args: Namespace, preprocess: dict[str, Any]) -> Tensor:
@@ -220,10 +263,12 @@ def compute_features(
 ) -> Tensor:
     """Features (M, D), float32 on the CPU."""
     encoder.eval()
-    features = []
-    for batch, _ in DataLoader(images, args.batch_size, num_workers=args.workers):
+    features, progress = [], ProgressLine("features")
+    loader = DataLoader(images, args.batch_size, num_workers=args.workers)
+    for i, (batch, _) in enumerate(loader, 1):
         with autocast(args):
             features.append(encoder(prepare_batch(batch, args, preprocess)).float().cpu())
+        progress(min(i * args.batch_size, len(images)), len(images))
     return torch.cat(features)
 
 

@@ -165,6 +165,8 @@ def build_model(args: Namespace, task: data.Task) -> tuple[nn.Module, dict[str, 
         preprocess |= dict(squash=True, resample="bilinear")
     if args.freeze_image:
         encoder.requires_grad_(False)
+    if args.compile:
+        encoder.compile()
     model = METHODS[args.method].build(Parts(args, task, encoder, dim, clip))
     return model.to(
         args.device, memory_format=torch.channels_last
@@ -194,18 +196,6 @@ class LossModule(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         group = dist.group.WORLD if dist.is_initialized() else None
         return self.model.loss(images, labels, target=self.target, group=group)
-
-
-def param_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """One optimizer group per part; every parameter that trains is in exactly one."""
-    groups = [
-        dict(name=name, params=[p for p in part.parameters() if p.requires_grad])
-        for name, part in model.named_children()
-    ]
-    grouped = [id(p) for group in groups for p in group["params"]]
-    trainable = {id(p) for p in model.parameters() if p.requires_grad}
-    assert len(grouped) == len(set(grouped)) and set(grouped) == trainable
-    return [group for group in groups if group["params"]]
 
 
 # --- --init ---

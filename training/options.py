@@ -1,12 +1,10 @@
-"""Command line of train.py: flags in groups, the paper's defaults, checks, and the runs of a sweep.
+"""Command line of train.py: flags in groups, the paper's defaults, and checks.
 
 Read parse_args first; resolve_defaults fills in what dataset, method and machine decide.
-Needs: data, ordinalclip, clip_model, training.methods, training.run_folder.
+Needs: data, ordinalclip, clip_model, training.checkpoints, .methods, .run_folder, .sweep.
 """
 
 import argparse
-import copy
-import itertools
 import os
 import sys
 from argparse import Namespace
@@ -21,6 +19,7 @@ from ordinalclip import POSITIONS
 from training.checkpoints import load_checkpoint
 from training.methods import METHODS, init_state
 from training.run_folder import as_list, is_number, join_values, load_json, run_name
+from training.sweep import SWEEP_FLAGS, is_sweep
 
 # xk-huang/OrdinalCLIP@ca10a20 configs/meta_cfgs/morph_compare.yaml, configs/default.yaml
 PAPER = dict(
@@ -35,8 +34,6 @@ WHY = {  # why a value is out of range
     "base_ranks": "; with 1 base rank every interpolated rank is the same vector",
     "epochs": "; --method zeroshot does without training",
 }
-OWN_DATA_FOLDS = 5  # of --fold all with a folder of own data
-SWEEP_FLAGS = ("base_ranks", "shots", "shift")  # flags that accept a list: one run per value
 
 
 def parse_args(argv: list[str] | None = None, description: str | None = None) -> Namespace:
@@ -68,6 +65,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add("--train-list", help="list file `path label`, instead of a split made here")
     add("--val-list", help="list file of validation images (default: a tenth of the training ones)")
     add("--test-list", help="list file of test images")
+    add("--skip-bad", action="store_true", help="leave out images that cannot be read")
 
     group = parser.add_argument_group("protocol")
     add = group.add_argument
@@ -129,6 +127,17 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add_with_paper_default(group, "--batch-size", int, "images per step, over all processes")
     add_with_paper_default(group, "--lr", float, "learning rate of everything that trains")
     add_with_paper_default(group, "--weight-decay", float, "decoupled: p -= lr * decay * p")
+    add("--lr-image", type=float, help="learning rate of the image encoder (default: --lr)")
+    add("--lr-prompts", type=float, help="learning rate of the rank prototypes (default: --lr)")
+    add("--warmup", type=int, default=0, help="epochs of rising learning rate before the cosine")
+    add("--accumulate", type=int, default=1, metavar="N", help="batches per optimizer step; ranks "
+        "are matched to the images of one batch, not of all N")  # fmt: skip
+    add("--ema", type=float, metavar="DECAY", help="validate and keep this moving average of the "
+        "weights, such as 0.999")  # fmt: skip
+    add("--patience", type=int, metavar="N", help="stop after N epochs without a lower validation "
+        "MAE")  # fmt: skip
+    add("--no-flip", action="store_true", help="do not mirror images: digits, text, left and right")
+    add("--balanced", action="store_true", help="draw images of all ranks equally often")
     add("--seed", type=int, default=1, help="of weights, order, augmentation, --shots and --shift")
     add("--seeds", type=int, nargs="+", help="a run for each (paper: 1 27 42 128 114514)")
 
@@ -136,13 +145,17 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add = group.add_argument
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--precision", choices=PRECISIONS, help="of the towers (default: bf16 on a GPU, else fp32)")
+    add("--compile", action="store_true", help="torch.compile the image encoder")
     add("--workers", type=int, help="processes that read images (default: up to 8, leaving a core)")
     add("--out", help="folder of the run (default: runs/DATA-METHOD-...-seedS)")
     add("--save-every", type=float, default=10, metavar="MINUTES", help="write last.pt this often")
+    add("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
+        help="write figures and pictures for TensorBoard, too")  # fmt: skip
     add("--debug", action="store_true", help="show the traceback of every error")
     add("--resume", metavar="RUN", help="go on with the run in this folder, with its own settings")
     add("--eval", metavar="CKPT", help="only test this checkpoint, with its own settings")
-    add("--report", metavar="RUN", nargs="+", help="print finished runs as tables, write report.md")
+    add("--report", metavar="RUN", nargs="+", help="print finished runs, write report.md and .csv")
+    add("--profile", action="store_true", help="print where a step's time and memory go, then end")
     return parser
 
 
@@ -237,6 +250,10 @@ def trains(args: Namespace) -> bool:
     return args.method != "zeroshot"
 
 
+def augments(args: Namespace) -> bool:
+    return trains(args) and not args.freeze_image
+
+
 def interpolates(args: Namespace) -> bool:
     return args.method == "ordinalclip"
 
@@ -268,6 +285,15 @@ HAS_EFFECT: dict[str, tuple[Callable[[Namespace], bool], str]] = {
     "lr": (trains, BY_METHOD),
     "weight_decay": (trains, BY_METHOD),
     "save_every": (trains, BY_METHOD),
+    "warmup": (trains, BY_METHOD),
+    "accumulate": (trains, BY_METHOD),
+    "ema": (trains, BY_METHOD),
+    "patience": (trains, BY_METHOD),
+    "balanced": (trains, BY_METHOD),
+    "no_flip": (augments, "--freeze-image or " + BY_METHOD),
+    "lr_image": (augments, "--freeze-image or " + BY_METHOD),
+    "lr_prompts": (lambda args: trains(args) and args.method != "regression", BY_METHOD),
+    "profile": (trains, BY_METHOD),
     "shots": (trains, BY_METHOD),
     "shift": (trains, BY_METHOD),
     "seeds": (trains, BY_METHOD),
@@ -300,6 +326,12 @@ def check_values(args: Namespace) -> None:
         ("epochs", 0 if args.method == "zeroshot" else 1, 1_000_000),
         ("batch_size", 1, 1_000_000),
         ("lr", 1e-12, 1e3),
+        ("lr_image", 1e-12, 1e3),
+        ("lr_prompts", 1e-12, 1e3),
+        ("warmup", 0, args.epochs - 1 if args.epochs else 1),
+        ("accumulate", 1, 10_000),
+        ("ema", 0.0, 0.999999),
+        ("patience", 1, 1_000_000),
         ("weight_decay", 0, 1e3),
         ("workers", 0, max_workers),
         ("save_every", 0, 1e6),
@@ -333,6 +365,7 @@ def args_from_checkpoint(
 ) -> Namespace:
     """The settings of the run that --resume or --eval names, but for where it runs now."""
     machine_flags = {"device", "precision", "workers", "data_root"}
+    machine_flags |= {"tensorboard"} if args.resume else set()
     if unexpected := explicit_flags - machine_flags - {"resume", "eval"}:
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(unexpected))
         parser.error(
@@ -364,42 +397,3 @@ def check_types(settings: dict, parser: argparse.ArgumentParser, path: Path) -> 
             if not isinstance(entry, types) or action.choices and entry not in action.choices:
                 flag = f"--{action.dest.replace('_', '-')}"
                 raise SystemExit(f"{path} is damaged: its {flag} is {value!r:.80}")
-
-
-# --- the runs of one command ---
-
-
-def is_sweep(args: Namespace) -> bool:
-    several = args.fold == "all" or args.category == "each" or bool(args.seeds)
-    return several or has_sweep_values(args)
-
-
-def has_sweep_values(args: Namespace) -> bool:
-    return any(isinstance(getattr(args, key), list) for key in SWEEP_FLAGS)
-
-
-def categories(dataset: str) -> list[str | None]:
-    """What --category each runs through; [None] where a dataset has none."""
-    names = data.DATASETS.get(dataset, {}).get("categories", (None,))
-    return [name for name in names if name != "all"]
-
-
-def expand_runs(args: Namespace) -> list[Namespace]:
-    """The settings of each run: folds x categories x values of SWEEP_FLAGS x seeds."""
-    if not is_sweep(args):
-        return [args]
-    num_folds = data.DATASETS.get(args.data, {}).get("folds", OWN_DATA_FOLDS)
-    folds = range(num_folds) if args.fold == "all" else [args.fold]
-    names = categories(args.data) if args.category == "each" else [args.category]
-    if names == [None] and args.category:
-        raise SystemExit(f"--category each: {args.data} has no categories; leave it out")
-    values = [as_list(getattr(args, key)) for key in SWEEP_FLAGS]
-    runs = []
-    for fold, category, *settings, seed in itertools.product(
-        folds, names, *values, args.seeds or [args.seed]
-    ):
-        run = copy.copy(args)
-        vars(run).update(zip(SWEEP_FLAGS, settings), fold=fold, category=category, seed=seed)
-        run.out = str(Path(args.out or "runs") / run_name(run))
-        runs.append(run)
-    return runs

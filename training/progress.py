@@ -1,13 +1,17 @@
-"""What a run prints while it goes on: its header, a line of progress, a line per epoch.
+"""What a run shows while it goes on: header, line of progress, line per epoch, TensorBoard.
 
 Needs: training.distributed, .methods, .run_folder.
 """
 
 import sys
 import time
+from datetime import timedelta
+from typing import Any
+
+import torch
 
 from training.distributed import is_main, world_size
-from training.methods import param_groups
+from training.optim import param_groups
 from training.run_folder import Run, run_name
 
 
@@ -31,7 +35,6 @@ def print_run_header(run: Run) -> None:
 
 
 def print_epoch(row: dict[str, float], epochs: int, eta: float, is_best: bool) -> None:
-    clear_line()
     print(
         f"epoch {row['epoch']:3d}/{epochs}  "
         f"loss {row['loss']:.3f} (i2t {row['i2t']:.3f} t2i {row['t2i']:.3f})  "
@@ -43,20 +46,28 @@ def print_epoch(row: dict[str, float], epochs: int, eta: float, is_best: bool) -
 
 
 class ProgressLine:
-    """One line on stderr, rewritten four times a second, where that is a terminal."""
+    """progress(done, total): a line on stderr with images done, images per second, time left.
 
-    def __init__(self, title: str, total: int) -> None:
-        self.title, self.total = title, total
-        self.start_time, self.last_print = time.time(), 0.0
-        self.is_shown = is_main() and sys.stderr.isatty()
+    On a terminal it is rewritten four times a second and removed at the end; elsewhere, as in a log
+    file, a new line is printed once a minute. Of several processes only the main one prints.
+    """
 
-    def update(self, done: int, num_images: int) -> None:
-        """`done` of `total` steps, which took num_images images."""
-        now = time.time()
-        if self.is_shown and now - self.last_print > 0.25:
+    def __init__(self, title: str, start: int = 0) -> None:
+        self.title, self.start = title, start  # images done before, in an epoch that was cut off
+        self.start_time = self.last_print = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now, is_terminal = time.monotonic(), sys.stderr.isatty()
+        if not is_main():
+            return
+        if is_terminal and done >= total:
+            clear_line()
+        elif now - self.last_print >= (0.25 if is_terminal else 60) and done > self.start:
             self.last_print = now
-            speed = num_images / max(now - self.start_time, 1e-9)
-            line = f"\r  {self.title}  {done}/{self.total}  {speed:.0f} images/s "
+            speed = (done - self.start) / (now - self.start_time)
+            left = timedelta(seconds=round((total - done) / speed))
+            line = f"{self.title}  {done:,}/{total:,} images  {speed:.0f} images/s  {left} left"
+            line = f"\r\033[K  {line}" if is_terminal else f"{line}\n"
             print(line, end="", file=sys.stderr, flush=True)
 
 
@@ -64,3 +75,50 @@ def clear_line() -> None:
     """Remove the line of progress."""
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+# --- --tensorboard ---
+
+
+def summary_writer() -> type:
+    """torch's SummaryWriter. SystemExit where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise SystemExit(
+            f"--tensorboard needs the package tensorboard ({error}); pip install tensorboard"
+        ) from error
+    return SummaryWriter
+
+
+class TensorBoard:
+    """Figures and pictures of a run in its folder tensorboard/; without --tensorboard, nothing.
+
+    Repeated after an interruption, `first_epoch` and what follows replace what was written before.
+    """
+
+    def __init__(self, run: Run, first_epoch: int | None = None) -> None:
+        self.writer = None
+        if run.args.tensorboard and is_main():
+            self.writer = summary_writer()(str(run.dir / "tensorboard"), purge_step=first_epoch)
+
+    def write(
+        self, epoch: int, figures: dict[str, float | None], pictures: dict[str, Any] | None = None
+    ) -> None:
+        """figures: None is left out, val_NAME and test_NAME are groups; pictures: of Pillow."""
+        if self.writer is None:
+            return
+        for name, value in figures.items():
+            is_group = name.startswith(("val_", "test_"))
+            tag = name.replace("_", "/", 1) if is_group else f"train/{name}"
+            if value is not None and name != "epoch":
+                self.writer.add_scalar(tag, value, epoch)
+        for name, picture in (pictures or {}).items():
+            pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+            pixels = pixels.view(picture.height, picture.width, 3)
+            self.writer.add_image(name, pixels, epoch, dataformats="HWC")
+        self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()

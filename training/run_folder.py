@@ -35,13 +35,14 @@ except ModuleNotFoundError:  # Windows
 
 RUN_FILES = (
     "config.json", "splits", "log.csv", "best.pt", "last.pt", "predictions-best.csv", "pictures",
-    "exported.pt",
+    "exported.pt", "tensorboard",
 )  # fmt: skip
 # Settings that do not change the result: ignored when two runs are compared.
 NOT_COMPARED = (
-    "device", "precision", "workers", "data_root", "out", "seeds", "save_every", "debug",
+    "device", "precision", "compile", "workers", "data_root", "out", "seeds", "save_every", "debug",
+    "tensorboard", "skip_bad",  # but its images are compared: check_same_images
 )  # fmt: skip
-NOT_SETTINGS = ("resume", "eval", "report", "debug")  # what to do, not what the run is
+NOT_SETTINGS = ("resume", "eval", "report", "profile", "debug")  # what to do, not what the run is
 
 
 class Run(NamedTuple):
@@ -278,9 +279,11 @@ def load_json(path: Path, needed: str) -> dict:
 
 
 def save_csv(path: Path, rows: list[dict]) -> None:
+    """Rows with all their keys as columns; what a row lacks, or None, is an empty cell."""
+
     def save(tmp_path: Path) -> None:
         with open(tmp_path, "w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, rows[0])
+            table = csv.DictWriter(file, {key: None for row in rows for key in row})
             table.writeheader()
             table.writerows(rows)
 

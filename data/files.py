@@ -1,0 +1,110 @@
+"""Files: which are images and which a tool's own; text in UTF-8, written whole or not at all.
+
+    images, left_out = find_images("photos")    # sorted paths, {suffix: files of other types}
+
+Read first. Copy together with: nothing; needs pillow.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from PIL import Image, ImageFile
+
+# Images by their suffix; all other files by their content, as far as Pillow reads it.
+IMAGE_TYPES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm",
+    ".pgm",
+)  # fmt: skip
+TOOL_FILES = {  # what file managers, archives and servers leave beside images, in lower case
+    "__macosx", "__pycache__", "@eadir", "@recycle", "#recycle", "$recycle.bin", "lost+found",
+    "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
+}  # fmt: skip
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is a tool's own: .ipynb_checkpoints, ._x.jpg, @eaDir, Thumbs.db."""
+    return name.startswith(".") or name.lower() in TOOL_FILES
+
+
+def is_image(path: str | Path) -> bool:
+    """Whether a file is an image, by a familiar suffix or by content; never a hidden one."""
+    suffix = os.path.splitext(path)[1].lower()
+    if is_hidden(os.path.basename(path)):
+        return False
+    if suffix in IMAGE_TYPES:
+        return True
+    of_suffix = Image.registered_extensions().get(suffix)
+    # formats without a signature take almost any file for theirs; of MPEG only the size is read
+    formats = [
+        name
+        for name, (_, has_signature) in Image.OPEN.items()
+        if name != "MPEG" and (has_signature or name == of_suffix)
+    ]
+    try:
+        with Image.open(path, formats=formats) as image:
+            return not isinstance(image, ImageFile.StubImageFile)
+    except Exception:  # decoders raise many types, all of which mean no
+        return False
+
+
+def find_images(folder: str | Path) -> tuple[list[Path], Counter[str]]:
+    """(images in a folder and its subfolders, sorted; {suffix: number of files of other types})."""
+    images, left_out, visited = [], Counter(), set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        is_loop = os.path.realpath(parent) in visited
+        visited.add(os.path.realpath(parent))
+        folders[:] = [] if is_loop else [name for name in folders if not is_hidden(name)]
+        for name in [] if is_loop else names:
+            if is_image(os.path.join(parent, name)):
+                images.append(Path(parent, name))
+            elif not is_hidden(name):
+                left_out[os.path.splitext(name)[1].lower() or "no suffix"] += 1
+    return sorted(images), left_out
+
+
+def read_lines(path: str | Path, comment: str | None = "#") -> list[tuple[int, str]]:
+    """[(line number, line)] of a UTF-8 text file, without blank lines and comments."""
+    content = Path(path).read_bytes()
+    try:
+        text, nul = content.decode("utf-8-sig"), content.find(b"\0")  # drops a BOM
+    except UnicodeDecodeError as error:
+        nul = error.start
+    if nul >= 0:
+        line = content.count(b"\n", 0, nul) + 1
+        raise ValueError(f"{path}:{line}: this is not UTF-8 text; save the file as UTF-8")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    lines = [(number, line.strip()) for number, line in enumerate(lines, 1)]
+    return [(n, line) for n, line in lines if line and not (comment and line.startswith(comment))]
+
+
+def write_lines(path: str | Path, lines: Iterable[object]) -> None:
+    text = "".join(f"{line}\n" for line in lines)
+    atomic_write(path, lambda tmp_path: tmp_path.write_text(text, "utf-8"))
+
+
+def atomic_write(path: str | Path, save: Callable[[Path], object]) -> None:
+    """save(tmp_path), then move tmp_path onto path: `path` is never half written.
+
+    OSError: a full disk (for which torch.save has a RuntimeError of its own), a removed folder.
+    """
+    tmp_path = Path(f"{path}.{os.getpid()}.part")
+    if not tmp_path.parent.is_dir():
+        raise FileNotFoundError(f"{tmp_path.parent} was removed, so {path} cannot be written there")
+    try:
+        save(tmp_path)
+        os.replace(tmp_path, path)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):
+            raise
+        raise OSError(f"{path} cannot be written; is the disk full? ({error})") from error
+    finally:
+        tmp_path.unlink(missing_ok=True)
+
+
+def raise_if_any(errors: list[str]) -> None:
+    """Raise all errors as one ValueError, up to twenty of them in full."""
+    if errors:
+        more = [f"... and {len(errors) - 20:,} more such lines"] * (len(errors) > 20)
+        raise ValueError("\n".join(errors[:20] + more))

@@ -1,0 +1,109 @@
+"""pytest tests/test_profile.py -- the table of --profile; how long things take is not tested."""
+
+import re
+
+import pytest
+import torch
+from conftest import TINY
+
+import train
+from training import profile
+from training.loaders import load_task, make_loaders, prepare_batch
+from training.methods import LossModule, build_model
+
+PARTS = ["waiting for data", "transfer", "image tower", "text tower", "matching", "optimiser"]
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    monkeypatch.setattr(profile, "STEPS", 3)
+
+
+def profiled(gray, tmp_path, *flags):
+    """{part: figures} of the printed table, and its other lines."""
+    argv = ["--data", str(gray), *TINY, "--out", str(tmp_path / "run"), *flags]
+    lines = train.main([*argv, "--profile"]).splitlines()
+    rows = {line[:16].strip(): line[16:].replace("%", "").split() for line in lines[2:8]}
+    return {part: [float(cell) for cell in cells] for part, cells in rows.items()}, lines
+
+
+def test_the_table_has_each_part_and_no_run_begins(gray, tmp_path, capsys):
+    rows, lines = profiled(gray, tmp_path)
+    assert "\n".join(lines) in capsys.readouterr().out and not (tmp_path / "run").exists()
+    assert list(rows) == PARTS
+    assert sum(row[2] for row in rows.values()) == pytest.approx(100, abs=0.5)
+    step = float(re.search(r"in all ([\d.]+) ms a step", lines[8])[1])
+    assert sum(row[0] + row[1] for row in rows.values()) == pytest.approx(step, abs=0.1)
+    assert all(rows[part][0] > 0 for part in PARTS)
+    assert [part for part in PARTS if rows[part][1] > 0] == [
+        "image tower",
+        "text tower",
+        "matching",
+    ]
+    assert lines[0].startswith("gray-ordinalclip-linear-K3-seed1   cpu fp32, 96 px, batch 16")
+
+
+def test_memory_is_that_of_the_tensors(gray, tmp_path):
+    rows, _ = profiled(gray, tmp_path)
+    args = train.parse_args(["--data", str(gray), *TINY])
+    model, _ = build_model(args, load_task(args))
+    size = sum(p.nbytes for p in model.image_encoder.parameters()) / 2**20
+    weights, gradients, state, kept = rows["image tower"][3:]
+    assert gradients == pytest.approx(size, abs=0.01) and weights >= gradients
+    assert state == pytest.approx(2 * size, abs=0.02)  # two moments
+    assert kept > 16 * 3 * 96 * 96 * 4 / 2**20  # more than the images of the batch
+    frozen = sum(p.nbytes for p in model.prototypes._text[0].parameters()) / 2**20
+    assert rows["text tower"][3] >= frozen > 100 * rows["text tower"][4]
+
+
+def test_what_does_not_run_takes_nothing(gray, tmp_path):
+    rows, _ = profiled(gray, tmp_path, "--freeze-image")
+    assert rows["image tower"][3:] == [0, 0, 0, 0] and rows["matching"][0] > 0
+    rows, _ = profiled(gray, tmp_path, "--method", "regression")
+    assert rows["rank prototypes"] == [0, 0, 0] and rows["matching"][0] > 0
+
+
+def test_on_a_gpu_a_step_without_waiting_is_timed_too(gray, tmp_path, monkeypatch):
+    """No GPU is needed: waiting for one is counted."""
+
+    class OnGpu(profile.StepProfiler):
+        is_cuda = property(lambda self: True, lambda self, value: None)
+
+    waits = []
+    monkeypatch.setattr(profile, "StepProfiler", OnGpu)
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    _, lines = profiled(gray, tmp_path)
+    assert re.fullmatch(r"without waiting between the parts [\d.]+ ms a step", lines[9])
+    assert len(waits) > 3 * len(PARTS) and set(waits) == {"cpu"}
+
+
+@pytest.mark.parametrize("method", ["ordinalclip", "linear", "regression"])
+def test_a_profiled_step_has_the_gradients_of_training(gray, method):
+    args = train.parse_args(["--data", str(gray), *TINY, "--method", method])
+    task = load_task(args)
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model, preprocess = build_model(args, task)
+        models.append(model)
+    images, labels = next(iter(make_loaders(args, task, preprocess, models[0])[0]))
+    models[0].train()
+    loss_module = LossModule(models[0], "normalized")
+    loss_module(prepare_batch(images, args, preprocess), labels)[0].backward()
+    profile.StepProfiler(args, preprocess, models[1]).step(images, labels)
+    pairs = list(zip(models[0].parameters(), models[1].parameters()))
+    assert sum(p.grad is not None for p, _ in pairs) > 2
+    for plain, timed in pairs:
+        assert (plain.grad is None) == (timed.grad is None)
+        assert plain.grad is None or torch.equal(plain.grad, timed.grad)
+
+
+def test_of_several_runs_the_first_is_profiled(gray, tmp_path):
+    _, lines = profiled(gray, tmp_path, "--seeds", "7", "5")
+    assert lines[0].startswith("gray-ordinalclip-linear-K3-seed7 ")
+
+
+def test_under_torchrun_it_is_refused(gray, tmp_path, monkeypatch):
+    monkeypatch.setattr(profile, "world_size", lambda: 2)
+    with pytest.raises(SystemExit, match="measures one process, torchrun started 2; start it with"):
+        profiled(gray, tmp_path)

@@ -1,0 +1,210 @@
+"""--profile: where the time and the memory of a training step go, part by part.
+
+After each part the program waits for the device, only here. On a GPU that takes longer than
+training, where the next part is prepared meanwhile; so the time of a step without waiting is
+printed, too.
+
+Needs: training.distributed, .loaders, .methods, .optim, .run_folder.
+"""
+
+import time
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from training.distributed import world_size
+from training.loaders import (
+    autocast,
+    exit_on_user_error,
+    load_task,
+    make_loaders,
+    prepare_batch,
+    without_image_encoder,
+)
+from training.methods import METHODS, LossModule, build_model, warm_start
+from training.optim import build_optimizer
+from training.run_folder import peak_memory, run_name
+
+WARM_UP, STEPS = 3, 20  # steps before and while measuring
+DATA, TRANSFER, IMAGE, TEXT, MATCHING, OPTIMISER = PARTS = (
+    "waiting for data", "transfer", "image tower", "text tower", "matching", "optimiser"
+)  # fmt: skip
+COLUMNS = "forward ms", "backward ms", "share", "weights MB", "gradients", "optimiser", "kept"
+
+
+def profile_run(args: Namespace) -> str:
+    """Train some steps of a run and print where time and memory go; writes no run folder.
+
+    -> the printed table. SystemExit under torchrun.
+    """
+    if world_size() > 1:
+        raise SystemExit(
+            f"--profile measures one process, torchrun started {world_size()}; "
+            "start it without torchrun, with the --batch-size of one process"
+        )
+    task = load_task(args)
+    torch.manual_seed(args.seed)
+    with exit_on_user_error():
+        model, preprocess = build_model(args, task)
+    if args.init:
+        warm_start(args, model)
+    batches = endless(make_loaders(args, task, preprocess, model)[0])
+    profiler = StepProfiler(args, preprocess, model)
+    kept = profiler.kept_bytes(*next(batches))
+    for _ in range(WARM_UP - 1):
+        profiler.step(*next(batches))
+    profiler.seconds.clear()
+    profiler.restart()
+    num_images = 0
+    for _ in range(STEPS):
+        images, labels = next(batches)
+        num_images += len(labels)
+        profiler.lap(DATA)
+        profiler.step(images, labels)
+    seconds = sum(profiler.seconds.values())
+    lines = [
+        f"{run_name(args)}   {args.device} {args.precision}, {preprocess['image_size']} px, batch "
+        f"{args.batch_size}, {args.workers} workers; mean of {STEPS} steps",
+        *table(profiler, profiler.memory(kept)),
+        f"in all {seconds / STEPS * 1e3:.2f} ms a step, {num_images / seconds:.1f} images/s; "
+        f"peak {peak_memory(args.device):.0f} MB; kept: for the way back, beside the weights",
+    ]
+    if profiler.is_cuda:
+        profiler.lap = lambda *_: None
+        start = profiler.restart()
+        for _ in range(STEPS):
+            profiler.step(*next(batches))
+        seconds = profiler.restart() - start
+        lines.append(f"without waiting between the parts {seconds / STEPS * 1e3:.2f} ms a step")
+    print("\n".join(lines))
+    return "\n".join(lines)
+
+
+def endless(loader: DataLoader) -> Iterator[list[Tensor]]:
+    """Batches of one epoch after the other."""
+    while True:
+        loader.sampler.epoch += 1
+        yield from loader
+
+
+class StepProfiler:
+    """Training steps of a model, with a clock that is read after each part."""
+
+    def __init__(self, args: Namespace, preprocess: dict[str, Any], model: nn.Module) -> None:
+        self.args, self.preprocess = args, preprocess
+        self.is_cuda = args.device.startswith("cuda")
+        model.train()
+        step_model = without_image_encoder(model) if args.freeze_image else model
+        self.loss_module = LossModule(step_model, "softmax10" if args.official else "normalized")
+        self.optimizer = build_optimizer(args, model)
+        self.scaler = torch.amp.GradScaler(
+            args.device.split(":")[0], enabled=args.precision == "fp16"
+        )
+        self.seconds: dict[tuple[str, str], float] = defaultdict(float)  # of (part, direction)
+        self.part = MATCHING  # that runs
+        self.outputs: list[tuple[str, Tensor, Tensor]] = []  # tower, its output, the copy in use
+        self.towers = {IMAGE: step_model.image_encoder}
+        if hasattr(step_model, "prototypes"):
+            self.towers[TEXT] = step_model.prototypes
+        for name, tower in self.towers.items():
+            tower.register_forward_pre_hook(lambda *_, name=name: self.enter(name))
+            tower.register_forward_hook(lambda *a, name=name: self.leave(name, a[-1]))
+        self.restart()
+
+    def restart(self) -> float:
+        if self.is_cuda:
+            torch.cuda.synchronize(self.args.device)
+        self.last = time.perf_counter()
+        return self.last
+
+    def lap(self, part: str, direction: str = "forward") -> None:
+        """What ran since the clock was read was this part."""
+        last = self.last
+        self.seconds[part, direction] += self.restart() - last
+
+    def enter(self, tower: str) -> None:
+        self.lap(MATCHING)
+        self.part = tower
+
+    def leave(self, tower: str, output: Tensor) -> Tensor:
+        """The graph is cut here, so that matching and each tower go backward one after another."""
+        self.lap(tower)
+        self.part = MATCHING
+        copy = output.detach().requires_grad_(output.requires_grad)
+        self.outputs.append((tower, output, copy))
+        return copy
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """A step of training, from uint8 images (B, 3, S, S) or features (B, D)."""
+        images = prepare_batch(images, self.args, self.preprocess)
+        labels = labels.to(self.args.device, non_blocking=True)
+        self.lap(TRANSFER)
+        with autocast(self.args):
+            total, _, _ = self.loss_module(images, labels)
+        self.lap(MATCHING)
+        self.optimizer.zero_grad()
+        self.lap(OPTIMISER)
+        self.scaler.scale(total).backward()
+        self.lap(MATCHING, "backward")
+        while self.outputs:
+            tower, output, copy = self.outputs.pop()
+            if copy.grad is not None:
+                output.backward(copy.grad)
+            self.lap(tower, "backward")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.lap(OPTIMISER)
+
+    def kept_bytes(self, images: Tensor, labels: Tensor) -> dict[str, int]:
+        """One step: bytes that each part keeps until its gradients are computed, but weights."""
+        kept: dict[str, int] = defaultdict(int)
+        weights = [w for ws in self.weights().values() for w in ws]
+        counted = {weight.untyped_storage().data_ptr() for weight in weights}
+
+        def count(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in counted:
+                counted.add(storage.data_ptr())
+                kept[self.part] += storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            self.step(images, labels)
+        return kept
+
+    def weights(self) -> dict[str, list[Tensor]]:
+        """Parameters and buffers of each part; of matching those that are in no tower."""
+        parts, seen = {}, set()
+        for part, module in (*self.towers.items(), (MATCHING, self.loss_module)):
+            modules = module, *getattr(module, "_text", ())  # the frozen tower of RankPrompts
+            tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+            parts[part] = [t for t in tensors if id(t) not in seen]
+            seen |= {id(t) for t in tensors}
+        return parts
+
+    def memory(self, kept: dict[str, int]) -> dict[str, list[int]]:
+        """Bytes of weights, gradients and optimiser state, and those kept, of each part."""
+        sizes = {}
+        for part, weights in self.weights().items():
+            grads = [w.grad for w in weights if w.grad is not None]
+            state = [v for w in weights for v in self.optimizer.state.get(w, {}).values()]
+            tensors = weights, grads, state
+            sizes[part] = [sum(t.nbytes for t in ts) for ts in tensors] + [kept[part]]
+        return sizes
+
+
+def table(profiler: StepProfiler, memory: dict[str, list[int]]) -> list[str]:
+    seconds, has_prompts = profiler.seconds, METHODS[profiler.args.method].has_prompts
+    rows = [("", COLUMNS)]
+    for part in PARTS:
+        times = [seconds.get((part, direction), 0) for direction in ("forward", "backward")]
+        cells = [f"{time / STEPS * 1e3:.2f}" for time in times]
+        cells.append(f"{sum(times) / sum(seconds.values()):.1%}")
+        cells += [f"{size / 2**20:.2f}" for size in memory.get(part, ())]
+        rows.append(("rank prototypes" if part == TEXT and not has_prompts else part, cells))
+    return [f"{name:16}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows]
