@@ -94,14 +94,15 @@ class CLIP(nn.Module):
         """Public weights by name (downloaded once) or from a file or folder -> float32, eval mode.
 
         Args:
-            name_or_path: a key of MODELS, a .pt / .bin / .safetensors file, or a folder with one.
+            name_or_path: a key of MODELS, a .pt / .bin / .safetensors file, a folder with one (or
+                with parts and their index), or hf:ORG/NAME, which needs huggingface_hub.
             cache_dir: where downloads go; default ~/.cache/clip, which OpenAI's package uses too.
             quick_gelu: the activation of the weights; a wrong one costs accuracy silently. None: as
                 in a config file beside the weights; OpenAI's own files need none.
             trust_torchscript: open a TorchScript archive of unknown origin. It can run any code.
 
-        Raises FileNotFoundError, ConnectionError (download), ValueError (damaged, unsafe or
-        unsuitable file).
+        Raises FileNotFoundError, ConnectionError (download), ImportError (huggingface_hub),
+        ValueError (damaged, unsafe or unsuitable file).
         """
         weights = load_weights(name_or_path, cache_dir, quick_gelu, trust_torchscript)
         return cls.from_state_dict(*weights)

@@ -107,10 +107,11 @@ _OTHER_MODELS = {  # part of a name -> whose it is
 }
 
 
-def unwrap(state_dict: dict, origin: str) -> dict:
+def unwrap(state_dict: dict, origin: str, quiet: bool = False) -> dict:
     """A state dict without what training put around it: {"state_dict": ...}, "module." and such.
 
-    One line on stderr says what was taken off. Raises ValueError if two names become one.
+    One line on stderr says what was taken off, unless `quiet`. Raises ValueError if two names
+    become one.
     """
     removed = []
     while wrapper := next((key for key in _WRAPPERS if isinstance(state_dict.get(key), dict)), ""):
@@ -128,7 +129,7 @@ def unwrap(state_dict: dict, origin: str) -> dict:
         out[name] = value
         prefixes.add(prefix)
     removed += [f"the prefix {prefix!r}" for prefix in sorted(prefixes - {""})]
-    if removed:
+    if removed and not quiet:
         print(f"{origin}: without {', '.join(removed)}", file=sys.stderr)
     return out
 
@@ -214,7 +215,9 @@ def _load_error(error):
     """One line, without torch's advice to trust the file."""
     text = str(error)
     if match := re.search(r"(?:GLOBAL |but got <class ')([\w.]+)", text):
-        return f"it holds Python objects ({match[1]}), which can run code"
+        return (
+            f"it holds Python objects ({match[1]}), which can run code: save the state_dict() alone"
+        )
     if isinstance(error, (PermissionError, ValueError)) and "weights_only" not in text:
         return " ".join(text.split())[:300]
     return "it is damaged or of another format"
@@ -266,18 +269,47 @@ def _find_weights(path):
     prefixes, files = ("", "open_clip_"), ("model.safetensors", "pytorch_model.bin")
     names = [prefix + file for file in files for prefix in prefixes]
     names += [file + ".index.json" for file in files]
+    if str(path).startswith("hf:"):
+        path = _download_from_hugging_face(str(path)[3:])
     path = Path(path).expanduser()
     for file in (path, *(path / name for name in names)):
         if file.is_file():
             return file
     raise FileNotFoundError(
-        f"no weights at {str(path)!r}; expected one of {', '.join(MODELS)}, or a file, or "
-        f"a folder with {' or '.join(names)}"
+        f"no weights at {str(path)!r}; expected one of {', '.join(MODELS)}, hf:ORG/NAME, a file, "
+        f"or a folder with {' or '.join(names)}"
     )
 
 
+def _download_from_hugging_face(name):
+    """The folder of a repository's weights and configs, downloaded once to huggingface_hub's cache."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ImportError(
+            f"hf:{name} needs huggingface_hub: pip install huggingface_hub, or download the "
+            "repository and give its folder"
+        ) from error
+    configs = ["config.json", "open_clip_config.json"]
+    try:
+        for ending in ("safetensors", "bin"):  # most have both; the first is preferred
+            names = [f"*model*.{ending}", f"*model*.{ending}.index.json"]
+            folder = snapshot_download(name, allow_patterns=names + configs)
+            if any(Path(folder).glob(names[0])):
+                break
+        return folder
+    except Exception as error:  # of the network, of the hub, of the name
+        reason = " ".join(str(error).split())
+        raise ConnectionError(
+            f"cannot download hf:{name}: {type(error).__name__} {reason:.200}; check the name and "
+            "the network, or download the repository and give its folder"
+        ) from error
+
+
 def _read_weights(path, trusted):
-    """-> the state dict in a file of any format."""
+    """-> the state dict in a file of any format, or in the parts that an index names."""
+    if path.name.endswith(".index.json"):
+        return _read_parts(path, trusted)
     if path.suffix.lower() == ".safetensors":
         try:
             return read_safetensors(path)
@@ -287,9 +319,7 @@ def _read_weights(path, trusted):
                 f"expected {_EXPECTED}: get it again"
             ) from error
     if not zipfile.is_zipfile(path) or not _is_torchscript(zipfile.ZipFile(path)):
-        content = load_file(
-            path, f"{_EXPECTED}: get it again, or save its state_dict() alone", True
-        )
+        content = load_file(path, f"{_EXPECTED}: get it again", True)
         if isinstance(content, dict):
             return content
         raise ValueError(f"{path} holds a {type(content).__name__}; expected {_EXPECTED}")
@@ -307,6 +337,18 @@ def _read_weights(path, trusted):
             f"{path} ({path.stat().st_size} bytes) cannot be read: {_load_error(error)}; "
             f"expected {_EXPECTED}: get it again"
         ) from error
+
+
+def _read_parts(path, trusted):
+    """The state dict in the files that an index, {"weight_map": {entry: file}}, names beside it."""
+    try:
+        names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+        parts = [path.with_name(Path(name).name) for name in names]
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is no index of weights in parts; get it again") from error
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise FileNotFoundError(f"{path} names {', '.join(missing)}, not there; get all its files")
+    return {key: value for part in parts for key, value in _read_weights(part, trusted).items()}
 
 
 # fmt: off
@@ -359,7 +401,7 @@ def _quick_gelu_from_config(path):
         raise ValueError(
             f"the activation of {path} is unknown: config files beside it say "
             f"{sorted(map(str, activations))}; expected gelu or quick_gelu: pass quick_gelu=True "
-            "(OpenAI, MetaCLIP) or False (LAION, DataComp)"
+            "(OpenAI, MetaCLIP) or quick_gelu=False (LAION, DataComp)"
         )
     return activations == {"quick_gelu"}
 
@@ -383,7 +425,7 @@ def download(url: str, sha256: str, cache_dir: str | PathLike | None = None) -> 
         torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
     except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
         raise ConnectionError(
-            f"cannot download {url} to {path}: {error!r}\nRun again, {manual}"
+            f"cannot download {url} to {path}: {error!r}; run again, {manual}"
         ) from error
     except RuntimeError as error:  # torch.hub's, of the sha256
         raise ValueError(

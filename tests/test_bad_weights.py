@@ -1,7 +1,7 @@
 """pytest tests/test_bad_weights.py -- checkpoints, exported files and weights that are damaged,
 foreign or incomplete: one line each, whole, and what is read after all."""
 
-import random
+import hashlib
 import re
 import shutil
 import warnings
@@ -10,16 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clip_shapes import TINY, TINY_RESNET, equal, fill
+from clip_shapes import TINY, fill
 from torch import nn
 
 import predict
 import train
 from backbones import build_image_encoder
-from clip_model import CLIP, tiny_clip
-from clip_weights import load_file
 from exported import load_model, load_prototypes, save_prototypes
-from ordinalclip import FixedPrototypes, OrdinalCLIP
+from ordinalclip import FixedPrototypes
 
 NAN = float("nan")
 
@@ -280,11 +278,14 @@ FORMATS = {  # name -> how to write it, why it is not read
     "half": (write_bytes(lambda data: data[: len(data) // 2]), DAMAGED),
     "flipped": (write_bytes(flipped), "it is damaged, the checksum of {}/data/0 is wrong"),
     "module": (lambda path: torch.save(nn.Linear(2, 2), path),
-               "it holds Python objects (torch.nn.modules.linear.Linear), which can run code"),
+               "it holds Python objects (torch.nn.modules.linear.Linear), which can run code: "
+             "save the state_dict() alone"),
     "path": (lambda path: torch.save({"model": Path("/")}, path),
-             "it holds Python objects (pathlib.PosixPath), which can run code"),
+             "it holds Python objects (pathlib.PosixPath), which can run code: "
+             "save the state_dict() alone"),
     "objects": (lambda path: torch.save({"model": np.array([{}])}, path),
-                "it holds Python objects (numpy.dtypes.ObjectDType), which can run code"),
+                "it holds Python objects (numpy.dtypes.ObjectDType), which can run code: "
+             "save the state_dict() alone"),
     "torchscript": (save_torchscript, "it is a TorchScript archive, which can run code"),
 }  # fmt: skip
 
@@ -312,8 +313,7 @@ def test_weights_of_another_format(tmp_path, stripes, name):
     argv = ["--data", str(stripes), "--clip", str(path), "--image-encoder", "clip"]
     assert message_of(train.main, [*argv, "--out", str(tmp_path / "run"), "--device", "cpu"]) == (
         f"train.py: {path} ({path.stat().st_size} bytes) cannot be read: {reason.format(name)}; "
-        "expected a state dict of tensors, also as safetensors or TorchScript: get it again, or "
-        "save its state_dict() alone"
+        "expected a state dict of tensors, also as safetensors or TorchScript: get it again"
     )
 
 
@@ -334,228 +334,6 @@ def test_weights_of_an_encoder(tmp_path, small_encoder, content, message):
     assert str(caught.value) == message.format(path=path)
 
 
-@pytest.fixture
-def small_encoder(monkeypatch):
-    """Stands in for VGG-16, which has 500 MB."""
-
-    def build(dim):
-        encoder = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, dim))
-        encoder.last_layer = "1"
-        return encoder
-
-    monkeypatch.setattr("backbones.VGG16", build)
-
-
-# --- what is read: numpy, prefixes, wrappers ---
-
-
-def test_numbers_and_arrays_of_numpy_are_read(files, finished_run, stripes, tmp_path):
-    """Also as numpy 1 names them."""
-    content = files["exported.pt"]
-    state = {key: value.numpy() for key, value in content["state_dict"].items()}
-    preprocess = {**content["preprocess"], "mean": np.array(content["preprocess"]["mean"]),
-                  "image_size": np.int64(content["preprocess"]["image_size"])}  # fmt: skip
-    values = np.array(content["rank_values"], np.float32)
-    changed = content | dict(
-        state_dict=state, preprocess=preprocess, rank_values=values, quick_gelu=np.bool_(True)
-    )
-    torch.save(changed, tmp_path / "x.pt")
-    image = stripes / "2 stripes" / "image 3.png"
-    answers = [predict.load(p)(image) for p in (tmp_path / "x.pt", finished_run[0] / "exported.pt")]
-    assert torch.equal(answers[0]["probs"], answers[1]["probs"])
-    assert answers[0]["value"] == answers[1]["value"]
-
-    torch.save({"a": np.float64(2.5), "b": [np.arange(3)], "c": (np.str_("d"),)}, tmp_path / "y.pt")
-    got = load_file(tmp_path / "y.pt", "")
-    assert got["a"] == 2.5 and type(got["a"]) is float and got["c"] == ("d",)
-    assert torch.equal(got["b"][0], torch.arange(3))
-
-
-def nested(prefix, wrapper, state):
-    state = {prefix + key: value for key, value in state.items()}
-    return {"epoch": 3, wrapper: state} if wrapper else state
-
-
-WRAPPERS = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "net",
-    "ema",
-    "model_ema",
-    "params",
-    "module",
-)
-PREFIXES = ("module.", "model.", "clip.", "clip_model.", "net.", "backbone.", "_orig_mod.",
-            "module.model.", "model.clip_model.", "_orig_mod.module.net.backbone.")  # fmt: skip
-
-
-@pytest.mark.parametrize("wrapper", ["", *WRAPPERS])
-@pytest.mark.parametrize("prefix", ["", *PREFIXES])
-def test_prefixes_and_wrappers_are_taken_off_and_named(capsys, tiny_state, prefix, wrapper):
-    from clip_weights import to_openai_layout
-
-    state = to_openai_layout(nested(prefix, wrapper, tiny_state), "x.pt")
-    assert state.keys() == tiny_state.keys()
-    assert all(state[key] is tiny_state[key] for key in state)
-    parts = [f"the wrapper '{wrapper}'"] * bool(wrapper) + [f"the prefix '{prefix}'"] * bool(prefix)
-    assert capsys.readouterr().err == (f"x.pt: without {', '.join(parts)}\n" if parts else "")
-
-
-@pytest.fixture(scope="module")
-def tiny_state():
-    return fill(TINY)
-
-
-def test_names_that_become_one(tiny_state):
-    both = tiny_state | {"module.ln_final.bias": torch.zeros(64)}
-    with pytest.raises(ValueError) as caught:
-        CLIP.from_state_dict(both)
-    assert str(caught.value) == (
-        "state dict: several entries are named ln_final.bias without their prefixes "
-        "(, module.); save the one model alone"
-    )
-
-
-@pytest.mark.parametrize("prefix, wrapper", [("module.", ""), ("model.", "state_dict")])
-def test_weights_of_an_encoder_with_prefix_and_wrapper(
-    tmp_path, small_encoder, capsys, prefix, wrapper
-):
-    state = {"0.weight": torch.ones(3, 2), "0.bias": torch.ones(3), "1.weight": torch.ones(9, 3)}
-    torch.save(nested(prefix, wrapper, state), tmp_path / "x.pth")
-    encoder = build_image_encoder("vgg16", 4, weights=tmp_path / "x.pth")
-    assert torch.equal(encoder[0].weight, torch.ones(3, 2)) and encoder[1].weight.std() > 0
-    names = ", ".join(repr(name) for name in sorted({prefix, wrapper} - {""}))
-    assert capsys.readouterr().err == f"{tmp_path / 'x.pth'}: without {names}\n"
-
-
-# --- CLIP's weights ---
-
-OTHER = "state dict is {}, with {}; expected CLIP: choose other weights"
-TIMM = "a model with an image tower of timm (SigLIP, EVA, ConvNeXt)"
-ROBERTA = "a model with a text tower of Hugging Face's"
-ONLY = "state dict holds the {} tower only; expected both of CLIP's: choose other weights"
-NOT_CLIP = [  # keys left out, keys added, the message
-    ((), {"logit_bias": torch.zeros(1)}, OTHER.format("SigLIP", "logit_bias")),
-    ((), {"vision_model.head.probe": torch.zeros(1)},
-     OTHER.format("SigLIP", "vision_model.head.probe")),
-    ((), {"text_decoder.ln_final.bias": torch.zeros(1)},
-     OTHER.format("CoCa", "text_decoder.ln_final.bias")),
-    (("visual.",), {"visual.trunk.norm.weight": torch.zeros(1)},
-     OTHER.format(TIMM, "visual.trunk.norm.weight")),
-    ((), {"visual.blocks.0.norm1.bias": torch.zeros(1)},
-     OTHER.format("EVA-CLIP", "visual.blocks.0.norm1.bias")),
-    (("transformer.",), {"text.transformer.encoder.layer.0.bias": torch.zeros(1)},
-     OTHER.format(ROBERTA, "text.transformer.encoder.layer.0.bias")),
-    (("visual.",), {}, ONLY.format("text")),
-    (("transformer.", "token_embedding."), {}, ONLY.format("image")),
-    ((), {"visual.proj": 3}, "state dict: visual.proj is a int; expected a tensor"),
-    ((), {"visual.proj": torch.full((128, 96), NAN)}, "the state dict: visual.proj holds nan or inf "
-     "in 12288 of 12288 values; expected finite numbers: training diverged or the file is damaged, "
-     "take another one"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("left_out, added, message", NOT_CLIP)
-def test_other_models_are_refused_by_name(tiny_state, left_out, added, message):
-    state = {k: v for k, v in tiny_state.items() if not left_out or not k.startswith(left_out)}
-    with pytest.raises(ValueError) as caught:
-        CLIP.from_state_dict(state | added)
-    assert str(caught.value) == message
-
-
-def test_another_model_is_refused_before_its_activation_is_asked_for(tiny_state, tmp_path):
-    torch.save(tiny_state | {"logit_bias": torch.zeros(1)}, tmp_path / "x.pt")
-    message = f"{tmp_path / 'x.pt'} is SigLIP, with logit_bias; expected CLIP"
-    with pytest.raises(ValueError, match=message):
-        CLIP.from_pretrained(tmp_path / "x.pt")
-
-
-# --- fuzzing ---
-
-
-def mutate(rng, content, path):
-    """Write content, changed at random, to path; returns what was done."""
-    state = dict(content["state_dict"])
-    key = rng.choice(sorted(state))
-    change = rng.choice(["flip", "cut", "rename", "shape", "dtype", "drop", "fill", "entry"])
-    if change == "rename":
-        state[key[::-1]] = state.pop(key)
-    elif change == "shape":
-        shape = [rng.choice([0, 1, 2, size, size + 1]) for size in state[key].shape]
-        state[key] = torch.zeros(rng.choice([shape, shape[1:], [*shape, 2]]))
-    elif change == "dtype":
-        state[key] = state[key].to(rng.choice([torch.int64, torch.float16, torch.complex64]))
-    elif change == "drop":
-        del state[key]
-    elif change == "fill":
-        value = rng.choice([NAN, float("inf"), 3e38, -3e38, 0.0])
-        state[key] = torch.full(state[key].shape, value)
-    content = content | {"state_dict": state}
-    if change == "entry":
-        key = rng.choice(sorted(content))
-        content[key] = rng.choice([None, 0, 1.5, "x", [], {}, [NAN], (1, 2, 3), torch.zeros(2)])
-    torch.save(content, path)
-    data = bytearray(path.read_bytes())
-    if change == "cut":
-        data = data[: rng.randrange(len(data))]
-    for _ in range(rng.choice([1, 3, 20]) if change == "flip" else 0):
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    path.write_bytes(data)
-    return change
-
-
-@pytest.mark.parametrize("cases", [40, pytest.param(3000, marks=pytest.mark.full)])
-def test_mutated_exported_files(tmp_path, cases):
-    """Each gives the answers of the whole file, other finite ones, or one line that names it."""
-    rng, path, encoder = random.Random(cases), tmp_path / "x.pt", tiny_clip(image_size=32).visual
-    whole = OrdinalCLIP(encoder, FixedPrototypes(torch.randn(4, 128)), 3.0).eval()
-    content = dict(
-        format="ordinalclip-1", image_encoder="clip", quick_gelu=True, state_dict=whole.state_dict(),
-        rank_names=list("abcd"), rank_values=[0.0, 1.0, 2.0, 3.0],
-        preprocess=dict(image_size=32, mean=(0.5,) * 3, std=(0.2,) * 3),
-    )  # fmt: skip
-    pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
-    refused = answered = 0
-    for _ in range(cases):
-        change = mutate(rng, content, path)
-        try:
-            predictor = predict.load(path)
-            if predictor.preprocess["image_size"] == 32:
-                assert predictor.predict(pixels)["probs"].isfinite().all()
-            answered += 1
-        except ValueError as error:
-            refused += 1
-            assert "\n" not in str(error) and "weights_only" not in str(error), change
-            assert str(path) in str(error) or "the model answers nan" in str(error), change
-    print(f"{cases} mutated exported files: {refused} refused in one line, {answered} answered")
-    assert refused > cases // 3 and answered > 0 and refused + answered == cases
-
-
-def test_a_flipped_bit_anywhere_is_found_or_harmless(tmp_path):
-    """torch.load does not compare checksums; load_file does."""
-    path, tensors = tmp_path / "x.pt", {"a": torch.arange(2000.0), "b": [1, "two"]}
-    torch.save(tensors, path)
-    data, rng = path.read_bytes(), random.Random(0)
-    refused = 0
-    for _ in range(200):
-        changed = bytearray(data)
-        changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        path.write_bytes(changed)
-        try:
-            got = load_file(path, "it")
-            assert torch.equal(got["a"], tensors["a"]) and got["b"] == tensors["b"]
-        except ValueError as error:
-            assert re.match(rf"{path} \(\d+ bytes\) cannot be read: ", str(error))
-            refused += 1
-    assert refused > 150
-
-
-def test_a_resnet_of_numpy_arrays():
-    state = fill(TINY_RESNET)
-    assert equal(CLIP.from_state_dict({key: v.numpy() for key, v in state.items()}), state)
-
-
 def test_load_model_gives_what_was_exported(files, finished_run):
     model, names, values, preprocess = load_model(finished_run[0] / "exported.pt")
     content = files["exported.pt"]
@@ -563,3 +341,71 @@ def test_load_model_gives_what_was_exported(files, finished_run):
     assert preprocess == content["preprocess"]
     state = model.state_dict()
     assert all(torch.equal(state[key], value) for key, value in content["state_dict"].items())
+
+
+# --- hints name flags; the official code's checkpoints ---
+
+
+def test_hints_on_the_command_line_name_flags(tmp_path, stripes):
+    torch.save(fill(TINY), tmp_path / "clip.pt")
+    save_torchscript(tmp_path / "archive.pt")
+    sha256 = hashlib.sha256((tmp_path / "archive.pt").read_bytes()).hexdigest()
+    argv = ["--data", str(stripes), "--image-encoder", "clip", "--device", "cpu", "--clip"]
+    assert message_of(train.main, [*argv, str(tmp_path / "clip.pt")]) == (
+        f"train.py: the activation of {tmp_path / 'clip.pt'} is unknown: config files beside it "
+        "say []; expected gelu or quick_gelu: pass --quick-gelu (OpenAI, MetaCLIP) or "
+        "--no-quick-gelu (LAION, DataComp)"
+    )
+    assert message_of(train.main, [*argv, str(tmp_path / "archive.pt")]) == (
+        f"train.py: {tmp_path / 'archive.pt'} is a TorchScript archive, which can run code, and "
+        f"its sha256, {sha256}, is not in MODELS; expected a state dict; pass --trust-torchscript "
+        "if you trust where it came from"
+    )
+
+
+def official(state):
+    """A checkpoint as xk-huang/OrdinalCLIP@ca10a20 writes it, through Lightning."""
+    names = {
+        "module." + key.replace("prototypes.", "prompt_learner."): v for key, v in state.items()
+    }
+    names |= {"module.text_encoder.ln_final.bias": torch.zeros(2)}
+    return {"epoch": 3, "global_step": 9, "state_dict": names, "callbacks": {}}
+
+
+def test_init_takes_a_checkpoint_of_the_official_code(
+    files, stripes, tmp_path, capsys, monkeypatch
+):
+    state = {k: v for k, v in files["best.pt"]["model"].items() if "_extra" not in k}
+    torch.save(official(state), tmp_path / "official.ckpt")
+    starts = []
+    monkeypatch.setattr(
+        train, "fit", lambda run, *_: starts.append(run.model.state_dict()) or 1 / 0
+    )
+    for path in (tmp_path / "official.ckpt", tmp_path / "ours.pt"):
+        torch.save(files["best.pt"], tmp_path / "ours.pt")
+        with pytest.raises(ZeroDivisionError):
+            train.main(command("--init", path, stripes))
+    assert all(torch.equal(starts[0][key], value) for key, value in starts[1].items())
+    assert torch.equal(starts[0]["prototypes.rank_embeds"], state["prototypes.rank_embeds"])
+    key = "image_encoder.conv1.weight"
+    assert torch.equal(starts[0][key], state[key])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("starts")]
+    assert lines == [
+        f"starts with the image encoder and prompts of {tmp_path / 'official.ckpt'}, without its "
+        "logit_scale, text_encoder",
+        f"starts with the image encoder and prompts of {tmp_path / 'ours.pt'}, without its "
+        "logit_scale",
+    ]
+    for changed, message in (
+        ({"state_dict": {"a": torch.zeros(1)}}, "--init {} holds neither an image_encoder nor a "
+         "prompt_learner"),
+        (official(state | {"logit_scale": torch.tensor(NAN)}), "--init {}: logit_scale holds nan "
+         "or inf in 1 of 1 values; expected finite numbers: training diverged or the file is "
+         "damaged, take another one"),
+        (official(state | {"prototypes.rank_embeds": torch.zeros(3)}), "--init {}: "
+         "prototypes.rank_embeds is (3,) there, here (3, 1, 128); use the same --image-encoder, "
+         "--clip and number of context tokens"),
+    ):  # fmt: skip
+        torch.save(changed, tmp_path / "x.ckpt")
+        got = message_of(train.main, command("--init", tmp_path / "x.ckpt", stripes))
+        assert got == message.format(tmp_path / "x.ckpt")

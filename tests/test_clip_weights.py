@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from clip_shapes import POOL, TINY, TINY_RESNET, equal, fill, inputs
+from clip_shapes import POOL, TINY, TINY_RESNET, equal, fill, inputs, safetensors_bytes
 from torch import nn
 
 import clip_weights
@@ -27,31 +27,6 @@ def state():
 
 
 # ----------------------------------------------------------------------------------------- files
-SAFETENSORS_NAMES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.bool: "BOOL",
-}
-
-
-def safetensors_bytes(state, pad=0):
-    """The format as its specification has it: header length, JSON, raw little-endian tensors."""
-    header, raw = {"__metadata__": {"format": "pt"}}, b""
-    for name, tensor in state.items():
-        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        header[name] = dict(
-            dtype=SAFETENSORS_NAMES[tensor.dtype],
-            shape=list(tensor.shape),
-            data_offsets=[len(raw), len(raw) + len(data)],
-        )
-        raw += data
-    header = json.dumps(header).encode()
-    header += b" " * (-len(header) % 8 + pad)
-    return len(header).to_bytes(8, "little") + header + raw
-
-
 def save_old(state, path):
     torch.save(state, path, _use_new_zipfile_serialization=False)
 
@@ -199,7 +174,7 @@ def test_objects_are_never_unpickled(tmp_path):
 def test_folders(state, tmp_path):
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
     message = (
-        f"no weights at '{tmp_path}'; expected one of RN50, .* or a file, or a folder with "
+        f"no weights at '{tmp_path}'; expected one of RN50, .* a file, or a folder with "
         "model.safetensors .*pytorch_model.bin.index.json"
     )
     with pytest.raises(FileNotFoundError, match=message):

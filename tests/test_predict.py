@@ -330,7 +330,10 @@ def test_invalid_commands_are_refused(exported, tmp_path, capsys):
     for argv, message in [
         ([exported, str(tmp_path / "empty")], "predict.py: no images in .*empty; expected .jpg"),
         ([exported, str(tmp_path / "l.txt")], "predict.py: no images in .*l.txt"),
-        ([exported, str(tmp_path / "m.txt")], "m.txt:1: this is not UTF-8 text; save the file as UTF-8"),
+        (
+            [exported, str(tmp_path / "m.txt")],
+            "m.txt:1: this is not UTF-8 text; save the file as UTF-8",
+        ),
         ([str(tmp_path / "l.pt"), "a.png"], "predict.py: .*l.pt does not exist"),
     ]:
         with pytest.raises(SystemExit, match=message):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import data
 from backbones import build_image_encoder
 from clip_model import CLIP, download, tiny_clip
+from clip_weights import check_finite, unwrap
 from ordinalclip import FixedPrototypes, LinearPrototypes, OrdinalCLIP, RankPrompts
 from tokenizer import Tokenizer
 from training.checkpoints import load_checkpoint
@@ -177,9 +178,23 @@ def load_clip(args: Namespace) -> CLIP:
     if args.clip == "tiny":
         return tiny_clip(image_size=96)
     with main_process_first():  # it downloads, the others find the file
-        return CLIP.from_pretrained(
-            args.clip, quick_gelu=args.quick_gelu, trust_torchscript=args.trust_torchscript
-        )
+        try:
+            return CLIP.from_pretrained(
+                args.clip, quick_gelu=args.quick_gelu, trust_torchscript=args.trust_torchscript
+            )
+        except (ValueError, OSError) as error:
+            message = str(error)
+            for argument, flag in FLAGS_OF_ARGUMENTS.items():
+                message = message.replace(argument, flag)
+            raise ValueError(message) from error
+
+
+FLAGS_OF_ARGUMENTS = {  # in messages of clip_weights
+    "quick_gelu=True": "--quick-gelu",
+    "quick_gelu=False": "--no-quick-gelu",
+    "trust_torchscript=True": "--trust-torchscript",
+    "choose another cache_dir, or put": "or put",
+}
 
 
 class LossModule(nn.Module):
@@ -202,9 +217,26 @@ class LossModule(nn.Module):
 
 
 def init_state(args: Namespace) -> dict[str, Tensor]:
-    """State dict of the run that --init names, a folder or a checkpoint."""
+    """State dict of the run that --init names, a folder or a checkpoint; also the official code's.
+
+    There the prompts are called prompt_learner (xk-huang/OrdinalCLIP@ca10a20
+    ordinalclip/models/ordinalclip.py#L30-L50). SystemExit for a file without both names.
+    """
     path = Path(args.init)
-    return load_checkpoint(path / "best.pt" if path.is_dir() else path, "model")["model"]
+    path = path / "best.pt" if path.is_dir() else path
+    saved = load_checkpoint(path)
+    if "settings" in saved:
+        return load_checkpoint(path, "model")["model"]
+    try:
+        state = unwrap(saved, str(path), quiet=True)
+        state = {key: value for key, value in state.items() if torch.is_tensor(value)}
+        check_finite(state, str(path))
+    except ValueError as error:
+        raise SystemExit(f"--init {error}") from error
+    state = {key.replace("prompt_learner.", "prototypes."): v for key, v in state.items()}
+    if not any(key.startswith(("image_encoder.", "prototypes.")) for key in state):
+        raise SystemExit(f"--init {path} holds neither an image_encoder nor a prompt_learner")
+    return state
 
 
 def warm_start(args: Namespace, model: nn.Module) -> None:
@@ -216,12 +248,13 @@ def warm_start(args: Namespace, model: nn.Module) -> None:
     source, state = init_state(args), model.state_dict()
     updates = {key: v for key, v in source.items() if key.startswith("image_encoder.")}
     context_key, ranks_key = "prototypes.context_embeds", "prototypes.rank_embeds"
-    if context_key in source and context_key in state:
-        updates[context_key] = source[context_key]
-        rows = source[ranks_key].permute(1, 2, 0)  # (K, T, W) -> (T, W, K)
-        num_base_ranks = len(state[ranks_key])
-        rows = nn.functional.interpolate(rows, num_base_ranks, mode="linear", align_corners=True)
-        updates[ranks_key] = rows.permute(2, 0, 1)
+    if {context_key, ranks_key} <= source.keys() and context_key in state:
+        updates |= {key: source[key] for key in (context_key, ranks_key)}
+        if (rows := source[ranks_key]).dim() == 3:
+            rows = rows.float().permute(1, 2, 0)  # (K, T, W) -> (T, W, K)
+            num = len(state[ranks_key])
+            rows = nn.functional.interpolate(rows, num, mode="linear", align_corners=True)
+            updates[ranks_key] = rows.permute(2, 0, 1)
     for key, value in updates.items():
         if key not in state or state[key].shape != value.shape:
             model_shape = tuple(state[key].shape) if key in state else "nothing of that name"
@@ -232,4 +265,7 @@ def warm_start(args: Namespace, model: nn.Module) -> None:
     model.load_state_dict(state | updates)
     if is_main():
         prompts = " and prompts" if ranks_key in updates else ""
-        print(f"starts with the image encoder{prompts} of {args.init}")
+        left = {key for key in source.keys() - updates.keys() if "_extra_state" not in key}
+        left = sorted({key.split(".")[0] for key in left})
+        left = f", without its {', '.join(left)}" if left else ""
+        print(f"starts with the image encoder{prompts} of {args.init}{left}")
