@@ -282,7 +282,7 @@ def _find_weights(path):
 
 
 def _download_from_hugging_face(name):
-    """The folder of a repository's weights and configs, downloaded once to huggingface_hub's cache."""
+    """The folder of a repository's weights and configs, in huggingface_hub's cache."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:

@@ -34,7 +34,7 @@ BENCH_PEERS = {"inf_cl", "cut_cross_entropy", "memeff", "open_clip", "liger_kern
 ARROWS = {  # file or folder: (modules of ours, third-party packages) it may import
     "tokenizer.py": (set(), {"torch", "ftfy", "regex"}),
     "clip_model.py": ({"clip_weights"}, {"torch"}),
-    "clip_weights.py": (set(), {"torch", "numpy"}),
+    "clip_weights.py": (set(), {"torch", "numpy", "huggingface_hub"}),
     "ordinalclip.py": ({"kernels"}, {"torch"}),
     "backbones.py": (set(), {"torch"} | OPTIONAL),
     "kernels": ({"kernels"}, {"torch", "triton", "PIL", "numpy"}),
@@ -97,7 +97,7 @@ def test_nothing_is_unpickled_freely():
 
 # --- sizes ---
 
-MAX_LINES, MAX_LINES_IN_ALL, MAX_COLUMNS = 450, 7200, 100
+MAX_LINES, MAX_LINES_IN_ALL, MAX_COLUMNS = 450, 7400, 100
 LONGER = {"kernels/matching_triton.py"}  # to be shortened: the one exception
 
 
