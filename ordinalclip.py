@@ -36,6 +36,7 @@ text tower (prompts.py); needs torch>=2.4. The CLIP object may be ours, OpenAI's
 Hugging Face's. Read from the top; private functions come last.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -44,10 +45,10 @@ from torch import Tensor, nn
 
 if __package__:  # pasted into a package, kernels/ beside it
     from .kernels import match, matching_loss, similarity, unit
-    from .kernels.prompts import TextTower, encode_prompts, token_table
+    from .kernels.prompts import TextTower, encode_prompts, fingerprint, same_tower, token_table
 else:
     from kernels import match, matching_loss, similarity, unit
-    from kernels.prompts import TextTower, encode_prompts, token_table
+    from kernels.prompts import TextTower, encode_prompts, fingerprint, same_tower, token_table
 
 SOT, FULL_STOP, EOT = 49406, 269, 49407  # ids in CLIP's vocabulary
 POSITIONS = ("tail", "middle", "front")
@@ -89,11 +90,14 @@ class RankPrompts(nn.Module):
     Learned: `context_embeds` (N, W) or (R, N, W), `rank_embeds` (K, T, W); both float32, named as
     in the official checkpoints. The text tower belongs to `clip`: it moves with this module (`.to`,
     `.half`) but is not among its parameters nor in its state dict, and is set to need no gradient.
+    The state dict says which settings and which text tower it is of (`_extra_state`, which older
+    ones lack): to load it into another one is a ValueError.
 
     Args:
         clip: ours, OpenAI's, open_clip's CLIP or Hugging Face's CLIPModel.
         num_ranks: R >= 2.
-        context: token ids (N,) whose embeddings start the context, or an int N for N random ones.
+        context: token ids (N,) whose embeddings start the context, without [SOT], [EOT] and
+            padding, or an int N for N random ones.
         rank_tokens: R sequences of token ids, the names of all ranks. With interpolation, the K
             base embeddings start at the names nearest their positions, each pooled to
             `tokens_per_rank`; with interp="none" every rank starts at its name, token by token.
@@ -129,6 +133,7 @@ class RankPrompts(nn.Module):
             raise ValueError(f"rank_position={rank_position!r}: {expected}")
         if tokens_per_rank < 1:
             raise ValueError(f"tokens_per_rank={tokens_per_rank}: expected at least 1")
+        self.interp, self.rank_position = interp, rank_position
         # In a tuple it is not a submodule.
         self._text = (TextTower(clip).requires_grad_(False),)
         table = token_table(clip).float()  # (V, W)
@@ -175,6 +180,32 @@ class RankPrompts(nn.Module):
         shared, own = prompts[0, : self.num_shared], prompts[:, self.num_shared :]
         return shared, own, self.eot - self.num_shared
 
+    def get_extra_state(self) -> Tensor:
+        """(3 + R + 1 + D,): interp, rank_position, R; positions of [EOT]; the text tower's
+        fingerprint."""
+        settings = [INTERPOLATIONS.index(self.interp), POSITIONS.index(self.rank_position)]
+        settings = torch.tensor([*settings, len(self.eot), *self.eot.tolist()])
+        return torch.cat([settings, fingerprint(self._text[0], self.specials)])
+
+    def set_extra_state(self, state: Tensor | None) -> None:
+        """Nothing is set. ValueError if the state is of other settings or another text tower."""
+        if state is None:
+            return
+        own, end, state = self.get_extra_state(), 3 + len(self.eot), state.float().cpu()
+        names = ("interp", "rank_position", "number of ranks")
+        other = [name for name, a, b in zip(names, own, state) if a != b]
+        if not other and not torch.equal(own[:end], state[:end]):
+            other = ["number of tokens per rank"]
+        if other := other or ["text tower"] * (not same_tower(own[end:], state[end:])):
+            raise ValueError(
+                f"a state dict of prompts with another {', '.join(other)}; build the same ones, or "
+                "remove its entry _extra_state to load the values all the same"
+            )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.setdefault(prefix + "_extra_state", None)  # older files have none
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _apply(self, fn, recurse=True):
         self._text[0]._apply(fn, recurse)
         return super()._apply(fn, recurse)
@@ -218,8 +249,10 @@ class OrdinalCLIP(nn.Module):
     Args:
         image_encoder: module (B, 3, H, W) -> (B, D), e.g. `clip.visual`.
         prototypes: module whose call gives (R, D): RankPrompts, LinearPrototypes, FixedPrototypes.
-        logit_scale: log of the temperature's inverse, as CLIP stores it: number or tensor. Copied
-            and frozen; `model.logit_scale.requires_grad_()` makes it learn.
+        logit_scale: log of the temperature's inverse, as CLIP stores it: number or tensor. Copied,
+            as a buffer; `model.logit_scale = nn.Parameter(model.logit_scale)` makes it learn.
+
+    Raises ValueError for a logit_scale that is no log: 100 instead of log(100).
     """
 
     def __init__(
@@ -229,11 +262,16 @@ class OrdinalCLIP(nn.Module):
         self.image_encoder = image_encoder
         self.prototypes = prototypes
         logit_scale = torch.as_tensor(logit_scale).detach().float().clone()
-        self.logit_scale = nn.Parameter(logit_scale, requires_grad=False)
+        if logit_scale.numel() != 1 or not -7 <= logit_scale.item() <= 7:  # 1/1097 to 1097
+            raise ValueError(
+                f"logit_scale={logit_scale.tolist()}: expected one number from -7 to 7, the log of "
+                "the multiplier as CLIP stores it: math.log(100), not 100"
+            )
+        self.register_buffer("logit_scale", logit_scale)  # FSDP2 has no scalar parameters
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> logits (B, R) = exp(logit_scale) * cosine."""
-        return similarity(self.image_encoder(images), self.prototypes(), self.logit_scale.exp())
+        return similarity(self._features(images), self.prototypes(), self.logit_scale.exp())
 
     def loss(
         self,
@@ -246,9 +284,21 @@ class OrdinalCLIP(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, H, W), rank indices (B,) -> (total, i2t, t2i), total = i2t + t2i (Eq. 4).
 
-        The keywords are `kernels.matching_loss`'s.
+        The keywords are `kernels.matching_loss`'s. Raises ValueError for labels that are no tensor.
         """
-        features, scale = self.image_encoder(images), self.logit_scale.exp()
+        if not torch.is_tensor(labels):
+            got = type(labels).__name__
+            raise ValueError(f"labels is a {got}; expected rank indices (B,): torch.tensor(labels)")
+        if self.logit_scale.requires_grad and "logit_scale" in self._buffers:
+            raise ValueError(
+                "logit_scale needs a gradient but is no parameter; to make it learn: "
+                "model.logit_scale = nn.Parameter(model.logit_scale)"
+            )
+        dist = torch.distributed
+        if group is None and dist.is_available() and dist.is_initialized():
+            if dist.get_world_size() > 1:
+                warnings.warn("this is the loss of one process: pass group=", stacklevel=2)
+        features, scale = self._features(images), self.logit_scale.exp()
         i2t, t2i = matching_loss(
             features, self.prototypes(), labels, scale, target=target, impl=impl, group=group
         )
@@ -260,7 +310,7 @@ class OrdinalCLIP(nn.Module):
 
         Of a model with RankPrompts, predict with `model.export()`: there the text tower ran once.
         """
-        features, scale = self.image_encoder(images), self.logit_scale.exp()
+        features, scale = self._features(images), self.logit_scale.exp()
         probs, expected, rank = match(features, self.prototypes(), scale, impl=impl)
         return dict(rank=rank, expected=expected, probs=probs)
 
@@ -270,6 +320,15 @@ class OrdinalCLIP(nn.Module):
         prototypes = FixedPrototypes(self.prototypes())
         model = OrdinalCLIP(self.image_encoder, prototypes, self.logit_scale)
         return model.train(self.training)
+
+    def _features(self, images):
+        features = self.image_encoder(images)  # (B, D)
+        if not torch.is_tensor(features):
+            raise ValueError(
+                f"the image encoder gives a {type(features).__name__}; expected a tensor (B, D): "
+                "wrap it in a module whose forward returns that"
+            )
+        return features
 
 
 def ordinality(prototypes: Tensor, span: int | None = None, official: bool = False) -> float:
@@ -315,16 +374,10 @@ def _base_positions(num_ranks, num_base_ranks):
 def _context_embeds(table, context):
     """Start of the context (N, W): embeddings of token ids (N,), or an int N of random ones."""
     if isinstance(context, int):
-        if context < 0:
+        if not 0 <= context < 10_000:  # before they are made; the tower reads 77
             raise ValueError(f"context={context}: expected a number of tokens or their ids")
         return torch.randn(context, table.shape[1], device=table.device) * 0.02
-    context = torch.as_tensor(context, device=table.device)
-    if context.dim() != 1 or context.is_floating_point():
-        raise ValueError(
-            f"context of shape {tuple(context.shape)}, {context.dtype}; expected token ids (N,) "
-            "without [SOT], [EOT] and padding: torch.tensor(tokenizer.encode(text))"
-        )
-    return _lookup(table, context)
+    return _lookup(table, context, "context")
 
 
 def _rank_embeds(table, shape, rank_tokens, tokens_per_rank, per_rank):
@@ -334,10 +387,10 @@ def _rank_embeds(table, shape, rank_tokens, tokens_per_rank, per_rank):
     if rank_tokens is None:
         size = (num_base_ranks, tokens_per_rank, table.shape[1])
         return torch.randn(size, device=table.device) * 0.02, lengths
-    if len(rank_tokens) != num_ranks:
-        expected = f"expected num_ranks={num_ranks}"
-        raise ValueError(f"rank_tokens holds {len(rank_tokens)} names; {expected}")
-    names = [_lookup(table, ids) for ids in rank_tokens]  # (tokens, W) each
+    if isinstance(rank_tokens, str) or len(rank_tokens) != num_ranks:
+        got = "is a text" if isinstance(rank_tokens, str) else f"holds {len(rank_tokens)} names"
+        raise ValueError(f"rank_tokens {got}; expected num_ranks={num_ranks} lists of token ids")
+    names = [_lookup(table, ids, "a name of rank_tokens") for ids in rank_tokens]  # (tokens, W)
     if not all(len(name) for name in names):
         raise ValueError(
             "rank_tokens holds a name without tokens; give every rank a word or number"
@@ -349,12 +402,22 @@ def _rank_embeds(table, shape, rank_tokens, tokens_per_rank, per_rank):
     return torch.stack(embeds), lengths
 
 
-def _lookup(table, ids):
+def _lookup(table, ids, name):
     """Rows of the embedding table (V, W) for token ids (M,) -> (M, W)."""
-    ids = torch.as_tensor(ids, dtype=torch.long, device=table.device)
+    expected = "expected token ids (N,) without [SOT], [EOT] and padding: tokenizer.encode(text)"
+    try:
+        ids = torch.as_tensor(ids, device=table.device)
+    except (TypeError, ValueError, RuntimeError) as error:  # texts, lists of several lengths
+        raise ValueError(f"{name} is {ids!r:.80}; {expected}") from error
+    ids = ids if ids.numel() else ids.long()  # an empty list is float
+    if ids.dim() != 1 or ids.is_floating_point():
+        raise ValueError(f"{name} of shape {tuple(ids.shape)}, {ids.dtype}; {expected}")
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(table):
-        raise ValueError(f"token ids {ids.tolist()}; expected 0 to {len(table) - 1}")
-    return F.embedding(ids, table)
+        raise ValueError(f"{name}: token ids {ids.tolist()}; expected 0 to {len(table) - 1}")
+    # No word ends with id 0, which is "!" within a word, and padding.
+    if bool(((ids == SOT) | (ids == EOT)).any()) or len(ids) and int(ids[-1]) == 0:
+        raise ValueError(f"{name}: token ids {ids.tolist()}; {expected}")
+    return F.embedding(ids.long(), table)
 
 
 def _prompt_layout(num_context, lengths, position, rank_specific):

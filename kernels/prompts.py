@@ -2,6 +2,7 @@
 
     encode_prompts   embeddings of R prompts -> text features (R, D), exact in value and gradient
     TextTower        the parts of a CLIP object that it needs: ours, OpenAI's, open_clip's, Hugging Face's
+    fingerprint      for same_tower: is it the same one?
     token_table      the embeddings of such an object's vocabulary
 
 Dims: R prompts, P tokens that all of them share in front, S that each has for itself, L = P + S,
@@ -99,6 +100,26 @@ def token_table(clip: nn.Module) -> Tensor:
         clip.text_model.embeddings if hasattr(clip, "text_model") else getattr(clip, "text", clip)
     )
     return text.token_embedding.weight.detach()
+
+
+@torch.no_grad()
+def fingerprint(text: TextTower, specials: Tensor) -> Tensor:
+    """What tells text towers apart (1 + D,): gelu(1), and the text features of "." alone.
+
+    specials: the embeddings (3, W) of [SOT], "." and [EOT]. float32 on the CPU.
+    """
+    eot = torch.ones(1, dtype=torch.long, device=specials.device)
+    features = encode_prompts(text, specials[:1], specials[None, 1:], eot)[0]  # (D,)
+    modules = text.blocks[0].mlp.modules()
+    gelus = [m for m in modules if not [*m.children(), *m.parameters()]]
+    return torch.cat([gelus[0](torch.ones(1)), features.float().cpu()])
+
+
+def same_tower(one: Tensor, other: Tensor) -> bool:
+    """Whether fingerprints are of one tower, perhaps in two precisions, which differ by 1 %."""
+    if one.shape != other.shape or (one[0] - other[0]).abs() > 1e-3:  # QuickGELU's is 0.004 more
+        return False
+    return bool((one - other)[1:].norm() <= 0.05 * one[1:].norm())
 
 
 def _part(module, *names):

@@ -147,7 +147,11 @@ def run_python(block: str, folder: Path) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("block", code_blocks("python"), ids=block_id)
 def test_a_python_block_runs_and_prints_what_its_comments_say(block, tmp_path):
-    for package, module in (("open_clip", "open_clip"), ("import clip\n", "clip")):
+    for package, module in (
+        ("open_clip", "open_clip"),
+        ("import clip\n", "clip"),
+        ("transformers", "transformers"),
+    ):
         if package in block:
             pytest.importorskip(module)  # not a requirement
     example_run = "runs/demo-ordinalclip-linear-K3-seed1"
