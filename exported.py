@@ -6,8 +6,8 @@
     model = OrdinalCLIP(encoder, FixedPrototypes(saved["prototypes"]), saved["logit_scale"])
 
 Every entry is checked when it is read. Letters: R ranks, D joint dim.
-Copy together with: ordinalclip.py, kernels/, clip_weights.py; clip_model.py or backbones.py for the
-image encoder; data/ to save prototypes.
+Copy together with: ordinalclip.py, regression.py, kernels/, clip_weights.py; clip_model.py or
+backbones.py for the image encoder; data/ to save prototypes.
 """
 
 import math
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from clip_weights import check_finite, load_file
 from ordinalclip import FixedPrototypes, OrdinalCLIP
+from regression import Regression
 
 FORMAT, PROTOTYPES_FORMAT = "ordinalclip-1", "ordinalclip-prototypes-1"
 EXPORTED = dict(  # the entries of an exported file, and what each must be
@@ -37,7 +38,7 @@ PROTOTYPES = dict(
     rank_values="a list of finite numbers",
     logit_scale="a finite number",
 )
-Exported = tuple[OrdinalCLIP, list[str], list[float], dict[str, Any]]
+Exported = tuple[OrdinalCLIP | Regression, list[str], list[float], dict[str, Any]]
 
 
 def load_model(path: str | Path) -> Exported:
@@ -49,11 +50,17 @@ def load_model(path: str | Path) -> Exported:
     """
     content = _load_file(path, FORMAT, EXPORTED, "the exported.pt that train.py writes")
     name, _, state, names, values, preprocess = (content[key] for key in EXPORTED)
-    prototypes = state.get("prototypes.prototypes", torch.empty(0, 0))  # (R, D)
-    _check_sizes(prototypes, names, values, f"{path}: ")
+    is_regression = "head.weight" in state
+    matrix = state.get("head.weight" if is_regression else "prototypes.prototypes")
+    matrix = torch.empty(0, 0) if matrix is None else matrix  # (R, D), or (1, D) of regression
+    if not is_regression or len(names) != len(values):
+        _check_sizes(matrix, names, values, f"{path}: ")
     try:
-        encoder = _build_image_encoder(content, prototypes.shape[1])
-        model = OrdinalCLIP(encoder, FixedPrototypes(prototypes), 0.0)
+        encoder = _build_image_encoder(content, matrix.shape[1])
+        if is_regression:
+            model = Regression(encoder, matrix.shape[1], len(names), "l1")
+        else:
+            model = OrdinalCLIP(encoder, FixedPrototypes(matrix), 0.0)
         for key, value in model.state_dict().items():
             if key in state and state[key].is_floating_point() != value.is_floating_point():
                 raise TypeError(f"{key} is {state[key].dtype}, not {value.dtype}")

@@ -32,8 +32,9 @@ from torch.utils.data import DataLoader
 
 from evaluation.plots import MAX_EXPLAINED, explain, printable
 from exported import load_model, save_prototypes
-from kernels import match, which_impl
+from kernels import which_impl
 from ordinalclip import OrdinalCLIP
+from regression import Regression
 
 COLUMNS = ("file", "rank", "rank_index", "expected_rank_index", "value", "prob")  # of --csv
 ImageLike = str | Path | Image.Image
@@ -53,7 +54,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> "Predictor":
 class Predictor:
     """Images -> ranks."""
 
-    model: OrdinalCLIP  # in evaluation mode, on `device`
+    model: OrdinalCLIP | Regression  # in evaluation mode, on `device`
     rank_names: list[str]  # [R]
     rank_values: list[float]  # [R], an age, say
     preprocess: dict[str, Any]  # image_size, mean, std; also squash, resample if not the default
@@ -114,8 +115,9 @@ class Predictor:
 def export_onnx(predictor: Predictor, path: str | Path) -> None:
     """Write ONNX: `images` (B, 3, S, S) float32, normalised -> `probs` (B, R), `expected` (B,).
 
-    B is free. The file is moved to `path` once its outputs equal PyTorch's. Raises ImportError
-    without onnx and onnxscript, ValueError if the outputs differ.
+    B is free; preprocessing, rank names and values are JSON in the metadata. The file is moved to
+    `path` once its outputs equal PyTorch's. Raises ImportError without onnx and onnxscript,
+    ValueError if the outputs differ.
     """
     try:
         import onnx.reference
@@ -127,11 +129,12 @@ def export_onnx(predictor: Predictor, path: str | Path) -> None:
 
     class Outputs(nn.Module):  # torch.export takes modules only
         def forward(self, images):
-            features = self.model.image_encoder(images)  # (B, D)
-            prototypes, scale = self.model.prototypes(), self.model.logit_scale.exp()
-            return match(features, prototypes, scale, impl="torch")[:2]
+            outputs = self.model.predict(images, impl="torch")
+            return outputs["probs"], outputs["expected"]
 
     outputs, size = Outputs(), predictor.preprocess["image_size"]
+    metadata = dict(rank_names=predictor.rank_names, rank_values=predictor.rank_values)
+    metadata = {key: json.dumps(v) for key, v in (metadata | predictor.preprocess).items()}
     outputs.model = predictor.model
 
     def save(tmp_path):
@@ -140,7 +143,9 @@ def export_onnx(predictor: Predictor, path: str | Path) -> None:
         shapes = ({0: torch.export.Dim("batch")},)  # any B; strict, else it is fixed
         graph = torch.export.export(outputs, (images[:2],), dynamic_shapes=shapes, strict=True)
         names = dict(input_names=["images"], output_names=["probs", "expected"])
-        torch.onnx.export(graph, **names, dynamo=True, verbose=False).save(tmp_path)
+        program = torch.onnx.export(graph, **names, dynamo=True, verbose=False)
+        program.model.metadata_props.update(metadata)
+        program.save(tmp_path)
         session = onnx.reference.ReferenceEvaluator(onnx.load(tmp_path))
         onnx_outputs = map(torch.from_numpy, session.run(None, dict(images=images.numpy())))
         for expected, actual in zip(outputs(images), onnx_outputs):
@@ -181,6 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         paths = find_images(args.images)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         predictor = load(args.exported, device)
+        if args.save_prototypes and isinstance(predictor.model, Regression):
+            raise ValueError(f"{args.exported} is of a regression run, which has no prototypes")
         if args.save_prototypes:
             prototypes, scale = predictor.model.prototypes(), predictor.model.logit_scale
             names, values = predictor.rank_names, predictor.rank_values
@@ -249,8 +256,15 @@ def report(args: Namespace, predictor: Predictor, answers: Answers, failed: Fail
         text = json.dumps(content, indent=1) + "\n"
         data.atomic_write(Path(args.json), lambda tmp_path: tmp_path.write_text(text))
     if args.explain and answers:
-        pixels, _, _ = _read_batch(predictor.preprocess, enumerate(answers["file"][:MAX_EXPLAINED]))
-        picture = explain(pixels, answers, names)
+        count = min(MAX_EXPLAINED, len(rows))
+        chosen = torch.linspace(0, len(rows) - 1, count).round().long()  # over the whole list
+        files = [rows[i]["file"] for i in chosen]
+        pixels, _, _ = _read_batch(predictor.preprocess, enumerate(files))
+        few = {
+            key: values[chosen] if torch.is_tensor(values) else [values[i] for i in chosen]
+            for key, values in answers.items()
+        }
+        picture = explain(pixels, few, names)
         data.atomic_write(Path(args.explain), lambda tmp_path: picture.save(tmp_path, "PNG"))
     for path, error in failed:
         message = error if path in error else f"{path}: {error}"

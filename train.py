@@ -153,8 +153,7 @@ def train_run(args: Namespace) -> dict[str, Any]:
     load_model(model, load_checkpoint(run.dir / "best.pt", "model")["model"], run.dir / "best.pt")
     results = evaluate_test_set(run, val_loader, test_loader, start_time, initial_similarity)
     if is_main():
-        if args.method != "regression":  # which has no prototypes
-            export_model(run.dir / "exported.pt", run, results)
+        export_model(run.dir / "exported.pt", run, results)
         save_json(run.dir / "results.json", results)
     return results
 

@@ -371,6 +371,22 @@ def test_the_picture(run, exported, tmp_path):
         )
 
 
+def test_the_pictures_are_of_images_from_over_the_whole_list(run, exported, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(predict, "explain", lambda *args: calls.append(args) or image_of(0))
+    images = [str(path) for path in sorted(run[1].rglob("*.png"))[::10]]
+    for count in (8, 2):
+        predict.main([exported, *images[:count], "--explain", str(tmp_path / "o.png")])
+    (pixels, answers, names), (_, few, _) = calls
+    predictor = predict.load(exported)
+    chosen = [images[i] for i in (0, 1, 3, 4, 6, 7)]
+    assert answers["file"] == chosen and few["file"] == images[:2] and len(names) == 4
+    expected = predictor(chosen)
+    torch.testing.assert_close(answers["probs"], expected["probs"])
+    assert answers["name"] == expected["name"]
+    torch.testing.assert_close(predictor.predict(pixels)["probs"], expected["probs"])
+
+
 def copy_modules(folder, *names):
     for name in names:
         if (ROOT / name).is_dir():
@@ -389,7 +405,7 @@ ALONE = (
     "evaluation/plots.py",
     "clip_model.py",
 )
-ALONE += ("clip_weights.py",)
+ALONE += ("clip_weights.py", "regression.py")
 
 
 def test_it_runs_without_the_rest_of_the_project(run, exported, tmp_path):
@@ -409,35 +425,3 @@ print(p.model.predict(torch.zeros(2, 3, s, s))['probs'].shape == (2, len(p.rank_
     command = [sys.executable, "-c", code]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 0 and process.stdout.strip() == "True", process.stderr
-
-
-HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript"))
-
-
-@pytest.mark.skipif(HAS_ONNX, reason="onnx is installed")
-def test_missing_onnx_is_named(exported, tmp_path):
-    with pytest.raises(SystemExit, match="--onnx needs two packages .*pip install onnx onnxscript"):
-        predict.main([exported, "--onnx", str(tmp_path / "m.onnx")])
-    with pytest.raises(ImportError, match="pip install onnx onnxscript"):
-        predict.export_onnx(predict.load(exported), tmp_path / "m.onnx")
-
-
-@pytest.mark.skipif(not HAS_ONNX, reason="needs onnx and onnxscript")
-@pytest.mark.parametrize("vision", ["resnet", "vit"])
-def test_onnx_answers_like_pytorch(tmp_path, vision, monkeypatch):
-    import onnx.reference
-
-    model = export(tmp_path / "e.pt", tiny_clip(vision=vision).visual)
-    assert predict.main([str(tmp_path / "e.pt"), "--onnx", str(tmp_path / "m.onnx")]) == 0
-    session = onnx.reference.ReferenceEvaluator(onnx.load(tmp_path / "m.onnx"))
-    images = torch.randn(5, 3, 64, 64)
-    probs, expected = map(torch.from_numpy, session.run(None, dict(images=images.numpy())))
-    want = model.predict(images)
-    torch.testing.assert_close(probs, want["probs"], atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(expected, want["expected"], atol=1e-4, rtol=1e-3)
-
-    wrong = [np.zeros((3, 4), "f4"), np.zeros(3, "f4")]
-    monkeypatch.setattr(onnx.reference.ReferenceEvaluator, "run", lambda *_: wrong)
-    with pytest.raises(ValueError, match="the ONNX model answers"):
-        predict.export_onnx(predict.load(tmp_path / "e.pt"), tmp_path / "n.onnx")
-    assert not list(tmp_path.glob("n.onnx*"))

@@ -6,7 +6,8 @@ A builder gets a Parts and returns a module with
     predict(images) -> dict(probs (B, R))
     export() -> the module that evaluates (text tower run once)
 
-Needs: ordinalclip, clip_model, tokenizer, backbones, data, training.distributed, .run_folder.
+Needs: ordinalclip, regression, clip_model, tokenizer, backbones, data, training.distributed,
+.run_folder.
 """
 
 import math
@@ -24,9 +25,10 @@ from backbones import build_image_encoder
 from clip_model import CLIP, download, tiny_clip
 from clip_weights import check_finite, unwrap
 from ordinalclip import FixedPrototypes, LinearPrototypes, OrdinalCLIP, RankPrompts
+from regression import Regression
 from tokenizer import Tokenizer
 from training.checkpoints import load_checkpoint
-from training.distributed import is_main, main_process_first, world_size
+from training.distributed import is_main, main_process_first
 from training.run_folder import is_number
 
 LINEAR_DIM, LINEAR_SCALE = 1024, math.log(100)  # of the baselines where no CLIP is loaded
@@ -46,56 +48,6 @@ class Method(NamedTuple):
     build: Callable[[Parts], nn.Module]
     needs_clip: bool
     has_prompts: bool  # --tune has an effect
-
-
-class Regression(nn.Module):
-    """The paper's regression baseline: one neuron that gives the rank index, with L1 or L2 loss.
-
-    It starts at the middle rank. `predict` puts the probability on the two ranks beside the answer,
-    so that the expected rank is the answer (within 0..R-1) and the most probable one the nearest.
-    """
-
-    def __init__(self, image_encoder: nn.Module, dim: int, num_ranks: int, loss_type: str) -> None:
-        super().__init__()
-        self.image_encoder, self.num_ranks, self.loss_type = image_encoder, num_ranks, loss_type
-        self.head = nn.Linear(dim, 1)
-        nn.init.constant_(self.head.bias, (num_ranks - 1) / 2)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> rank indices (B,), of any size."""
-        return self.head(self.image_encoder(images).float())[:, 0]
-
-    def loss(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        target: str | None = None,
-        group: dist.ProcessGroup | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, 3, H, W), rank indices (B,) -> (mean loss, the same, 0).
-
-        With `group` the loss is that of all its processes, and gradients are each one's share, as
-        OrdinalCLIP's. `target` is OrdinalCLIP's column target: without columns it has no effect.
-        """
-        error = self(images) - labels
-        error = error.abs() if self.loss_type == "l1" else error.square()
-        total = error.mean() / world_size()
-        if group is not None:
-            global_loss = total.detach().clone()
-            dist.all_reduce(global_loss, group=group)
-            total = total + (global_loss - total.detach())
-        return total, total, torch.zeros_like(total)
-
-    @torch.no_grad()
-    def predict(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) -> dict(probs (B, R))."""
-        ranks = torch.arange(self.num_ranks, device=images.device)
-        predicted = self(images).clamp(0, self.num_ranks - 1)[:, None]  # (B, 1)
-        return dict(probs=(1 - (predicted - ranks).abs()).clamp_min(0))
-
-    def export(self) -> nn.Module:
-        return self
 
 
 def build_linear(parts: Parts) -> OrdinalCLIP:
