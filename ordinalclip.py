@@ -231,8 +231,9 @@ class FixedPrototypes(nn.Module):
 
     def __init__(self, prototypes: Tensor) -> None:
         super().__init__()
-        if prototypes.dim() != 2:
-            raise ValueError(f"got prototypes {tuple(prototypes.shape)}; expected (R, D)")
+        if prototypes.dim() != 2 or not prototypes.is_floating_point():
+            got = f"{prototypes.dtype} {tuple(prototypes.shape)}"
+            raise ValueError(f"got prototypes {got}; expected float (R, D)")
         if not (finite := prototypes.isfinite().all(1)).all():
             bad = f"prototype {int(finite.long().argmin())} of {len(finite)} holds nan or inf"
             raise FloatingPointError(f"{bad}; lower the learning rate, or take other weights")

@@ -363,6 +363,15 @@ def test_hints_on_the_command_line_name_flags(tmp_path, stripes):
     )
 
 
+def test_zeroshot_refuses_the_names_of_special_tokens(stripes, tmp_path):
+    """CLIP would read its feature before the rank's name: all ranks alike."""
+    argv = ["--data", str(stripes), "--clip", "tiny", "--image-encoder", "clip", "--device", "cpu"]
+    argv += ["--method", "zeroshot", "--context", "a <|ENDOFTEXT|>", "--out", str(tmp_path / "run")]
+    assert message_of(train.main, argv) == (
+        "train.py: 'a <|ENDOFTEXT|> 1 stripes.' spells out a special token of CLIP; use other words"
+    )
+
+
 def official(state):
     """A checkpoint as xk-huang/OrdinalCLIP@ca10a20 writes it, through Lightning."""
     names = {

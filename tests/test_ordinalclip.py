@@ -361,8 +361,10 @@ def test_fixed_prototypes_are_a_copy():
     fixed = FixedPrototypes(tensor)
     assert torch.equal(fixed(), tensor)
     assert not fixed().requires_grad and not list(fixed.parameters())
-    with pytest.raises(ValueError, match=r"got prototypes \(8,\); expected \(R, D\)"):
+    with pytest.raises(ValueError, match=r"prototypes torch.float32 \(8,\); expected float \(R"):
         FixedPrototypes(tensor[0])
+    with pytest.raises(ValueError, match=r"got prototypes torch.int64 \(4, 8\); expected float"):
+        FixedPrototypes(tensor.long())
 
 
 # --------------------------------------------------------------------------------------- ordinality

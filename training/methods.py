@@ -64,8 +64,12 @@ def build_regression(parts: Parts) -> Regression:
 def build_zeroshot(parts: Parts) -> OrdinalCLIP:
     clip, names = parts.clip, parts.task.rank_names
     prompts = [zeroshot_prompt(parts.args, parts.task, name) for name in names]
+    tokenizer = Tokenizer()
+    for prompt in prompts:  # CLIP reads its feature at the first [EOT]
+        if {tokenizer.sot_token, tokenizer.eot_token} & {*tokenizer.encode(prompt)}:
+            raise ValueError(f"{prompt!r} spells out a special token of CLIP; use other words")
     with torch.no_grad():
-        prototypes = clip.encode_text(Tokenizer()(prompts, clip.context_length))
+        prototypes = clip.encode_text(tokenizer(prompts, clip.context_length))
     return OrdinalCLIP(parts.image_encoder, FixedPrototypes(prototypes), clip.logit_scale)
 
 

@@ -393,7 +393,10 @@ def check_types(settings: dict, parser: argparse.ArgumentParser, path: Path) -> 
         value = settings.get(action.dest)
         types = bool if action.nargs == 0 else action.type or str
         types = {float: (int, float)}.get(types, types if isinstance(types, type) else object)
-        for entry in [] if value is None else as_list(value):
+        entries = as_list(value) if action.nargs == "+" else [value]
+        if value is None and (action.dest not in settings or action.default is None):
+            continue
+        for entry in entries or [None]:
             if not isinstance(entry, types) or action.choices and entry not in action.choices:
                 flag = f"--{action.dest.replace('_', '-')}"
                 raise SystemExit(f"{path} is damaged: its {flag} is {value!r:.80}")
