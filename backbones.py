@@ -10,6 +10,8 @@ The last two need those packages installed. Each encoder has the attributes `ima
 Copy together with: nothing; needs torch>=2.4. Read from the top.
 """
 
+import re
+import sys
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -133,6 +135,19 @@ def _torchvision(name, dim, pretrained):
     return encoder
 
 
+_WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+    "module",
+    "params",
+    "model_ema",
+    "ema",
+)
+_PREFIXES = re.compile(r"((module|_orig_mod|model|net|backbone|image_encoder)\.)+")
+
+
 def _load(encoder, path):
     """Load a state dict file except for the last layer, whose size is another task's."""
     if not Path(path).is_file():
@@ -140,13 +155,23 @@ def _load(encoder, path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch each have errors of their own
-        message = f"{path} cannot be read as a state dict ({error}); save state_dict() alone"
+        reason = type(error).__name__  # torch's text advises to trust the file
+        message = f"{path} cannot be read as a state dict ({reason}); save state_dict() alone"
         raise ValueError(message) from error
-    state = state.get("state_dict", state)
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    encoder_state, last_layer = encoder.state_dict(), encoder.last_layer + "."
-    state = {key: value for key, value in state.items() if not key.startswith(last_layer)}
-    got = {(key, getattr(value, "shape", None)) for key, value in state.items()}
+    removed = set()
+    while isinstance(state, dict) and (key := next(filter(state.__contains__, _WRAPPERS), "")):
+        state = state[key]
+        removed.add(key)
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}; expected a state dict")
+    encoder_state, last_layer, entries = encoder.state_dict(), encoder.last_layer + ".", {}
+    for key, value in state.items():
+        prefix = "" if key in encoder_state else _PREFIXES.match(str(key))
+        prefix = prefix[0] if prefix else ""
+        entries[str(key).removeprefix(prefix)] = value
+        removed |= {prefix} - {""}
+    entries = {key: value for key, value in entries.items() if not key.startswith(last_layer)}
+    got = {(key, getattr(value, "shape", None)) for key, value in entries.items()}
     expected = {
         (key, v.shape) for key, v in encoder_state.items() if not key.startswith(last_layer)
     }
@@ -155,4 +180,9 @@ def _load(encoder, path):
             f"{path} does not fit {type(encoder).__name__}: {len(mismatched)} entries missing, "
             f"unexpected or of another shape, e.g. {', '.join(mismatched[:3])}"
         )
-    encoder.load_state_dict(encoder_state | state)
+    for key, value in entries.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{path}: {key} holds nan or inf; get the file again")
+    if removed:
+        print(f"{path}: without {', '.join(map(repr, sorted(removed)))}", file=sys.stderr)
+    encoder.load_state_dict(encoder_state | entries)

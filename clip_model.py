@@ -22,7 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_weights import MODELS, download, load_weights, read_safetensors, to_openai_layout
+from clip_weights import (
+    MODELS,
+    check_finite,
+    download,
+    load_weights,
+    read_safetensors,
+    to_openai_layout,
+)
 
 __all__ = ["CLIP", "MODELS", "download", "image_tower", "read_safetensors", "tiny_clip"]
 
@@ -87,25 +94,34 @@ class CLIP(nn.Module):
         """Public weights by name (downloaded once) or from a file or folder -> float32, eval mode.
 
         Args:
-            name_or_path: a key of MODELS, a .pt / .bin / .safetensors file, or a folder with one.
+            name_or_path: a key of MODELS, a .pt / .bin / .safetensors file, a folder with one (or
+                with parts and their index), or hf:ORG/NAME, which needs huggingface_hub.
             cache_dir: where downloads go; default ~/.cache/clip, which OpenAI's package uses too.
             quick_gelu: the activation of the weights; a wrong one costs accuracy silently. None: as
                 in a config file beside the weights; OpenAI's own files need none.
             trust_torchscript: open a TorchScript archive of unknown origin. It can run any code.
 
-        Raises FileNotFoundError, ConnectionError (download), ValueError (damaged, unsafe or
-        unsuitable file).
+        Raises FileNotFoundError, ConnectionError (download), ImportError (huggingface_hub),
+        ValueError (damaged, unsafe or unsuitable file).
         """
         weights = load_weights(name_or_path, cache_dir, quick_gelu, trust_torchscript)
         return cls.from_state_dict(*weights)
 
     @classmethod
-    def from_state_dict(cls, state_dict: dict[str, Tensor], quick_gelu: bool = True) -> "CLIP":
+    def from_state_dict(
+        cls, state_dict: dict[str, Tensor], quick_gelu: bool | None = True
+    ) -> "CLIP":
         """Build the architecture that the shapes in `state_dict` call for and load it, strictly.
 
-        Any of the three key layouts; values are copied, as float32. Raises ValueError for another
-        layout and for missing, unexpected or misshapen entries.
+        Any of the three key layouts; values are copied, as float32. quick_gelu=None: True if the
+        state dict is of OpenAI's archives, otherwise an error. Raises ValueError for another
+        layout, for missing, unexpected or misshapen entries, and for nan and inf.
         """
+        if quick_gelu is None and not (quick_gelu := "input_resolution" in state_dict):
+            raise ValueError(
+                "quick_gelu=None, and a state dict does not say its activation; pass "
+                "quick_gelu=True (OpenAI, MetaCLIP) or quick_gelu=False (LAION, DataComp)"
+            )
         state = to_openai_layout(state_dict)
         try:
             with torch.device("meta"):  # no time spent on initial values
@@ -114,12 +130,13 @@ class CLIP(nn.Module):
                 buffer.zero_()
             clip.load_state_dict(state)
         except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"{type(error).__name__} {' '.join(str(error).split())}"
             raise ValueError(
-                f"not a whole CLIP: {repr(error):.2000}; got {len(state)} entries "
+                f"not a whole CLIP: {reason:.300}; got {len(state)} entries "
                 f"({', '.join([*state][:3])}), expected both towers, named as by OpenAI, open_clip "
-                "or Hugging Face's CLIPModel (not SigLIP, CoCa or open_clip's timm and Hugging "
-                "Face towers): choose other weights"
+                "or Hugging Face's CLIPModel: choose other weights"
             ) from error
+        check_finite(clip.state_dict(), "the state dict")
         return clip.eval()
 
 
@@ -221,7 +238,7 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`layers` blocks: (B, L, W) -> (B, L, W). Raises ValueError if heads do not divide `width`."""
+    """`layers` blocks: (B, L, W) -> (B, L, W). ValueError: heads do not divide `width`."""
 
     def __init__(
         self,
@@ -237,6 +254,8 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"width={width}; expected a multiple of {head_width}, the width of CLIP's heads"
             )
+        if not isinstance(quick_gelu, bool):
+            raise TypeError(f"quick_gelu={quick_gelu!r}; expected True or False")
         self.causal = causal
         self.resblocks = nn.ModuleList(
             ResidualAttentionBlock(width, width // head_width, mlp_width or 4 * width, quick_gelu)

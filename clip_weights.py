@@ -1,13 +1,14 @@
 """CLIP's public weights: download by name, every file format and key layout -> a state dict.
 
-    state_dict, quick_gelu = load_weights("RN50")   # or a file or folder
+    state_dict, quick_gelu = load_weights("RN50")   # or a file, a folder, hf:ORG/NAME
     state_dict = to_openai_layout(state_dict)       # from open_clip's or Hugging Face's names
+    content = load_file("runs/NAME/best.pt", "a checkpoint")   # any other file of torch.save
 
 Differs from OpenAI's loader (openai/CLIP@d05afc4 clip/clip.py): files are opened with
 `weights_only=True`, and a TorchScript archive, which can run code, only if its sha256 is in MODELS
 or the caller trusts it.
 
-Copy together with: nothing; needs torch>=2.4.
+Copy together with: nothing; needs torch>=2.4, numpy.
 Read in this order: MODELS, load_weights, key layouts, files, download.
 """
 
@@ -17,10 +18,14 @@ import json
 import mmap
 import re
 import sys
+import warnings
 import zipfile
+from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,7 +54,7 @@ def load_weights(
     quick_gelu: bool | None = None,
     trust_torchscript: bool = False,
 ) -> tuple[StateDict, bool]:
-    """-> state dict in any of the three key layouts, and whether the activation is QuickGELU.
+    """-> state dict with OpenAI's names, and whether the activation is QuickGELU.
 
     Arguments and errors: those of `CLIP.from_pretrained`.
     """
@@ -58,9 +63,10 @@ def load_weights(
         path = download(*MODELS[name_or_path], cache_dir)
     else:
         path = _find_weights(name_or_path)
-    state_dict = _read_weights(path, trusted=is_public or trust_torchscript)
+    content = _read_weights(path, trusted=is_public or trust_torchscript)
+    state_dict = to_openai_layout(content, str(path))
     if quick_gelu is None:
-        is_openai = is_public or "input_resolution" in state_dict
+        is_openai = is_public or "input_resolution" in content
         quick_gelu = is_openai or _quick_gelu_from_config(path)
     return state_dict, quick_gelu
 
@@ -85,19 +91,73 @@ _HUGGING_FACE_NAMES = {  # part of a name -> part of OpenAI's, applied in order
 }
 
 
-def to_openai_layout(state_dict: StateDict) -> StateDict:
-    """A state dict in any of the three layouts, wrapped or not -> one with OpenAI's names."""
+_WRAPPERS = (  # of training checkpoints; the first that is there is read
+    "state_dict", "model_state_dict", "model", "net", "module", "params", "model_ema", "ema",
+)  # fmt: skip
+# Of DataParallel, torch.compile, Lightning and other packages' modules around a CLIP.
+_PREFIXES = re.compile(r"((module|_orig_mod|model|clip|clip_model|net|backbone)\.)+")
+_TOWERS = ("visual.", "transformer.", "vision_model.", "text_model.")
+_OTHER_MODELS = {  # part of a name -> whose it is
+    "logit_bias": "SigLIP",
+    "vision_model.head.": "SigLIP",
+    "text_decoder.": "CoCa",
+    "visual.trunk.": "a model with an image tower of timm (SigLIP, EVA, ConvNeXt)",
+    "visual.blocks.": "EVA-CLIP",
+    "text.transformer.enc": "a model with a text tower of Hugging Face's",
+}
+
+
+def unwrap(state_dict: dict, origin: str, quiet: bool = False) -> dict:
+    """A state dict without what training put around it: {"state_dict": ...}, "module." and such.
+
+    One line on stderr says what was taken off, unless `quiet`. Raises ValueError if two names
+    become one.
+    """
+    removed = []
+    while wrapper := next((key for key in _WRAPPERS if isinstance(state_dict.get(key), dict)), ""):
+        state_dict = state_dict[wrapper]
+        removed.append(f"the wrapper {wrapper!r}")
+    out, prefixes = {}, set()
+    for key, value in state_dict.items():
+        prefix = match[0] if (match := _PREFIXES.match(str(key))) else ""
+        name = str(key)[len(prefix) :]
+        if name in out:
+            raise ValueError(
+                f"{origin}: several entries are named {name} without their prefixes "
+                f"({', '.join(sorted(prefixes | {prefix}))}); save the one model alone"
+            )
+        out[name] = value
+        prefixes.add(prefix)
+    removed += [f"the prefix {prefix!r}" for prefix in sorted(prefixes - {""})]
+    if removed and not quiet:
+        print(f"{origin}: without {', '.join(removed)}", file=sys.stderr)
+    return out
+
+
+def to_openai_layout(state_dict: StateDict, origin: str = "state dict") -> StateDict:
+    """A state dict in any of the three layouts, wrapped or not -> one with OpenAI's names.
+
+    origin: where it is from, for messages. Raises ValueError for other models by their names.
+    """
     if not isinstance(state_dict, dict):
         got = type(state_dict).__name__
         raise ValueError(f"got a {got}; expected a dict, as model.state_dict() returns")
-    for wrapper in ("state_dict", "model"):  # training checkpoints of open_clip and others
-        if isinstance(state_dict.get(wrapper), dict):
-            state_dict = state_dict[wrapper]
-    # The prefixes are those of DataParallel, torch.compile and open_clip's CustomTextCLIP.
-    prefixes = re.compile(r"^((module|_orig_mod)\.)*(text\.)?")
-    state = {prefixes.sub("", str(key)): value for key, value in state_dict.items()}
+    state = unwrap(state_dict, origin)
+    for part, name in _OTHER_MODELS.items():
+        if key := next((key for key in state if part in key), ""):
+            raise ValueError(f"{origin} is {name}, with {key}; expected CLIP: choose other weights")
+    state = {key.removeprefix("text."): value for key, value in state.items()}  # CustomTextCLIP
+    has = {tower: any(k.startswith(tower) for k in state) for tower in _TOWERS}
+    if has["visual."] != has["transformer."] or has["vision_model."] != has["text_model."]:
+        only = "image" if has["visual."] or has["vision_model."] else "text"
+        raise ValueError(
+            f"{origin} holds the {only} tower only; expected both of CLIP's: choose other weights"
+        )
     for extra in ("input_resolution", "context_length", "vocab_size", "attn_mask"):
         state.pop(extra, None)  # OpenAI's TorchScript archives carry these beside the parameters
+    state = _without_numpy(state)
+    if key := next((key for key, value in state.items() if not torch.is_tensor(value)), None):
+        raise ValueError(f"{origin}: {key} is a {type(state[key]).__name__}; expected a tensor")
     if not any(key.startswith(("text_model.", "vision_model.")) for key in state):
         return state
     out = {}
@@ -114,44 +174,181 @@ def to_openai_layout(state_dict: StateDict) -> StateDict:
 
 
 # ----------------------------------------------------------------------------------------- files
+def load_file(path: str | PathLike, expected: str, mmap: bool = False) -> Any:
+    """What torch.save wrote: tensors, numbers, texts and containers of them, on the CPU.
+
+    numpy's arrays become tensors, its numbers Python's. mmap: leave tensors on the disk until they
+    are read. Raises FileNotFoundError, and ValueError for other files: damaged ones, TorchScript,
+    other Python objects. `expected` says in these messages what the file should be.
+    """
+    path = Path(path)
+    if not path.is_file():
+        got = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {got}; expected {expected}")
+    try:
+        is_zip = zipfile.is_zipfile(path)
+        reason = _why_not(zipfile.ZipFile(path)) if is_zip else ""
+        if not reason:
+            with warnings.catch_warnings(), _allow_numpy():
+                warnings.simplefilter("ignore")  # torch's, about the pickle protocol
+                content = torch.load(path, "cpu", mmap=mmap and is_zip, weights_only=True)
+            return _without_numpy(content)
+    except Exception as error:  # zip, pickle and torch each have errors of their own
+        reason = _load_error(error)
+    size = path.stat().st_size
+    raise ValueError(f"{path} ({size} bytes) cannot be read: {reason}; expected {expected}")
+
+
+def _is_torchscript(archive):
+    return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _why_not(archive):
+    """Why a zip archive is not to be read as one of torch.save; "" if it may."""
+    if _is_torchscript(archive):
+        return "it is a TorchScript archive, which can run code"
+    damaged = archive.testzip()  # torch.load does not compare checksums
+    return f"it is damaged, the checksum of {damaged} is wrong" if damaged else ""
+
+
+def _load_error(error):
+    """One line, without torch's advice to trust the file."""
+    text = str(error)
+    if match := re.search(r"(?:GLOBAL |but got <class ')([\w.]+)", text):
+        return (
+            f"it holds Python objects ({match[1]}), which can run code: save the state_dict() alone"
+        )
+    if isinstance(error, (PermissionError, ValueError)) and "weights_only" not in text:
+        return " ".join(text.split())[:300]
+    return "it is damaged or of another format"
+
+
+def _allow_numpy():
+    """A context in which torch.load reads arrays and scalars of numpy, but not those of objects."""
+    if torch.__version__ < (2, 6):  # knows no second names
+        return nullcontext()
+    new = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    functions = [
+        (getattr(new, name), f"numpy.{module}.multiarray.{name}")
+        for name in ("_reconstruct", "scalar")
+        for module in ("core", "_core")  # of numpy 1 and 2
+    ]
+    dtypes = [type(np.dtype(code)) for code in "?bBhHiIlLqQefdU"]
+    return torch.serialization.safe_globals([np.ndarray, np.dtype, *functions, *dtypes])
+
+
+def _without_numpy(value):
+    """Arrays as tensors, scalars as Python's, also within dicts, lists and tuples."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist() if value.dtype.kind == "U" else torch.from_numpy(value)
+    if isinstance(value, dict):
+        return {_without_numpy(key): _without_numpy(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_numpy, value))
+    return value
+
+
+def check_finite(state_dict: StateDict, origin: str) -> None:
+    """Raises ValueError that names the first tensor with nan or inf."""
+    for key, value in state_dict.items():
+        if value.is_floating_point() and not (finite := value.isfinite()).all():
+            bad = int((~finite).sum())
+            raise ValueError(
+                f"{origin}: {key} holds nan or inf in {bad} of {value.numel()} values; expected "
+                "finite numbers: training diverged or the file is damaged, take another one"
+            )
+
+
+_EXPECTED = "a state dict of tensors, also as safetensors or TorchScript"
+
+
 def _find_weights(path):
+    """The file with the weights, or the index of its parts, at a path or of hf:ORG/NAME."""
     prefixes, files = ("", "open_clip_"), ("model.safetensors", "pytorch_model.bin")
     names = [prefix + file for file in files for prefix in prefixes]
+    names += [file + ".index.json" for file in files]
+    if str(path).startswith("hf:"):
+        path = _download_from_hugging_face(str(path)[3:])
     path = Path(path).expanduser()
     for file in (path, *(path / name for name in names)):
         if file.is_file():
             return file
     raise FileNotFoundError(
-        f"no weights at {str(path)!r}; expected one of {', '.join(MODELS)}, or a file, or "
-        f"a folder with {' or '.join(names)} (weights in parts must be merged)"
+        f"no weights at {str(path)!r}; expected one of {', '.join(MODELS)}, hf:ORG/NAME, a file, "
+        f"or a folder with {' or '.join(names)}"
     )
+
+
+def _download_from_hugging_face(name):
+    """The folder of a repository's weights and configs, in huggingface_hub's cache."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ImportError(
+            f"hf:{name} needs huggingface_hub: pip install huggingface_hub, or download the "
+            "repository and give its folder"
+        ) from error
+    configs = ["config.json", "open_clip_config.json"]
+    try:
+        for ending in ("safetensors", "bin"):  # most have both; the first is preferred
+            names = [f"*model*.{ending}", f"*model*.{ending}.index.json"]
+            folder = snapshot_download(name, allow_patterns=names + configs)
+            if any(Path(folder).glob(names[0])):
+                break
+        return folder
+    except Exception as error:  # of the network, of the hub, of the name
+        reason = " ".join(str(error).split())
+        raise ConnectionError(
+            f"cannot download hf:{name}: {type(error).__name__} {reason:.200}; check the name and "
+            "the network, or download the repository and give its folder"
+        ) from error
 
 
 def _read_weights(path, trusted):
-    """-> the state dict in a file of any format."""
-    try:
-        if path.suffix.lower() == ".safetensors":
+    """-> the state dict in a file of any format, or in the parts that an index names."""
+    if path.name.endswith(".index.json"):
+        return _read_parts(path, trusted)
+    if path.suffix.lower() == ".safetensors":
+        try:
             return read_safetensors(path)
-        is_zip = zipfile.is_zipfile(path)
-        names = zipfile.ZipFile(path).namelist() if is_zip else []
-        if not any(name.endswith("/constants.pkl") for name in names):  # not TorchScript
-            return dict(torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True))
-        public = {sha256 for _, sha256 in MODELS.values()}
-        if trusted or (sha256 := hashlib.sha256(path.read_bytes()).hexdigest()) in public:
-            return dict(torch.jit.load(path, map_location="cpu").state_dict())
-    except Exception as error:  # JSON, zip, pickle and torch each have errors of their own
-        # without torch's advice to trust the file
-        reason = str(error).split("WeightsUnpickler error:")[-1].strip()
+        except Exception as error:  # whatever JSON and slices make of a damaged header
+            raise ValueError(
+                f"{path} ({path.stat().st_size} bytes) cannot be read: {_load_error(error)}; "
+                f"expected {_EXPECTED}: get it again"
+            ) from error
+    if not zipfile.is_zipfile(path) or not _is_torchscript(zipfile.ZipFile(path)):
+        content = load_file(path, f"{_EXPECTED}: get it again", True)
+        if isinstance(content, dict):
+            return content
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected {_EXPECTED}")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not trusted and sha256 not in {sha256 for _, sha256 in MODELS.values()}:
         raise ValueError(
-            f"cannot read {path} ({path.stat().st_size} bytes): {type(error).__name__} "
-            f"{reason:.300}; expected a state dict of tensors, also as safetensors or TorchScript. "
-            "If it is damaged, get it again; if it holds other objects, load it where it was made "
-            "and save its state_dict() alone"
+            f"{path} is a TorchScript archive, which can run code, and its sha256, {sha256}, is "
+            "not in MODELS; expected a state dict; pass trust_torchscript=True if you trust where "
+            "it came from"
+        )
+    try:
+        return dict(torch.jit.load(path, map_location="cpu").state_dict())
+    except Exception as error:  # torch's, and those of the code in it
+        raise ValueError(
+            f"{path} ({path.stat().st_size} bytes) cannot be read: {_load_error(error)}; "
+            f"expected {_EXPECTED}: get it again"
         ) from error
-    raise ValueError(
-        f"{path} is a TorchScript archive, which can run code, and its sha256, {sha256}, is not in "
-        "MODELS; expected a state dict; pass trust_torchscript=True if you trust where it came from"
-    )
+
+
+def _read_parts(path, trusted):
+    """The state dict in the files that an index, {"weight_map": {entry: file}}, names beside it."""
+    try:
+        names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+        parts = [path.with_name(Path(name).name) for name in names]
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is no index of weights in parts; get it again") from error
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise FileNotFoundError(f"{path} names {', '.join(missing)}, not there; get all its files")
+    return {key: value for part in parts for key, value in _read_weights(part, trusted).items()}
 
 
 # fmt: off
@@ -204,7 +401,7 @@ def _quick_gelu_from_config(path):
         raise ValueError(
             f"the activation of {path} is unknown: config files beside it say "
             f"{sorted(map(str, activations))}; expected gelu or quick_gelu: pass quick_gelu=True "
-            "(OpenAI, MetaCLIP) or False (LAION, DataComp)"
+            "(OpenAI, MetaCLIP) or quick_gelu=False (LAION, DataComp)"
         )
     return activations == {"quick_gelu"}
 
@@ -228,7 +425,7 @@ def download(url: str, sha256: str, cache_dir: str | PathLike | None = None) -> 
         torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
     except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
         raise ConnectionError(
-            f"cannot download {url} to {path}: {error!r}\nRun again, {manual}"
+            f"cannot download {url} to {path}: {error!r}; run again, {manual}"
         ) from error
     except RuntimeError as error:  # torch.hub's, of the sha256
         raise ValueError(

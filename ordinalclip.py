@@ -31,17 +31,24 @@ Differs from the official code (xk-huang/OrdinalCLIP@ca10a20), with equal protot
     >>> model.export().eval().predict(images)["expected"].shape
     torch.Size([8])
 
-Copy together with: the folder kernels/, where the loss is (reference.py); needs torch>=2.4. The
-CLIP object may be ours, OpenAI's or open_clip's. Read from the top; private functions come last.
+Copy together with: the folder kernels/, where the loss is (reference.py) and the way through the
+text tower (prompts.py); needs torch>=2.4. The CLIP object may be ours, OpenAI's, open_clip's or
+Hugging Face's. Read from the top; private functions come last.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import match, matching_loss, similarity, unit
+if __package__:  # pasted into a package, kernels/ beside it
+    from .kernels import match, matching_loss, similarity, unit
+    from .kernels.prompts import TextTower, encode_prompts, fingerprint, same_tower, token_table
+else:
+    from kernels import match, matching_loss, similarity, unit
+    from kernels.prompts import TextTower, encode_prompts, fingerprint, same_tower, token_table
 
 SOT, FULL_STOP, EOT = 49406, 269, 49407  # ids in CLIP's vocabulary
 POSITIONS = ("tail", "middle", "front")
@@ -83,11 +90,14 @@ class RankPrompts(nn.Module):
     Learned: `context_embeds` (N, W) or (R, N, W), `rank_embeds` (K, T, W); both float32, named as
     in the official checkpoints. The text tower belongs to `clip`: it moves with this module (`.to`,
     `.half`) but is not among its parameters nor in its state dict, and is set to need no gradient.
+    The state dict says which settings and which text tower it is of (`_extra_state`, which older
+    ones lack): to load it into another one is a ValueError.
 
     Args:
-        clip: ours, OpenAI's or open_clip's CLIP.
+        clip: ours, OpenAI's, open_clip's CLIP or Hugging Face's CLIPModel.
         num_ranks: R >= 2.
-        context: token ids (N,) whose embeddings start the context, or an int N for N random ones.
+        context: token ids (N,) whose embeddings start the context, without [SOT], [EOT] and
+            padding, or an int N for N random ones.
         rank_tokens: R sequences of token ids, the names of all ranks. With interpolation, the K
             base embeddings start at the names nearest their positions, each pooled to
             `tokens_per_rank`; with interp="none" every rank starts at its name, token by token.
@@ -123,9 +133,10 @@ class RankPrompts(nn.Module):
             raise ValueError(f"rank_position={rank_position!r}: {expected}")
         if tokens_per_rank < 1:
             raise ValueError(f"tokens_per_rank={tokens_per_rank}: expected at least 1")
+        self.interp, self.rank_position = interp, rank_position
         # In a tuple it is not a submodule.
-        self._text = (_TextTower(clip).requires_grad_(False),)
-        table = getattr(clip, "text", clip).token_embedding.weight.detach().float()  # (V, W)
+        self._text = (TextTower(clip).requires_grad_(False),)
+        table = token_table(clip).float()  # (V, W)
 
         context_embeds = _context_embeds(table, context)  # (N, W)
         if rank_specific_context:
@@ -169,48 +180,35 @@ class RankPrompts(nn.Module):
         shared, own = prompts[0, : self.num_shared], prompts[:, self.num_shared :]
         return shared, own, self.eot - self.num_shared
 
+    def get_extra_state(self) -> Tensor:
+        """(3 + R + 1 + D,): interp, rank_position, R; positions of [EOT]; the text tower's
+        fingerprint."""
+        settings = [INTERPOLATIONS.index(self.interp), POSITIONS.index(self.rank_position)]
+        settings = torch.tensor([*settings, len(self.eot), *self.eot.tolist()])
+        return torch.cat([settings, fingerprint(self._text[0], self.specials)])
+
+    def set_extra_state(self, state: Tensor | None) -> None:
+        """Nothing is set. ValueError if the state is of other settings or another text tower."""
+        if state is None:
+            return
+        own, end, state = self.get_extra_state(), 3 + len(self.eot), state.float().cpu()
+        names = ("interp", "rank_position", "number of ranks")
+        other = [name for name, a, b in zip(names, own, state) if a != b]
+        if not other and not torch.equal(own[:end], state[:end]):
+            other = ["number of tokens per rank"]
+        if other := other or ["text tower"] * (not same_tower(own[end:], state[end:])):
+            raise ValueError(
+                f"a state dict of prompts with another {', '.join(other)}; build the same ones, or "
+                "remove its entry _extra_state to load the values all the same"
+            )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.setdefault(prefix + "_extra_state", None)  # older files have none
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _apply(self, fn, recurse=True):
         self._text[0]._apply(fn, recurse)
         return super()._apply(fn, recurse)
-
-
-def encode_prompts(clip: nn.Module, shared: Tensor, own: Tensor, eot: Tensor) -> Tensor:
-    """Prompts that begin alike -> text features (R, D), exact in value and gradient.
-
-    The text tower is causal. So tokens after [EOT] never matter and are not encoded, and the keys
-    and values of the shared beginning are the same for every rank: they are computed once and read
-    by all. P + R S tokens are encoded instead of 77 R. Position P + s of rank r attends to the P
-    shared tokens and the first s + 1 of its own.
-
-    Args:
-        clip: a CLIP model (ours, OpenAI's, open_clip's) whose text tower is used as it is.
-        shared: (P, W) token embeddings at the front of every prompt, no positions added; P >= 1.
-        own: (R, S, W) what follows, padded behind [EOT] with anything.
-        eot: (R,) position of [EOT] within `own`.
-
-    Raises ValueError where P + S exceeds the tower's context length or its blocks are not CLIP's.
-    """
-    text = clip if isinstance(clip, _TextTower) else _TextTower(clip)
-    num_shared, (num_ranks, num_own, _) = len(shared), own.shape
-    length, positions = num_shared + num_own, text.positional_embedding
-    if length > len(positions):
-        raise ValueError(f"prompts of {length} tokens; the tower reads {len(positions)}")
-    own = own + positions[num_shared:length]  # (R, S, W)
-    x = torch.cat([shared + positions[:num_shared], own.flatten(0, 1)])  # (P + R S, W)
-    x = x.to(text.transformer.resblocks[0].attn.in_proj_weight.dtype)
-    attn_mask = torch.ones(num_own, length, dtype=torch.bool, device=x.device).tril(num_shared)
-    rows = num_shared + torch.arange(num_ranks, device=x.device) * num_own + eot  # (R,)
-    no_scale = nn.Identity()  # only some of open_clip's models scale their layers
-    for block in text.transformer.resblocks:
-        out = _attend(block.attn, block.ln_1(x), num_shared, num_ranks, attn_mask)  # (P + R S, W)
-        if block is text.transformer.resblocks[-1]:  # of which only [EOT] is read
-            x, out = x[rows], out[rows]  # (R, W)
-        x = x + getattr(block, "ls_1", no_scale)(out)
-        x = x + getattr(block, "ls_2", no_scale)(block.mlp(block.ln_2(x)))
-    x, projection = text.ln_final(x), text.text_projection
-    if isinstance(projection, nn.Module):  # some of open_clip's models
-        return projection(x)
-    return x.to(projection.dtype) @ projection  # (R, D)
 
 
 class LinearPrototypes(nn.Module):
@@ -226,12 +224,19 @@ class LinearPrototypes(nn.Module):
 
 
 class FixedPrototypes(nn.Module):
-    """A stored (R, D) tensor, copied: zero-shot text features, or the result of training."""
+    """A stored (R, D) tensor, copied: zero-shot text features, or the result of training.
+
+    Raises ValueError for another shape, FloatingPointError for nan and inf.
+    """
 
     def __init__(self, prototypes: Tensor) -> None:
         super().__init__()
-        if prototypes.dim() != 2:
-            raise ValueError(f"got prototypes {tuple(prototypes.shape)}; expected (R, D)")
+        if prototypes.dim() != 2 or not prototypes.is_floating_point():
+            got = f"{prototypes.dtype} {tuple(prototypes.shape)}"
+            raise ValueError(f"got prototypes {got}; expected float (R, D)")
+        if not (finite := prototypes.isfinite().all(1)).all():
+            bad = f"prototype {int(finite.long().argmin())} of {len(finite)} holds nan or inf"
+            raise FloatingPointError(f"{bad}; lower the learning rate, or take other weights")
         self.register_buffer("prototypes", prototypes.detach().clone())
 
     def forward(self) -> Tensor:
@@ -245,8 +250,10 @@ class OrdinalCLIP(nn.Module):
     Args:
         image_encoder: module (B, 3, H, W) -> (B, D), e.g. `clip.visual`.
         prototypes: module whose call gives (R, D): RankPrompts, LinearPrototypes, FixedPrototypes.
-        logit_scale: log of the temperature's inverse, as CLIP stores it: number or tensor. Copied
-            and frozen; `model.logit_scale.requires_grad_()` makes it learn.
+        logit_scale: log of the temperature's inverse, as CLIP stores it: number or tensor. Copied,
+            as a buffer; `model.logit_scale = nn.Parameter(model.logit_scale)` makes it learn.
+
+    Raises ValueError for a logit_scale that is no log: 100 instead of log(100).
     """
 
     def __init__(
@@ -256,11 +263,16 @@ class OrdinalCLIP(nn.Module):
         self.image_encoder = image_encoder
         self.prototypes = prototypes
         logit_scale = torch.as_tensor(logit_scale).detach().float().clone()
-        self.logit_scale = nn.Parameter(logit_scale, requires_grad=False)
+        if logit_scale.numel() != 1 or not -7 <= logit_scale.item() <= 7:  # 1/1097 to 1097
+            raise ValueError(
+                f"logit_scale={logit_scale.tolist()}: expected one number from -7 to 7, the log of "
+                "the multiplier as CLIP stores it: math.log(100), not 100"
+            )
+        self.register_buffer("logit_scale", logit_scale)  # FSDP2 has no scalar parameters
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> logits (B, R) = exp(logit_scale) * cosine."""
-        return similarity(self.image_encoder(images), self.prototypes(), self.logit_scale.exp())
+        return similarity(self._features(images), self.prototypes(), self.logit_scale.exp())
 
     def loss(
         self,
@@ -273,9 +285,21 @@ class OrdinalCLIP(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, H, W), rank indices (B,) -> (total, i2t, t2i), total = i2t + t2i (Eq. 4).
 
-        The keywords are `kernels.matching_loss`'s.
+        The keywords are `kernels.matching_loss`'s. Raises ValueError for labels that are no tensor.
         """
-        features, scale = self.image_encoder(images), self.logit_scale.exp()
+        if not torch.is_tensor(labels):
+            got = type(labels).__name__
+            raise ValueError(f"labels is a {got}; expected rank indices (B,): torch.tensor(labels)")
+        if self.logit_scale.requires_grad and "logit_scale" in self._buffers:
+            raise ValueError(
+                "logit_scale needs a gradient but is no parameter; to make it learn: "
+                "model.logit_scale = nn.Parameter(model.logit_scale)"
+            )
+        dist = torch.distributed
+        if group is None and dist.is_available() and dist.is_initialized():
+            if dist.get_world_size() > 1:
+                warnings.warn("this is the loss of one process: pass group=", stacklevel=2)
+        features, scale = self._features(images), self.logit_scale.exp()
         i2t, t2i = matching_loss(
             features, self.prototypes(), labels, scale, target=target, impl=impl, group=group
         )
@@ -287,7 +311,7 @@ class OrdinalCLIP(nn.Module):
 
         Of a model with RankPrompts, predict with `model.export()`: there the text tower ran once.
         """
-        features, scale = self.image_encoder(images), self.logit_scale.exp()
+        features, scale = self._features(images), self.logit_scale.exp()
         probs, expected, rank = match(features, self.prototypes(), scale, impl=impl)
         return dict(rank=rank, expected=expected, probs=probs)
 
@@ -297,6 +321,15 @@ class OrdinalCLIP(nn.Module):
         prototypes = FixedPrototypes(self.prototypes())
         model = OrdinalCLIP(self.image_encoder, prototypes, self.logit_scale)
         return model.train(self.training)
+
+    def _features(self, images):
+        features = self.image_encoder(images)  # (B, D)
+        if not torch.is_tensor(features):
+            raise ValueError(
+                f"the image encoder gives a {type(features).__name__}; expected a tensor (B, D): "
+                "wrap it in a module whose forward returns that"
+            )
+        return features
 
 
 def ordinality(prototypes: Tensor, span: int | None = None, official: bool = False) -> float:
@@ -342,16 +375,10 @@ def _base_positions(num_ranks, num_base_ranks):
 def _context_embeds(table, context):
     """Start of the context (N, W): embeddings of token ids (N,), or an int N of random ones."""
     if isinstance(context, int):
-        if context < 0:
+        if not 0 <= context < 10_000:  # before they are made; the tower reads 77
             raise ValueError(f"context={context}: expected a number of tokens or their ids")
         return torch.randn(context, table.shape[1], device=table.device) * 0.02
-    context = torch.as_tensor(context, device=table.device)
-    if context.dim() != 1 or context.is_floating_point():
-        raise ValueError(
-            f"context of shape {tuple(context.shape)}, {context.dtype}; expected token ids (N,) "
-            "without [SOT], [EOT] and padding: torch.tensor(tokenizer.encode(text))"
-        )
-    return _lookup(table, context)
+    return _lookup(table, context, "context")
 
 
 def _rank_embeds(table, shape, rank_tokens, tokens_per_rank, per_rank):
@@ -361,10 +388,10 @@ def _rank_embeds(table, shape, rank_tokens, tokens_per_rank, per_rank):
     if rank_tokens is None:
         size = (num_base_ranks, tokens_per_rank, table.shape[1])
         return torch.randn(size, device=table.device) * 0.02, lengths
-    if len(rank_tokens) != num_ranks:
-        expected = f"expected num_ranks={num_ranks}"
-        raise ValueError(f"rank_tokens holds {len(rank_tokens)} names; {expected}")
-    names = [_lookup(table, ids) for ids in rank_tokens]  # (tokens, W) each
+    if isinstance(rank_tokens, str) or len(rank_tokens) != num_ranks:
+        got = "is a text" if isinstance(rank_tokens, str) else f"holds {len(rank_tokens)} names"
+        raise ValueError(f"rank_tokens {got}; expected num_ranks={num_ranks} lists of token ids")
+    names = [_lookup(table, ids, "a name of rank_tokens") for ids in rank_tokens]  # (tokens, W)
     if not all(len(name) for name in names):
         raise ValueError(
             "rank_tokens holds a name without tokens; give every rank a word or number"
@@ -376,12 +403,22 @@ def _rank_embeds(table, shape, rank_tokens, tokens_per_rank, per_rank):
     return torch.stack(embeds), lengths
 
 
-def _lookup(table, ids):
+def _lookup(table, ids, name):
     """Rows of the embedding table (V, W) for token ids (M,) -> (M, W)."""
-    ids = torch.as_tensor(ids, dtype=torch.long, device=table.device)
+    expected = "expected token ids (N,) without [SOT], [EOT] and padding: tokenizer.encode(text)"
+    try:
+        ids = torch.as_tensor(ids, device=table.device)
+    except (TypeError, ValueError, RuntimeError) as error:  # texts, lists of several lengths
+        raise ValueError(f"{name} is {ids!r:.80}; {expected}") from error
+    ids = ids if ids.numel() else ids.long()  # an empty list is float
+    if ids.dim() != 1 or ids.is_floating_point():
+        raise ValueError(f"{name} of shape {tuple(ids.shape)}, {ids.dtype}; {expected}")
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(table):
-        raise ValueError(f"token ids {ids.tolist()}; expected 0 to {len(table) - 1}")
-    return F.embedding(ids, table)
+        raise ValueError(f"{name}: token ids {ids.tolist()}; expected 0 to {len(table) - 1}")
+    # No word ends with id 0, which is "!" within a word, and padding.
+    if bool(((ids == SOT) | (ids == EOT)).any()) or len(ids) and int(ids[-1]) == 0:
+        raise ValueError(f"{name}: token ids {ids.tolist()}; {expected}")
+    return F.embedding(ids.long(), table)
 
 
 def _prompt_layout(num_context, lengths, position, rank_specific):
@@ -397,42 +434,6 @@ def _prompt_layout(num_context, lengths, position, rank_specific):
         prompts.append(torch.tensor([0, *context[:before], *name, *context[before:], 1, 2]))
     eot = torch.tensor([len(prompt) - 1 for prompt in prompts])
     return nn.utils.rnn.pad_sequence(prompts, batch_first=True), eot
-
-
-# -------------------------------------------------------------------------- behind encode_prompts
-class _TextTower(nn.Module):
-    """The parts of a CLIP model that turn embeddings into text features. Not a copy of them."""
-
-    def __init__(self, clip):
-        super().__init__()
-        text = getattr(clip, "text", clip)  # open_clip's CustomTextCLIP keeps its text tower there
-        self.transformer = text.transformer
-        self.positional_embedding = text.positional_embedding
-        self.ln_final = text.ln_final
-        self.text_projection = text.text_projection
-        attention = self.transformer.resblocks[0].attn
-        if not hasattr(attention, "in_proj_weight"):
-            raise ValueError(
-                f"the text blocks of {type(clip).__name__} have {type(attention).__name__} for "
-                "attention; expected CLIP's, with in_proj_weight and out_proj as in "
-                "nn.MultiheadAttention"
-            )
-
-
-def _attend(attn, x, num_shared, num_ranks, attn_mask):
-    """Causal self-attention of P shared and R x S own tokens, all rows of x (P + R S, W)."""
-    qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)  # (P + R S, 3W)
-    qkv = qkv.unflatten(1, (3, attn.num_heads, -1))  # (P + R S, 3, heads, W/heads)
-    qkv = qkv.permute(1, 2, 0, 3)  # (3, heads, P + R S, W/heads)
-    shared = qkv[:, None, :, :num_shared]  # (3, 1, heads, P, W/heads)
-    own = qkv[:, :, num_shared:].unflatten(2, (num_ranks, -1))  # (3, heads, R, S, W/heads)
-    own = own.transpose(1, 2)  # (3, R, heads, S, W/heads)
-    shared_kv = shared[1:].expand(-1, num_ranks, -1, -1, -1)  # (2, R, heads, P, W/heads)
-    keys_values = torch.cat([shared_kv, own[1:]], 3)  # (2, R, heads, L, W/heads)
-    shared = F.scaled_dot_product_attention(*shared, is_causal=True)  # (1, heads, P, W/heads)
-    own = F.scaled_dot_product_attention(own[0], *keys_values, attn_mask=attn_mask)
-    rows = [out.transpose(1, 2).flatten(2).flatten(0, 1) for out in (shared, own)]
-    return attn.out_proj(torch.cat(rows))  # (P + R S, W)
 
 
 # ------------------------------------------------------------------------------ behind ordinality

@@ -8,9 +8,9 @@
     answers["name"], answers["value"]                          # ['31', '8'], tensor([30.4, 8.9])
 
 Images are prepared as in the evaluation. Letters: B images, R ranks, S image size, D joint dim.
-Read from the top: load, Predictor, prototypes alone, ONNX, the command line, how images are read.
-Copy together with: ordinalclip.py, kernels/, evaluation/plots.py; the image encoder's clip_model.py
-and clip_weights.py, or backbones.py; data/, unless you call predictor.model on your own tensors.
+Read from the top: load, Predictor, ONNX, the command line, how images are read.
+Copy together with: exported.py and its files, evaluation/plots.py; data/, unless you call
+predictor.model on your own tensors.
 """
 
 import csv
@@ -31,12 +31,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from evaluation.plots import MAX_EXPLAINED, explain, printable
-from kernels import match, which_impl
-from ordinalclip import FixedPrototypes, OrdinalCLIP
+from exported import load_model, save_prototypes
+from kernels import which_impl
+from ordinalclip import OrdinalCLIP
+from regression import Regression
 
-FORMAT, PROTOTYPES_FORMAT = "ordinalclip-1", "ordinalclip-prototypes-1"
-KEYS = ("image_encoder", "quick_gelu", "state_dict", "rank_names", "rank_values", "preprocess")
-PROTOTYPES_KEYS = ("prototypes", "rank_names", "rank_values", "logit_scale")
 COLUMNS = ("file", "rank", "rank_index", "expected_rank_index", "value", "prob")  # of --csv
 ImageLike = str | Path | Image.Image
 Answers = dict[str, Any]  # of B images: see Predictor.__call__; on the command line also file [B]
@@ -46,32 +45,16 @@ Failed = list[tuple[str, str]]  # (path, error)
 def load(path: str | Path, device: str | torch.device = "cpu") -> "Predictor":
     """The Predictor of an exported.pt, in float32.
 
-    Raises FileNotFoundError if there is no such file, ValueError for any other file, ImportError if
-    the image encoder is timm's or torchvision's and that package is not installed.
+    Errors: those of `exported.load_model`.
     """
-    content = _load_file(path, FORMAT, KEYS, "the exported.pt that train.py writes")
-    name, _, state, names, values, preprocess = (content[key] for key in KEYS)
-    prototypes = state.get("prototypes.prototypes", torch.empty(0, 0))  # (R, D)
-    if not len(prototypes) == len(names) == len(values):
-        raise ValueError(
-            f"{path} holds {len(prototypes)} prototypes, {len(values)} values, {len(names)} names; "
-            "expected equal numbers (a regression run has no prototypes: see train.py --eval)"
-        )
-    try:
-        encoder = _build_image_encoder(content, prototypes.shape[1])
-        model = OrdinalCLIP(encoder, FixedPrototypes(prototypes), 0.0)
-        model.load_state_dict(state, assign=True)  # the encoder may be on the meta device
-    except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        message = f"{path} holds no whole image encoder {name!r} ({error!r}); export the run again"
-        raise ValueError(message) from error
-    return Predictor(model.float(), names, values, preprocess, device)
+    return Predictor(*load_model(path), device)
 
 
 @dataclass(eq=False)
 class Predictor:
     """Images -> ranks."""
 
-    model: OrdinalCLIP  # in evaluation mode, on `device`
+    model: OrdinalCLIP | Regression  # in evaluation mode, on `device`
     rank_names: list[str]  # [R]
     rank_values: list[float]  # [R], an age, say
     preprocess: dict[str, Any]  # image_size, mean, std; also squash, resample if not the default
@@ -120,52 +103,21 @@ class Predictor:
         images = images.contiguous(memory_format=torch.channels_last)
         outputs = self.model.predict(images, impl=which_impl(self.device)[0])
         outputs = {key: output.cpu() for key, output in outputs.items()}
+        if not outputs["probs"].isfinite().all():
+            raise ValueError(
+                "the model answers nan: its weights are finite, but too large or damaged"
+            )
         names = [self.rank_names[rank] for rank in outputs["rank"].tolist()]
         value = outputs["probs"] @ outputs["probs"].new_tensor(self.rank_values)  # (B,)
         return dict(name=names, value=value, **outputs)
 
 
-def save_prototypes(
-    path: str | Path,
-    prototypes: Tensor,
-    rank_names: Sequence[str],
-    logit_scale: float | Tensor,
-    rank_values: Sequence[float] | None = None,
-) -> None:
-    """Save only the rank prototypes (R, D), to use with an image encoder you already have.
-
-    They fit the encoder they were trained with: the public CLIP only if that was frozen.
-    logit_scale is a log, as in CLIP; rank_values: by default 0 .. R-1. ValueError if sizes differ.
-    """
-    import data
-
-    values = range(len(rank_names)) if rank_values is None else rank_values
-    if prototypes.dim() != 2 or not len(prototypes) == len(rank_names) == len(values):
-        got = f"{tuple(prototypes.shape)}, {len(rank_names)} rank_names, {len(values)} rank_values"
-        raise ValueError(f"got prototypes {got}; expected (R, D), R and R")
-    prototypes = prototypes.detach().float().cpu().clone()
-    row = (prototypes, list(rank_names), [float(value) for value in values], float(logit_scale))
-    content = dict(zip(PROTOTYPES_KEYS, row), format=PROTOTYPES_FORMAT)
-    data.atomic_write(Path(path), partial(torch.save, content))
-
-
-def load_prototypes(path: str | Path) -> dict[str, Any]:
-    """The dict(prototypes (R, D), rank_names, rank_values, logit_scale) of save_prototypes.
-
-        saved = load_prototypes("ranks.pt")
-        model = OrdinalCLIP(encoder, FixedPrototypes(saved["prototypes"]), saved["logit_scale"])
-
-    Raises FileNotFoundError if there is no such file, ValueError for any other file.
-    """
-    content = _load_file(path, PROTOTYPES_FORMAT, PROTOTYPES_KEYS, "what save_prototypes writes")
-    return {key: content[key] for key in PROTOTYPES_KEYS}
-
-
 def export_onnx(predictor: Predictor, path: str | Path) -> None:
     """Write ONNX: `images` (B, 3, S, S) float32, normalised -> `probs` (B, R), `expected` (B,).
 
-    B is free. The file is moved to `path` once its outputs equal PyTorch's. Raises ImportError
-    without onnx and onnxscript, ValueError if the outputs differ.
+    B is free; preprocessing, rank names and values are JSON in the metadata. The file is moved to
+    `path` once its outputs equal PyTorch's. Raises ImportError without onnx and onnxscript,
+    ValueError if the outputs differ.
     """
     try:
         import onnx.reference
@@ -177,11 +129,12 @@ def export_onnx(predictor: Predictor, path: str | Path) -> None:
 
     class Outputs(nn.Module):  # torch.export takes modules only
         def forward(self, images):
-            features = self.model.image_encoder(images)  # (B, D)
-            prototypes, scale = self.model.prototypes(), self.model.logit_scale.exp()
-            return match(features, prototypes, scale, impl="torch")[:2]
+            outputs = self.model.predict(images, impl="torch")
+            return outputs["probs"], outputs["expected"]
 
     outputs, size = Outputs(), predictor.preprocess["image_size"]
+    metadata = dict(rank_names=predictor.rank_names, rank_values=predictor.rank_values)
+    metadata = {key: json.dumps(v) for key, v in (metadata | predictor.preprocess).items()}
     outputs.model = predictor.model
 
     def save(tmp_path):
@@ -190,7 +143,9 @@ def export_onnx(predictor: Predictor, path: str | Path) -> None:
         shapes = ({0: torch.export.Dim("batch")},)  # any B; strict, else it is fixed
         graph = torch.export.export(outputs, (images[:2],), dynamic_shapes=shapes, strict=True)
         names = dict(input_names=["images"], output_names=["probs", "expected"])
-        torch.onnx.export(graph, **names, dynamo=True, verbose=False).save(tmp_path)
+        program = torch.onnx.export(graph, **names, dynamo=True, verbose=False)
+        program.model.metadata_props.update(metadata)
+        program.save(tmp_path)
         session = onnx.reference.ReferenceEvaluator(onnx.load(tmp_path))
         onnx_outputs = map(torch.from_numpy, session.run(None, dict(images=images.numpy())))
         for expected, actual in zip(outputs(images), onnx_outputs):
@@ -231,6 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         paths = find_images(args.images)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         predictor = load(args.exported, device)
+        if args.save_prototypes and isinstance(predictor.model, Regression):
+            raise ValueError(f"{args.exported} is of a regression run, which has no prototypes")
         if args.save_prototypes:
             prototypes, scale = predictor.model.prototypes(), predictor.model.logit_scale
             names, values = predictor.rank_names, predictor.rank_values
@@ -299,8 +256,15 @@ def report(args: Namespace, predictor: Predictor, answers: Answers, failed: Fail
         text = json.dumps(content, indent=1) + "\n"
         data.atomic_write(Path(args.json), lambda tmp_path: tmp_path.write_text(text))
     if args.explain and answers:
-        pixels, _, _ = _read_batch(predictor.preprocess, enumerate(answers["file"][:MAX_EXPLAINED]))
-        picture = explain(pixels, answers, names)
+        count = min(MAX_EXPLAINED, len(rows))
+        chosen = torch.linspace(0, len(rows) - 1, count).round().long()  # over the whole list
+        files = [rows[i]["file"] for i in chosen]
+        pixels, _, _ = _read_batch(predictor.preprocess, enumerate(files))
+        few = {
+            key: values[chosen] if torch.is_tensor(values) else [values[i] for i in chosen]
+            for key, values in answers.items()
+        }
+        picture = explain(pixels, few, names)
         data.atomic_write(Path(args.explain), lambda tmp_path: picture.save(tmp_path, "PNG"))
     for path, error in failed:
         message = error if path in error else f"{path}: {error}"
@@ -325,38 +289,6 @@ def _write_csv(rows, tmp_path):
     cells = ([f"{x:.4f}" if isinstance(x, float) else x for x in row.values()] for row in rows)
     with open(tmp_path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([COLUMNS, *cells])
-
-
-def _load_file(path, expected_format, keys, expected):
-    """The dict that torch.save wrote to a file of that `format`, tensors on the CPU."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}; expected {expected}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and torch each have errors of their own
-        message = f"{path} cannot be read ({type(error).__name__}); expected {expected}"
-        raise ValueError(message) from error
-    content = content if isinstance(content, dict) else {}
-    if content.get("format") != expected_format or not set(keys) <= set(content):
-        entries = ", ".join(map(str, list(content)[:9])) or "no entries"
-        got = f"format {content.get('format')!r} with {entries}"
-        expected += f": {expected_format!r} with {', '.join(keys)}"
-        raise ValueError(f"{path} is another file: got {got}; expected {expected}")
-    return content
-
-
-def _build_image_encoder(content, dim):
-    """Build the image encoder without loading its weights, if possible on the meta device."""
-    name = content["image_encoder"]
-    if name != "clip":
-        from backbones import build_image_encoder
-
-        with torch.device("cpu" if ":" in name else "meta"):  # timm has values outside the state
-            return build_image_encoder(name, dim)
-    from clip_model import image_tower
-
-    with torch.device("meta"):  # no time spent on initial values
-        return image_tower(content["state_dict"], dim, content["quick_gelu"], "image_encoder.")
 
 
 def _read_batch(preprocess, items):

@@ -35,7 +35,13 @@ from evaluation.evaluate import evaluate_test_set, predict_loader, similarity_ma
 from evaluation.metrics import compute_metrics
 from evaluation.report import write_report
 from training import options
-from training.checkpoints import TrainingState, load_checkpoint, save_checkpoint
+from training.checkpoints import (
+    NEEDED_TO_RESUME,
+    TrainingState,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+)
 from training.distributed import barrier, data_parallel, init_distributed, is_main, world_size
 from training.loaders import (
     autocast,
@@ -125,8 +131,8 @@ def train_run(args: Namespace) -> dict[str, Any]:
     run = Run(args, task, model, preprocess)
     saved = None
     if (run.dir / "last.pt").exists():  # before the loaders: features are of this encoder
-        saved = load_checkpoint(run.dir / "last.pt", "log")
-        model.load_state_dict(saved["model"])
+        saved = load_checkpoint(run.dir / "last.pt", *NEEDED_TO_RESUME)
+        load_model(model, saved["model"], run.dir / "last.pt")
         start_time -= saved["seconds"]
     elif args.init:
         warm_start(args, model)
@@ -144,11 +150,10 @@ def train_run(args: Namespace) -> dict[str, Any]:
         fit(run, train_loader, val_loader, saved, start_time, initial_similarity)
     # 5. The test images are looked at once, with the best epoch
     barrier()  # the main process writes best.pt
-    model.load_state_dict(load_checkpoint(run.dir / "best.pt", "model")["model"])
+    load_model(model, load_checkpoint(run.dir / "best.pt", "model")["model"], run.dir / "best.pt")
     results = evaluate_test_set(run, val_loader, test_loader, start_time, initial_similarity)
     if is_main():
-        if args.method != "regression":  # which has no prototypes
-            export_model(run.dir / "exported.pt", run, results)
+        export_model(run.dir / "exported.pt", run, results)
         save_json(run.dir / "results.json", results)
     return results
 
@@ -253,7 +258,7 @@ def evaluate_checkpoint(args: Namespace) -> dict[str, Any]:
     run = Run(args, task, model, preprocess)
     same_initialisation = args.epochs and not args.init
     initial_similarity = similarity_matrix(model) if same_initialisation else None
-    model.load_state_dict(saved["model"])
+    load_model(model, saved["model"], args.eval)
     _, val_loader, test_loader = make_loaders(args, task, preprocess, model)
     name = f"eval-{Path(args.eval).stem}"
     results = evaluate_test_set(run, val_loader, test_loader, start_time, initial_similarity, name)

@@ -25,9 +25,10 @@ from evaluation.metrics import (
 from evaluation.plots import draw_curves, draw_error_by_rank, draw_matrices, draw_sheet
 from kernels import unit
 from ordinalclip import ordinality, ordinality_chance
+from regression import Regression
 from training.distributed import all_gather_rows, average_buffers, is_main, world_size
 from training.loaders import autocast, make_images, prepare_batch, without_image_encoder
-from training.methods import Regression, zeroshot_prompt
+from training.methods import zeroshot_prompt
 from training.progress import ProgressLine, TensorBoard
 from training.run_folder import Run, provenance, read_log, run_name, save_csv, settings_dict
 

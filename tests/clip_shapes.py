@@ -1,5 +1,6 @@
 """State dicts with the shapes of CLIP's releases and reproducible values, for the tests of CLIP."""
 
+import json
 import math
 
 import numpy as np
@@ -153,3 +154,28 @@ def equal(clip, state):
         and torch.equal(got[key], value.to(got[key].dtype))
         for key, value in state.items()
     )
+
+
+SAFETENSORS_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
+
+
+def safetensors_bytes(state, pad=0):
+    """The format as its specification has it: header length, JSON, raw little-endian tensors."""
+    header, raw = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in state.items():
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        header[name] = dict(
+            dtype=SAFETENSORS_NAMES[tensor.dtype],
+            shape=list(tensor.shape),
+            data_offsets=[len(raw), len(raw) + len(data)],
+        )
+        raw += data
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8 + pad)
+    return len(header).to_bytes(8, "little") + header + raw

@@ -71,3 +71,15 @@ def finished_run(stripes, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "a"
     argv = ["--data", str(stripes), "--out", str(run_dir), *TINY, "--epochs", "3"]
     return run_dir, train.main(argv)
+
+
+@pytest.fixture
+def small_encoder(monkeypatch):
+    """Stands in for VGG-16, which has 500 MB."""
+
+    def build(dim):
+        encoder = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, dim))
+        encoder.last_layer = "1"
+        return encoder
+
+    monkeypatch.setattr("backbones.VGG16", build)

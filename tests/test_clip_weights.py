@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from clip_shapes import POOL, TINY, TINY_RESNET, equal, fill, inputs
+from clip_shapes import POOL, TINY, TINY_RESNET, equal, fill, inputs, safetensors_bytes
 from torch import nn
 
 import clip_weights
@@ -27,31 +27,6 @@ def state():
 
 
 # ----------------------------------------------------------------------------------------- files
-SAFETENSORS_NAMES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.bool: "BOOL",
-}
-
-
-def safetensors_bytes(state, pad=0):
-    """The format as its specification has it: header length, JSON, raw little-endian tensors."""
-    header, raw = {"__metadata__": {"format": "pt"}}, b""
-    for name, tensor in state.items():
-        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        header[name] = dict(
-            dtype=SAFETENSORS_NAMES[tensor.dtype],
-            shape=list(tensor.shape),
-            data_offsets=[len(raw), len(raw) + len(data)],
-        )
-        raw += data
-    header = json.dumps(header).encode()
-    header += b" " * (-len(header) % 8 + pad)
-    return len(header).to_bytes(8, "little") + header + raw
-
-
 def save_old(state, path):
     torch.save(state, path, _use_new_zipfile_serialization=False)
 
@@ -178,8 +153,8 @@ def test_damaged_and_foreign_files(state, archive, tmp_path):
     for name, data in bad.items():
         path = tmp_path / f"bad {name}"
         path.write_bytes(data)
-        message = rf"(?s)cannot read {path} \({len(data)} bytes\): \w+ .*expected a state dict"
-        with pytest.raises(ValueError, match=message + " .*damaged, get it again"):
+        message = rf"{path} \({len(data)} bytes\) cannot be read: .*; expected a state dict"
+        with pytest.raises(ValueError, match=message + " .*: get it again[^\n]*$"):
             CLIP.from_pretrained(path, quick_gelu=True, trust_torchscript=True)
     with pytest.raises(ValueError, match=r"\d+ bytes of tensors, its header says \d+"):
         read_safetensors(tmp_path / "bad junk.safetensors")
@@ -189,7 +164,7 @@ def test_objects_are_never_unpickled(tmp_path):
     for i, value in enumerate([nn.Linear(2, 2), {"a": Path("/")}, [1, 2], torch.zeros(2)]):
         path = tmp_path / f"{i}.pt"
         torch.save(value, path)
-        message = r"(?s)expected a state dict.*save its state_dict\(\) alone"
+        message = r"expected a state dict"
         with pytest.raises(ValueError, match=message) as caught:
             CLIP.from_pretrained(path, quick_gelu=True)
         assert "`False`" not in str(caught.value) and "weights_only=False" not in str(caught.value)
@@ -199,8 +174,8 @@ def test_objects_are_never_unpickled(tmp_path):
 def test_folders(state, tmp_path):
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
     message = (
-        f"no weights at '{tmp_path}'; expected one of RN50, .* or a file, or a folder with "
-        "model.safetensors .*weights in parts must be merged"
+        f"no weights at '{tmp_path}'; expected one of RN50, .* a file, or a folder with "
+        "model.safetensors .*pytorch_model.bin.index.json"
     )
     with pytest.raises(FileNotFoundError, match=message):
         CLIP.from_pretrained(tmp_path)

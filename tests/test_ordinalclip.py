@@ -169,66 +169,11 @@ def test_encode_prompts_refuses_what_the_tower_cannot_read(clip):
         encode_prompts(clip, torch.zeros(70, 128), torch.zeros(2, 10, 128), torch.tensor([9, 9]))
 
 
-# --------------------------------------------------------------------- other packages' CLIP objects
-class OpenAIBlock(nn.Module):
-    """A text block with the modules of OpenAI's and open_clip's: nn.MultiheadAttention."""
-
-    def __init__(self, block, layer_scale):
-        super().__init__()
-        self.attn = nn.MultiheadAttention(128, 2)
-        self.attn.load_state_dict(block.attn.state_dict())
-        self.ln_1, self.ln_2, self.mlp = block.ln_1, block.ln_2, block.mlp
-        if layer_scale:
-            self.ls_1, self.ls_2 = nn.Identity(), nn.Identity()
-
-
-def other_clip(clip, layer_scale=False, linear_projection=False):
-    other = nn.Module()
-    other.transformer = nn.Module()
-    blocks = [OpenAIBlock(block, layer_scale) for block in clip.transformer.resblocks]
-    other.transformer.resblocks = nn.Sequential(*blocks)
-    other.token_embedding, other.ln_final = clip.token_embedding, clip.ln_final
-    other.positional_embedding = clip.positional_embedding
-    if not linear_projection:
-        other.text_projection = clip.text_projection
-    else:
-        other.text_projection = nn.Linear(128, 48, bias=False)
-        other.text_projection.weight.data.copy_(clip.text_projection.T)
-    return other
-
-
-def test_openai_and_open_clip_objects_give_the_same_prototypes(clip):
-    torch.manual_seed(0)
-    prompts = RankPrompts(clip, 5, context=CONTEXT)
-    wrapped = nn.Module()  # open_clip's CustomTextCLIP
-    wrapped.text = other_clip(clip, layer_scale=True, linear_projection=True)
-    for other in (other_clip(clip), wrapped):
-        theirs = RankPrompts(other, 5, context=CONTEXT)
-        theirs.load_state_dict(prompts.state_dict())
-        torch.testing.assert_close(theirs(), prompts(), rtol=1e-5, atol=1e-5)
-
-
-def test_layer_scale_is_applied(clip):
-    other = other_clip(clip, layer_scale=True)
-    prompts = RankPrompts(other, 5, context=CONTEXT)
-    before = prompts()
-    for block in other.transformer.resblocks:
-        block.ls_2 = nn.Dropout(1.0)  # scales by zero in training mode
-    assert (prompts() - before).abs().max() > 1e-3
-
-
-def test_a_tower_that_is_not_clips_is_refused(clip):
-    other = other_clip(clip)
-    other.transformer.resblocks[0].attn = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="have Linear for attention; expected CLIP's"):
-        RankPrompts(other, 5, context=CONTEXT)
-
-
 # -------------------------------------------------------------------------------------- RankPrompts
 def test_only_context_and_ranks_train(clip):
     clip = copy.deepcopy(clip).requires_grad_(True)
     prompts = RankPrompts(clip, 9, context=CONTEXT)
-    assert set(prompts.state_dict()) == {"context_embeds", "rank_embeds"}
+    assert set(prompts.state_dict()) == {"context_embeds", "rank_embeds", "_extra_state"}
     assert {name for name, _ in prompts.named_parameters()} == {"context_embeds", "rank_embeds"}
     prompts.train().requires_grad_(True)()[:, 0].sum().backward()
     modules = ("transformer", "positional_embedding", "ln_final", "text_projection")
@@ -305,6 +250,19 @@ def test_untrained_coop_is_zero_shot(clip):
         (dict(context=-1), "context=-1: expected a number of tokens or their ids"),
         (dict(context=torch.zeros(2, 3).long()), r"shape \(2, 3\).*expected token ids \(N,\)"),
         (dict(context=torch.rand(3)), "torch.float32; expected token ids"),
+        (dict(context=10_000), "context=10000: expected a number of tokens or their ids"),
+        (dict(context="the age is"), "context is 'the age is'; expected token ids"),
+        (dict(context=["the", "age"]), r"context is \['the', 'age'\]; expected token ids"),
+        (dict(context=[49406, 320]), r"context: token ids \[49406, 320\]; .* without \[SOT\], \["),
+        (dict(context=[320, 49407]), r"context: token ids \[320, 49407\]; .* without \[SOT\], \["),
+        (dict(context=[320, 0, 0]), r"context: token ids \[320, 0, 0\]; .* and padding"),
+        (
+            dict(rank_tokens="1234567"),
+            "rank_tokens is a text; expected num_ranks=7 lists of token ids",
+        ),
+        (dict(rank_tokens=list("1234567")), "a name of rank_tokens is '1'; expected token ids"),
+        (dict(rank_tokens=NAMES[:6] + [[5, 49407]]), "a name of rank_tokens: token ids .*EOT"),
+        (dict(rank_tokens=NAMES[:6] + [[5, 0]]), "a name of rank_tokens: token ids .*padding"),
     ],
 )
 def test_prompts_refuse(clip, options, message):
@@ -378,7 +336,14 @@ def test_training_moves_what_should_train_and_nothing_else(clip):
 def test_the_temperature_is_a_copy_and_can_be_set_free(clip):
     model = model_of(clip)
     assert not model.logit_scale.requires_grad and model.logit_scale is not clip.logit_scale
-    model.logit_scale.requires_grad_()
+    assert "logit_scale" in model.state_dict() and "logit_scale" not in dict(
+        model.named_parameters()
+    )
+    model.logit_scale.requires_grad_()  # is no parameter: an optimizer would not see it
+    with pytest.raises(ValueError, match="model.logit_scale = nn.Parameter"):
+        model.loss(torch.randn(4, 3, 64, 64), torch.arange(4))
+    model.logit_scale = nn.Parameter(model.logit_scale)
+    assert "logit_scale" in dict(model.named_parameters())
     model.loss(torch.randn(4, 3, 64, 64), torch.arange(4))[0].backward()
     assert model.logit_scale.grad.abs() > 0
     model = OrdinalCLIP(clip.visual, LinearPrototypes(3, 48), math.log(7))
@@ -396,8 +361,10 @@ def test_fixed_prototypes_are_a_copy():
     fixed = FixedPrototypes(tensor)
     assert torch.equal(fixed(), tensor)
     assert not fixed().requires_grad and not list(fixed.parameters())
-    with pytest.raises(ValueError, match=r"got prototypes \(8,\); expected \(R, D\)"):
+    with pytest.raises(ValueError, match=r"prototypes torch.float32 \(8,\); expected float \(R"):
         FixedPrototypes(tensor[0])
+    with pytest.raises(ValueError, match=r"got prototypes torch.int64 \(4, 8\); expected float"):
+        FixedPrototypes(tensor.long())
 
 
 # --------------------------------------------------------------------------------------- ordinality

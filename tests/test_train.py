@@ -13,6 +13,7 @@ from conftest import TINY, TINY_MODEL
 from PIL import Image
 
 import data
+import predict
 import train
 from ordinalclip import OrdinalCLIP
 from training import sweep
@@ -162,7 +163,12 @@ def test_regression_runs_and_learns(gray, tmp_path):
     results = train.main(
         ["--data", str(gray), *TINY, "--method", "regression", "--epochs", "4", "--out", str(out)]
     )
-    assert results["ordinality"] is None and not (out / "exported.pt").exists()
+    assert results["ordinality"] is None
+    rows = list(csv.DictReader(open(out / "predictions-best.csv")))
+    answers = predict.load(out / "exported.pt")([gray / row["path"] for row in rows])
+    assert answers["name"] == [row["rank"] for row in rows]
+    expected = [float(row["expected_rank_index"]) for row in rows]
+    assert answers["expected"].tolist() == pytest.approx(expected, abs=2e-4)
     log = torch.load(out / "last.pt", weights_only=True)["log"]
     assert log[-1]["loss"] < log[0]["loss"]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import data
+from clip_weights import check_finite, load_file
 from training.distributed import is_main
 from training.optim import build_average, build_optimizer, build_schedule
 from training.run_folder import Run, settings_dict
@@ -24,19 +25,58 @@ def save_checkpoint(path: Path, model: nn.Module, args: Namespace, **more: Any) 
         data.atomic_write(path, lambda tmp_path: torch.save(content, tmp_path))
 
 
-def load_checkpoint(path: str | Path, needed: str) -> dict[str, Any]:
-    """The checkpoint at path, on the CPU. SystemExit if it is none or lacks the key `needed`."""
+ENTRIES = dict(  # of last.pt; best.pt holds the first three
+    model=dict, settings=dict, epoch=int, log=list, seconds=(int, float), optimizer=dict,
+    schedule=dict, scaler=dict, progress=(dict, type(None)), average=(dict, type(None)),
+    initial_similarity=(Tensor, type(None)),
+)  # fmt: skip
+PROGRESS = {"steps", "loss_sums", "rng"}  # within an epoch
+NEEDED_TO_RESUME = tuple(key for key in ENTRIES if key not in ("progress", "average"))
+
+
+def load_checkpoint(path: str | Path, *needed: str) -> dict[str, Any]:
+    """The checkpoint at path, on the CPU.
+
+    SystemExit if it is none or another's, lacks a key of `needed`, or holds nan or inf.
+    """
     if not Path(path).is_file():
         raise SystemExit(f"no checkpoint at {path}")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and torch each have errors of their own
-        raise SystemExit(f"{path} cannot be read ({type(error).__name__}: {error})") from error
-    if not isinstance(saved, dict) or needed not in saved:
-        raise SystemExit(
-            f"{path} is no checkpoint of this script for that use: it holds no {needed!r}"
-        )
+        saved = load_file(path, "last.pt or best.pt of a run")
+        saved = saved if isinstance(saved, dict) else {}
+        for key in needed:
+            if key not in saved:
+                raise ValueError(
+                    f"{path} is no checkpoint of this script for that use: it holds no {key!r}"
+                )
+        for key, types in ENTRIES.items():
+            if key in saved and not isinstance(saved[key], types):
+                got = type(saved[key]).__name__
+                raise ValueError(f"{path} is no checkpoint of this script: {key} of type {got}")
+        for key, value in saved.get("model", {}).items():
+            if not torch.is_tensor(value):
+                got = type(value).__name__
+                raise ValueError(f"{path}: {key} of the model is of type {got}; expected a tensor")
+        if "log" in needed:
+            rows = sum(isinstance(row, dict) for row in saved["log"])
+            if rows != saved["epoch"] or not set(saved.get("progress") or PROGRESS) == PROGRESS:
+                raise ValueError(
+                    f"{path} is damaged: {rows} rows of its log, epoch {saved['epoch']}, progress "
+                    f"with {', '.join(map(str, saved.get('progress') or {})) or 'nothing'}"
+                )
+        check_finite(saved.get("model", {}), str(path))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     return saved
+
+
+def load_model(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """model.load_state_dict(state); SystemExit if the checkpoint at path is of another model."""
+    try:
+        model.load_state_dict(state)
+    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise SystemExit(f"{path} is of another model: {reason:.300}") from error
 
 
 class TrainingState:
@@ -58,9 +98,14 @@ class TrainingState:
 
     def load(self, saved: dict[str, Any]) -> None:
         for name in ("optimizer", "schedule", "scaler"):
-            getattr(self, name).load_state_dict(saved[name])
+            part, source = getattr(self, name), f"{self.run.dir / 'last.pt'}: its {name}"
+            if name == "schedule" and saved[name].keys() != part.state_dict().keys():
+                raise SystemExit(f"{source} holds {', '.join(map(str, saved[name])) or 'nothing'}")
+            if saved[name] or name != "scaler":  # which is empty without --precision fp16
+                load_model(part, saved[name], source)
         if self.average:
-            self.average.load_state_dict(saved["average"])
+            source = f"{self.run.dir / 'last.pt'}: its average"
+            load_model(self.average, saved.get("average") or {}, source)
         self.log, self.progress = saved["log"], saved.get("progress")
 
     def step(self) -> None:

@@ -6,7 +6,8 @@ A builder gets a Parts and returns a module with
     predict(images) -> dict(probs (B, R))
     export() -> the module that evaluates (text tower run once)
 
-Needs: ordinalclip, clip_model, tokenizer, backbones, data, training.distributed, .run_folder.
+Needs: ordinalclip, regression, clip_model, tokenizer, backbones, data, training.distributed,
+.run_folder.
 """
 
 import math
@@ -22,10 +23,12 @@ from torch import Tensor, nn
 import data
 from backbones import build_image_encoder
 from clip_model import CLIP, download, tiny_clip
+from clip_weights import check_finite, unwrap
 from ordinalclip import FixedPrototypes, LinearPrototypes, OrdinalCLIP, RankPrompts
+from regression import Regression
 from tokenizer import Tokenizer
 from training.checkpoints import load_checkpoint
-from training.distributed import is_main, main_process_first, world_size
+from training.distributed import is_main, main_process_first
 from training.run_folder import is_number
 
 LINEAR_DIM, LINEAR_SCALE = 1024, math.log(100)  # of the baselines where no CLIP is loaded
@@ -47,56 +50,6 @@ class Method(NamedTuple):
     has_prompts: bool  # --tune has an effect
 
 
-class Regression(nn.Module):
-    """The paper's regression baseline: one neuron that gives the rank index, with L1 or L2 loss.
-
-    It starts at the middle rank. `predict` puts the probability on the two ranks beside the answer,
-    so that the expected rank is the answer (within 0..R-1) and the most probable one the nearest.
-    """
-
-    def __init__(self, image_encoder: nn.Module, dim: int, num_ranks: int, loss_type: str) -> None:
-        super().__init__()
-        self.image_encoder, self.num_ranks, self.loss_type = image_encoder, num_ranks, loss_type
-        self.head = nn.Linear(dim, 1)
-        nn.init.constant_(self.head.bias, (num_ranks - 1) / 2)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> rank indices (B,), of any size."""
-        return self.head(self.image_encoder(images).float())[:, 0]
-
-    def loss(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        target: str | None = None,
-        group: dist.ProcessGroup | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, 3, H, W), rank indices (B,) -> (mean loss, the same, 0).
-
-        With `group` the loss is that of all its processes, and gradients are each one's share, as
-        OrdinalCLIP's. `target` is OrdinalCLIP's column target: without columns it has no effect.
-        """
-        error = self(images) - labels
-        error = error.abs() if self.loss_type == "l1" else error.square()
-        total = error.mean() / world_size()
-        if group is not None:
-            global_loss = total.detach().clone()
-            dist.all_reduce(global_loss, group=group)
-            total = total + (global_loss - total.detach())
-        return total, total, torch.zeros_like(total)
-
-    @torch.no_grad()
-    def predict(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) -> dict(probs (B, R))."""
-        ranks = torch.arange(self.num_ranks, device=images.device)
-        predicted = self(images).clamp(0, self.num_ranks - 1)[:, None]  # (B, 1)
-        return dict(probs=(1 - (predicted - ranks).abs()).clamp_min(0))
-
-    def export(self) -> nn.Module:
-        return self
-
-
 def build_linear(parts: Parts) -> OrdinalCLIP:
     scale = parts.clip.logit_scale if parts.clip else LINEAR_SCALE
     prototypes = LinearPrototypes(parts.task.num_ranks, parts.dim)
@@ -111,8 +64,12 @@ def build_regression(parts: Parts) -> Regression:
 def build_zeroshot(parts: Parts) -> OrdinalCLIP:
     clip, names = parts.clip, parts.task.rank_names
     prompts = [zeroshot_prompt(parts.args, parts.task, name) for name in names]
+    tokenizer = Tokenizer()
+    for prompt in prompts:  # CLIP reads its feature at the first [EOT]
+        if {tokenizer.sot_token, tokenizer.eot_token} & {*tokenizer.encode(prompt)}:
+            raise ValueError(f"{prompt!r} spells out a special token of CLIP; use other words")
     with torch.no_grad():
-        prototypes = clip.encode_text(Tokenizer()(prompts, clip.context_length))
+        prototypes = clip.encode_text(tokenizer(prompts, clip.context_length))
     return OrdinalCLIP(parts.image_encoder, FixedPrototypes(prototypes), clip.logit_scale)
 
 
@@ -177,9 +134,23 @@ def load_clip(args: Namespace) -> CLIP:
     if args.clip == "tiny":
         return tiny_clip(image_size=96)
     with main_process_first():  # it downloads, the others find the file
-        return CLIP.from_pretrained(
-            args.clip, quick_gelu=args.quick_gelu, trust_torchscript=args.trust_torchscript
-        )
+        try:
+            return CLIP.from_pretrained(
+                args.clip, quick_gelu=args.quick_gelu, trust_torchscript=args.trust_torchscript
+            )
+        except (ValueError, OSError) as error:
+            message = str(error)
+            for argument, flag in FLAGS_OF_ARGUMENTS.items():
+                message = message.replace(argument, flag)
+            raise ValueError(message) from error
+
+
+FLAGS_OF_ARGUMENTS = {  # in messages of clip_weights
+    "quick_gelu=True": "--quick-gelu",
+    "quick_gelu=False": "--no-quick-gelu",
+    "trust_torchscript=True": "--trust-torchscript",
+    "choose another cache_dir, or put": "or put",
+}
 
 
 class LossModule(nn.Module):
@@ -202,9 +173,26 @@ class LossModule(nn.Module):
 
 
 def init_state(args: Namespace) -> dict[str, Tensor]:
-    """State dict of the run that --init names, a folder or a checkpoint."""
+    """State dict of the run that --init names, a folder or a checkpoint; also the official code's.
+
+    There the prompts are called prompt_learner (xk-huang/OrdinalCLIP@ca10a20
+    ordinalclip/models/ordinalclip.py#L30-L50). SystemExit for a file without both names.
+    """
     path = Path(args.init)
-    return load_checkpoint(path / "best.pt" if path.is_dir() else path, "model")["model"]
+    path = path / "best.pt" if path.is_dir() else path
+    saved = load_checkpoint(path)
+    if "settings" in saved:
+        return load_checkpoint(path, "model")["model"]
+    try:
+        state = unwrap(saved, str(path), quiet=True)
+        state = {key: value for key, value in state.items() if torch.is_tensor(value)}
+        check_finite(state, str(path))
+    except ValueError as error:
+        raise SystemExit(f"--init {error}") from error
+    state = {key.replace("prompt_learner.", "prototypes."): v for key, v in state.items()}
+    if not any(key.startswith(("image_encoder.", "prototypes.")) for key in state):
+        raise SystemExit(f"--init {path} holds neither an image_encoder nor a prompt_learner")
+    return state
 
 
 def warm_start(args: Namespace, model: nn.Module) -> None:
@@ -216,12 +204,13 @@ def warm_start(args: Namespace, model: nn.Module) -> None:
     source, state = init_state(args), model.state_dict()
     updates = {key: v for key, v in source.items() if key.startswith("image_encoder.")}
     context_key, ranks_key = "prototypes.context_embeds", "prototypes.rank_embeds"
-    if context_key in source and context_key in state:
-        updates[context_key] = source[context_key]
-        rows = source[ranks_key].permute(1, 2, 0)  # (K, T, W) -> (T, W, K)
-        num_base_ranks = len(state[ranks_key])
-        rows = nn.functional.interpolate(rows, num_base_ranks, mode="linear", align_corners=True)
-        updates[ranks_key] = rows.permute(2, 0, 1)
+    if {context_key, ranks_key} <= source.keys() and context_key in state:
+        updates |= {key: source[key] for key in (context_key, ranks_key)}
+        if (rows := source[ranks_key]).dim() == 3:
+            rows = rows.float().permute(1, 2, 0)  # (K, T, W) -> (T, W, K)
+            num = len(state[ranks_key])
+            rows = nn.functional.interpolate(rows, num, mode="linear", align_corners=True)
+            updates[ranks_key] = rows.permute(2, 0, 1)
     for key, value in updates.items():
         if key not in state or state[key].shape != value.shape:
             model_shape = tuple(state[key].shape) if key in state else "nothing of that name"
@@ -232,4 +221,7 @@ def warm_start(args: Namespace, model: nn.Module) -> None:
     model.load_state_dict(state | updates)
     if is_main():
         prompts = " and prompts" if ranks_key in updates else ""
-        print(f"starts with the image encoder{prompts} of {args.init}")
+        left = {key for key in source.keys() - updates.keys() if "_extra_state" not in key}
+        left = sorted({key.split(".")[0] for key in left})
+        left = f", without its {', '.join(left)}" if left else ""
+        print(f"starts with the image encoder{prompts} of {args.init}{left}")

@@ -55,7 +55,14 @@ def build_average(args: Namespace, model: nn.Module) -> AveragedModel | None:
     """--ema: a copy of the model whose weights and buffers are moving averages; None without."""
     if args.ema is None:
         return None
-    average = get_ema_multi_avg_fn(args.ema)
+    ema = get_ema_multi_avg_fn(args.ema)
+
+    def average(means: list[Tensor], values: list[Tensor], count: Tensor) -> None:
+        if means[0].is_floating_point():
+            return ema(means, values, count)
+        for mean, value in zip(means, values):  # positions: 0.9 * 5 + 0.1 * 5 would become 4
+            mean.copy_(value)
+
     return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
 
 

@@ -377,10 +377,26 @@ def args_from_checkpoint(
     if args.resume and not path.exists() and config_path.exists():  # cut off before last.pt
         settings = load_json(config_path, "settings")["settings"]
     else:
-        settings = load_checkpoint(path, "settings")["settings"]
+        settings = load_checkpoint(path, "settings", "model")["settings"]
+    check_types(settings, parser, path)
     saved = Namespace(**vars(parser.parse_args([])) | settings)
     for name in explicit_flags & machine_flags:
         setattr(saved, name, getattr(args, name))
     saved.out = str(path.parent)
     saved.resume, saved.eval = args.resume and str(path), args.eval and str(path)
     return resolve_defaults(saved, set())
+
+
+def check_types(settings: dict, parser: argparse.ArgumentParser, path: Path) -> None:
+    """SystemExit for settings, of a file, that the flags would not have accepted."""
+    for action in parser._actions:
+        value = settings.get(action.dest)
+        types = bool if action.nargs == 0 else action.type or str
+        types = {float: (int, float)}.get(types, types if isinstance(types, type) else object)
+        entries = as_list(value) if action.nargs == "+" else [value]
+        if value is None and (action.dest not in settings or action.default is None):
+            continue
+        for entry in entries or [None]:
+            if not isinstance(entry, types) or action.choices and entry not in action.choices:
+                flag = f"--{action.dest.replace('_', '-')}"
+                raise SystemExit(f"{path} is damaged: its {flag} is {value!r:.80}")

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 import data
+from clip_weights import check_finite
 from ordinalclip import OrdinalCLIP
 from training.distributed import is_main, world_size
 
@@ -247,6 +248,7 @@ def write_config(run: Run) -> None:
 def export_model(path: Path, run: Run, results: dict) -> None:
     """Image encoder, prototypes and what is needed to use them: no text tower, no vocabulary."""
     exported: OrdinalCLIP = run.model.export()
+    check_finite(exported.state_dict(), str(path))
     content = dict(
         format="ordinalclip-1",
         image_encoder=run.args.image_encoder,
