@@ -10,6 +10,7 @@ A list is a .txt with lines `path label` (the label is the last word, so paths m
 import csv
 import os
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -221,7 +222,10 @@ def check_names(paths: Iterable[str]) -> None:
     for path in paths:
         for pattern, fault in faults.items():
             if re.search(pattern, path):
-                raise ValueError(f"the file name {path!a} {fault}; rename the file")
+                advice = "rename the file"
+                if fault.endswith("text") and sys.getfilesystemencoding() != "utf-8":
+                    fault, advice = "cannot be read in this locale", "set PYTHONUTF8=1"
+                raise ValueError(f"the file name {path!a} {fault}; {advice}")
 
 
 def read_paths(path: str | Path) -> list[str]:

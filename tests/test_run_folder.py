@@ -1,6 +1,7 @@
 """pytest tests/test_run_folder.py -- what is written where, and when a folder is refused."""
 
 import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -211,3 +212,37 @@ def test_a_run_folder_that_is_removed_is_one_line(stripes, tmp_path, monkeypatch
     monkeypatch.setattr(LossModule, "forward", remove)
     with pytest.raises(SystemExit, match="run was removed, so .*best.pt cannot be written there"):
         train.main(["--data", str(stripes), *TINY, "--out", str(run_dir)])
+
+
+def run_in_c_locale(*argv):
+    """train.py where text is ASCII by default, which Python does not mend with these settings."""
+    return subprocess.run(
+        [sys.executable, "train.py", *map(str, argv)],
+        cwd=Path(train.__file__).parent,
+        env=dict(os.environ, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"),
+        capture_output=True,
+        encoding="utf-8",
+    )
+
+
+def test_text_files_are_utf8_in_any_locale(stripes, tmp_path):
+    folder, run_dir = shutil.copytree(stripes, tmp_path / "lines"), tmp_path / "runs" / "a"
+    (folder / "ranks.txt").write_text("1 ligne é\n2 stripes\n3 stripes\n4 stripes\n", "utf-8")
+    lines = [f"{i} stripes/image {k}.png {i - 1}" for i in range(1, 5) for k in range(20)]
+    (folder / "train.csv").write_text("\n".join(["# é", *lines]).replace("png ", "png,"), "utf-8")
+    argv = ["--data", folder, *TINY, "--out", run_dir]
+    for command in (argv, ["--eval", run_dir], ["--report", run_dir]):
+        process = run_in_c_locale(*command)
+        assert process.returncode == 0, process.stderr
+        assert "1 ligne \\xe9" in process.stdout
+    assert "always '1 ligne é'" in (run_dir / "report.md").read_text("utf-8")
+    assert "1 ligne é" in (run_dir / "splits" / "ranks.txt").read_text("utf-8")
+    assert "1 ligne é" in (run_dir / "predictions-best.csv").read_text("utf-8")
+    (folder / "1 stripes" / "image 0.png").rename(folder / "1 stripes" / "imagé 0.png")
+    (folder / "train.csv").unlink()
+    (folder / "ranks.txt").unlink()
+    process = run_in_c_locale(*argv[:-1], tmp_path / "b")
+    assert process.stderr == (
+        "train.py: the file name '1 stripes/imag\\udcc3\\udca9 0.png' cannot be read in this "
+        "locale; set PYTHONUTF8=1\n"
+    )
