@@ -5,11 +5,14 @@ import re
 import pytest
 import torch
 from conftest import TINY
+from torch.optim.swa_utils import AveragedModel
 
 import train
 from training import profile
+from training.checkpoints import TrainingState
 from training.loaders import load_task, make_loaders, prepare_batch
 from training.methods import LossModule, build_model
+from training.run_folder import Run
 
 PARTS = ["waiting for data", "transfer", "image tower", "text tower", "matching", "optimiser"]
 
@@ -78,11 +81,11 @@ def test_on_a_gpu_a_step_without_waiting_is_timed_too(gray, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("method", ["ordinalclip", "linear", "regression"])
-def test_a_profiled_step_has_the_gradients_of_training(gray, method):
+def test_a_profiled_step_is_one_of_training(gray, method):
     args = train.parse_args(["--data", str(gray), *TINY, "--method", method])
     task = load_task(args)
     models = []
-    for _ in range(2):
+    for _ in range(3):
         torch.manual_seed(0)
         model, preprocess = build_model(args, task)
         models.append(model)
@@ -90,12 +93,11 @@ def test_a_profiled_step_has_the_gradients_of_training(gray, method):
     models[0].train()
     loss_module = LossModule(models[0], "normalized")
     loss_module(prepare_batch(images, args, preprocess), labels)[0].backward()
-    profile.StepProfiler(args, preprocess, models[1]).step(images, labels)
-    pairs = list(zip(models[0].parameters(), models[1].parameters()))
-    assert sum(p.grad is not None for p, _ in pairs) > 2
-    for plain, timed in pairs:
-        assert (plain.grad is None) == (timed.grad is None)
-        assert plain.grad is None or torch.equal(plain.grad, timed.grad)
+    TrainingState(Run(args, task, models[0], preprocess), 0, None).step()
+    profile.StepProfiler(Run(args, task, models[1], preprocess)).step(images, labels)
+    plain, timed, first = (list(model.parameters()) for model in models)
+    assert len(plain) == len(timed) and all(map(torch.equal, plain, timed))
+    assert sum(not torch.equal(*pair) for pair in zip(timed, first)) > 2
 
 
 def test_of_several_runs_the_first_is_profiled(gray, tmp_path):
@@ -107,3 +109,21 @@ def test_under_torchrun_it_is_refused(gray, tmp_path, monkeypatch):
     monkeypatch.setattr(profile, "world_size", lambda: 2)
     with pytest.raises(SystemExit, match="measures one process, torchrun started 2; start it with"):
         profiled(gray, tmp_path)
+
+
+def test_steps_of_several_batches_are_refused(gray, tmp_path):
+    with pytest.raises(SystemExit, match="times steps of one batch; leave --accumulate out"):
+        profiled(gray, tmp_path, "--accumulate", "2")
+
+
+def test_the_average_of_the_weights_is_timed_too(gray, tmp_path, monkeypatch):
+    updates = []
+    monkeypatch.setattr(AveragedModel, "update_parameters", lambda self, model: updates.append(1))
+    profiled(gray, tmp_path, "--ema", "0.9")
+    assert len(updates) == profile.WARM_UP + 3
+
+
+@pytest.mark.full
+def test_a_compiled_tower_is_timed(gray, tmp_path):
+    rows, _ = profiled(gray, tmp_path, "--compile")
+    assert rows["image tower"][0] > 0 and rows["image tower"][1] > 0 and rows["image tower"][6] > 0

@@ -82,14 +82,15 @@ def calls(monkeypatch):
     return calls
 
 
-def test_epochs_and_predictions_count_their_images(gray, tmp_path, calls):
+def test_checks_epochs_and_predictions_count_their_images(gray, tmp_path, calls):
     results = train.main(
         ["--data", str(gray), *TINY, "--epochs", "2", "--out", str(tmp_path / "a")]
     )
     assert results["images"] == dict(train=56, val=7, test=7)
     epochs = [[(f"epoch {epoch}/2", 0, done, 56) for done in (16, 32, 48, 56)] for epoch in (1, 2)]
     predictions = [("predicting", 0, 7, 7)]
-    assert calls == epochs[0] + predictions + epochs[1] + 3 * predictions
+    opened = [("images opened", 0, done, 70) for done in range(1, 71)]
+    assert calls == opened + epochs[0] + predictions + epochs[1] + 3 * predictions
 
 
 def test_an_epoch_that_was_cut_off_counts_from_there(gray, tmp_path, calls, monkeypatch):

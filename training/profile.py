@@ -4,19 +4,19 @@ After each part the program waits for the device, only here. On a GPU that takes
 training, where the next part is prepared meanwhile; so the time of a step without waiting is
 printed, too.
 
-Needs: training.distributed, .loaders, .methods, .optim, .run_folder.
+Needs: training.checkpoints, .distributed, .loaders, .methods, .run_folder.
 """
 
 import time
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from training.checkpoints import TrainingState
 from training.distributed import world_size
 from training.loaders import (
     autocast,
@@ -27,8 +27,7 @@ from training.loaders import (
     without_image_encoder,
 )
 from training.methods import METHODS, LossModule, build_model, warm_start
-from training.optim import build_optimizer
-from training.run_folder import peak_memory, run_name
+from training.run_folder import Run, peak_memory, run_name
 
 WARM_UP, STEPS = 3, 20  # steps before and while measuring
 DATA, TRANSFER, IMAGE, TEXT, MATCHING, OPTIMISER = PARTS = (
@@ -47,6 +46,8 @@ def profile_run(args: Namespace) -> str:
             f"--profile measures one process, torchrun started {world_size()}; "
             "start it without torchrun, with the --batch-size of one process"
         )
+    if args.accumulate > 1:
+        raise SystemExit("--profile times steps of one batch; leave --accumulate out")
     task = load_task(args)
     torch.manual_seed(args.seed)
     with exit_on_user_error():
@@ -54,7 +55,7 @@ def profile_run(args: Namespace) -> str:
     if args.init:
         warm_start(args, model)
     batches = endless(make_loaders(args, task, preprocess, model)[0])
-    profiler = StepProfiler(args, preprocess, model)
+    profiler = StepProfiler(Run(args, task, model, preprocess))
     kept = profiler.kept_bytes(*next(batches))
     for _ in range(WARM_UP - 1):
         profiler.step(*next(batches))
@@ -92,28 +93,37 @@ def endless(loader: DataLoader) -> Iterator[list[Tensor]]:
         yield from loader
 
 
+class Timed(nn.Module):
+    """A tower between two readings of the clock; not hooks, which --compile would compile, too."""
+
+    def __init__(self, profiler: "StepProfiler", name: str, tower: nn.Module) -> None:
+        super().__init__()
+        self.profiler, self.name, self.tower = profiler, name, tower
+
+    def forward(self, *images: Tensor) -> Tensor:
+        self.profiler.enter(self.name)
+        return self.profiler.leave(self.name, self.tower(*images))
+
+
 class StepProfiler:
     """Training steps of a model, with a clock that is read after each part."""
 
-    def __init__(self, args: Namespace, preprocess: dict[str, Any], model: nn.Module) -> None:
-        self.args, self.preprocess = args, preprocess
+    def __init__(self, run: Run) -> None:
+        args, model = run.args, run.model
+        self.args, self.preprocess = args, run.preprocess
+        self.state = TrainingState(run, time.time(), None)  # optimizer, scaler, average; no file
         self.is_cuda = args.device.startswith("cuda")
         model.train()
         step_model = without_image_encoder(model) if args.freeze_image else model
         self.loss_module = LossModule(step_model, "softmax10" if args.official else "normalized")
-        self.optimizer = build_optimizer(args, model)
-        self.scaler = torch.amp.GradScaler(
-            args.device.split(":")[0], enabled=args.precision == "fp16"
-        )
         self.seconds: dict[tuple[str, str], float] = defaultdict(float)  # of (part, direction)
         self.part = MATCHING  # that runs
         self.outputs: list[tuple[str, Tensor, Tensor]] = []  # tower, its output, the copy in use
         self.towers = {IMAGE: step_model.image_encoder}
         if hasattr(step_model, "prototypes"):
             self.towers[TEXT] = step_model.prototypes
-        for name, tower in self.towers.items():
-            tower.register_forward_pre_hook(lambda *_, name=name: self.enter(name))
-            tower.register_forward_hook(lambda *a, name=name: self.leave(name, a[-1]))
+        for (name, tower), attribute in zip(self.towers.items(), ("image_encoder", "prototypes")):
+            setattr(step_model, attribute, Timed(self, name, tower))
         self.restart()
 
     def restart(self) -> float:
@@ -147,17 +157,14 @@ class StepProfiler:
         with autocast(self.args):
             total, _, _ = self.loss_module(images, labels)
         self.lap(MATCHING)
-        self.optimizer.zero_grad()
-        self.lap(OPTIMISER)
-        self.scaler.scale(total).backward()
+        self.state.scaler.scale(total).backward()
         self.lap(MATCHING, "backward")
         while self.outputs:
             tower, output, copy = self.outputs.pop()
             if copy.grad is not None:
                 output.backward(copy.grad)
             self.lap(tower, "backward")
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.state.step()
         self.lap(OPTIMISER)
 
     def kept_bytes(self, images: Tensor, labels: Tensor) -> dict[str, int]:
@@ -191,8 +198,8 @@ class StepProfiler:
         """Bytes of weights, gradients and optimiser state, and those kept, of each part."""
         sizes = {}
         for part, weights in self.weights().items():
-            grads = [w.grad for w in weights if w.grad is not None]
-            state = [v for w in weights for v in self.optimizer.state.get(w, {}).values()]
+            grads = [w for w in weights if w.requires_grad]  # as large as the weights
+            state = [v for w in weights for v in self.state.optimizer.state.get(w, {}).values()]
             tensors = weights, grads, state
             sizes[part] = [sum(t.nbytes for t in ts) for ts in tensors] + [kept[part]]
         return sizes
