@@ -27,6 +27,16 @@ def test_help_names_every_flag():
     assert "(default: 100; demo:" in done.stdout
 
 
+def test_own_images_with_a_clip_get_its_image_tower(gray):
+    for data_set, flags, encoder in (
+        (str(gray), ["--clip", "tiny"], "clip"),
+        (str(gray), [], "vgg16"),
+        (str(gray), ["--clip", "RN50", "--image-encoder", "vgg16"], "vgg16"),
+        ("morph2", ["--clip", "RN50"], "vgg16"),
+    ):
+        assert train.parse_args(["--data", data_set, *flags]).image_encoder == encoder
+
+
 def test_folds_of_a_given_split_are_refused(gray, tmp_path):
     for part in ("train", "val", "test"):
         for rank in range(4):

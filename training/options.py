@@ -112,7 +112,10 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
         "--quick-gelu", action=argparse.BooleanOptionalAction, help="if a weights file does not say"
     )
     add("--trust-torchscript", action="store_true", help="open an unknown TorchScript archive")
-    encoders = "clip (the tower of --clip), vgg16, timm:NAME, torchvision:NAME"
+    encoders = (
+        "clip (the tower of --clip; the default for own images with --clip), vgg16, timm:NAME, "
+        "torchvision:NAME"
+    )
     add_with_paper_default(group, "--image-encoder", str, encoders)
     weights = "imagenet, none, or a state dict file; not for clip"
     add_with_paper_default(group, "--image-weights", str, weights)
@@ -195,7 +198,10 @@ def ranks_and_share(text: str) -> tuple[int, float]:
 
 def resolve_defaults(args: Namespace, explicit_flags: set[str]) -> Namespace:
     """Fill in what the dataset, the method and the machine decide."""
-    for key, value in {**PAPER, **DATASET_DEFAULTS.get(args.data, {})}.items():
+    defaults = {**PAPER, **DATASET_DEFAULTS.get(args.data, {})}
+    if args.data not in data.DATASETS and "clip" in args:
+        defaults["image_encoder"] = "clip"
+    for key, value in defaults.items():
         vars(args).setdefault(key, value)
     preset = data.DATASETS.get(args.data, {})  # written out or not, the same experiment
     args.split = args.split or preset.get("splits", ("random",))[0]
