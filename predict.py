@@ -222,15 +222,15 @@ def predict_all(args: Namespace, predictor: Predictor, paths: list[str]) -> tupl
     workers = args.workers
     if workers is None:  # starting them takes longer than reading a few images
         workers = min(8, (os.cpu_count() or 1) - 1) if len(paths) > 2 * args.batch_size else 0
-    batches, failed, num_done, start_time = [], [], 0, time.time()
+    batches, failed, num_read, start_time = [], [], 0, time.time()
     for indices, answers, errors in predictor.batches(paths, args.batch_size, workers):
         if indices:
             batches.append(dict(answers, file=[paths[i] for i in indices]))
         failed += [(paths[i], str(error)) for i, error in errors]
-        num_done += len(indices) + len(errors)
+        num_read += len(indices) + len(errors)
         if sys.stderr.isatty():
-            speed = f"{num_done / (time.time() - start_time):.0f} images/s "
-            print(f"\r  {num_done}/{len(paths)}  {speed}", end="", file=sys.stderr, flush=True)
+            speed = f"{num_read / (time.time() - start_time):.0f} images/s "
+            print(f"\r  {num_read}/{len(paths)}  {speed}", end="", file=sys.stderr, flush=True)
     print("\r\033[K" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True)
     return _concat_answers(batches) if batches else {}, failed
 
@@ -257,11 +257,11 @@ def report(args: Namespace, predictor: Predictor, answers: Answers, failed: Fail
         data.atomic_write(Path(args.json), lambda tmp_path: tmp_path.write_text(text))
     if args.explain and answers:
         count = min(MAX_EXPLAINED, len(rows))
-        chosen = torch.linspace(0, len(rows) - 1, count).round().long()  # over the whole list
-        files = [rows[i]["file"] for i in chosen]
+        spread = torch.linspace(0, len(rows) - 1, count).round().long()  # over the whole list
+        files = [rows[i]["file"] for i in spread]
         pixels, _, _ = _read_batch(predictor.preprocess, enumerate(files))
         few = {
-            key: values[chosen] if torch.is_tensor(values) else [values[i] for i in chosen]
+            key: values[spread] if torch.is_tensor(values) else [values[i] for i in spread]
             for key, values in answers.items()
         }
         picture = explain(pixels, few, names)

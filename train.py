@@ -286,8 +286,7 @@ def cli() -> None:
         main()
     except KeyboardInterrupt:
         raise SystemExit(
-            "interrupted; --resume RUN goes on after its last whole epoch, and so does the same "
-            "command where it was of several runs"
+            "interrupted; the same command, or --resume RUN, goes on from last.pt (--save-every)"
         ) from None
 
 

@@ -30,11 +30,11 @@ def check(task: Task) -> int:
     return len(errors)
 
 
-def print_progress(done: int, total: int) -> None:
+def print_progress(num_images: int, total: int) -> None:
     """A line on stderr, where that is a terminal."""
-    if sys.stderr.isatty() and (done % 50 == 0 or done == total):
-        end = "\n" if done == total else ""
-        print(f"\r{done:,} of {total:,} images opened", end=end, file=sys.stderr, flush=True)
+    if sys.stderr.isatty() and (num_images % 50 == 0 or num_images == total):
+        end = "\n" if num_images == total else ""
+        print(f"\r{num_images:,} of {total:,} images opened", end=end, file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

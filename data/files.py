@@ -1,6 +1,6 @@
 """Files: which are images and which a tool's own; text in UTF-8, written whole or not at all.
 
-    images, left_out = find_images("photos")    # sorted paths, {suffix: files of other types}
+    images, other_types = find_images("photos")    # sorted paths, {suffix: files of other types}
 
 Read first. Copy together with: nothing; needs pillow.
 """
@@ -51,7 +51,7 @@ def is_image(path: str | Path) -> bool:
 
 def find_images(folder: str | Path) -> tuple[list[Path], Counter[str]]:
     """(images in a folder and its subfolders, sorted; {suffix: number of files of other types})."""
-    images, left_out, visited = [], Counter(), set()
+    images, other_types, visited = [], Counter(), set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         is_loop = os.path.realpath(parent) in visited
         visited.add(os.path.realpath(parent))
@@ -60,8 +60,8 @@ def find_images(folder: str | Path) -> tuple[list[Path], Counter[str]]:
             if is_image(os.path.join(parent, name)):
                 images.append(Path(parent, name))
             elif not is_hidden(name):
-                left_out[os.path.splitext(name)[1].lower() or "no suffix"] += 1
-    return sorted(images), left_out
+                other_types[os.path.splitext(name)[1].lower() or "no suffix"] += 1
+    return sorted(images), other_types
 
 
 def read_lines(path: str | Path, comment: str | None = "#") -> list[tuple[int, str]]:

@@ -74,16 +74,16 @@ def load(folder: Path, root: Path, options: Options) -> Task:
 
 def _find_parts(names: dict[Path, str]) -> list[Path | None]:
     """The lists or folders of train, val and test among {path: name}, None where there is none."""
-    found = [[path for path in names if names[path].lower() in PART_NAMES[p]] for p in PARTS]
+    candidates = [[path for path in names if names[path].lower() in PART_NAMES[p]] for p in PARTS]
     others = [path for path in names if names[path].lower() in ("eval", "evaluation")]
-    if found[0] and others:
-        if bool(found[1]) == bool(found[2]):
+    if candidates[0] and others:
+        if bool(candidates[1]) == bool(candidates[2]):
             raise ValueError(f"{others[0]}: is it the val or the test part? rename it to that")
-        found[1 if found[2] else 2] = others
-    for part, paths in zip(PARTS, found):
+        candidates[1 if candidates[2] else 2] = others
+    for part, paths in zip(PARTS, candidates):
         if len(paths) > 1:
             raise ValueError(f"{paths[0]} and {paths[1].name} are both the {part} part; keep one")
-    return [paths[0] if paths else None for paths in found]
+    return [paths[0] if paths else None for paths in candidates]
 
 
 def _read_ranks(path: Path) -> list[str] | None:

@@ -51,10 +51,10 @@ def test_memory_is_that_of_the_tensors(gray, tmp_path):
     args = train.parse_args(["--data", str(gray), *TINY])
     model, _ = build_model(args, load_task(args))
     size = sum(p.nbytes for p in model.image_encoder.parameters()) / 2**20
-    weights, gradients, state, kept = rows["image tower"][3:]
+    weights, gradients, state, saved = rows["image tower"][3:]
     assert gradients == pytest.approx(size, abs=0.01) and weights >= gradients
     assert state == pytest.approx(2 * size, abs=0.02)  # two moments
-    assert kept > 16 * 3 * 96 * 96 * 4 / 2**20  # more than the images of the batch
+    assert saved > 16 * 3 * 96 * 96 * 4 / 2**20  # more than the images of the batch
     frozen = sum(p.nbytes for p in model.prototypes._text[0].parameters()) / 2**20
     assert rows["text tower"][3] >= frozen > 100 * rows["text tower"][4]
 

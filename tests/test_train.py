@@ -269,7 +269,7 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch):
 
     monkeypatch.setattr(train, "main", interrupted)
     with pytest.raises(
-        SystemExit, match="interrupted; --resume RUN goes on after its last whole epoch"
+        SystemExit, match="interrupted; the same command, or --resume RUN, goes on from last.pt"
     ):
         train.cli()
 

@@ -221,7 +221,7 @@ def warm_start(args: Namespace, model: nn.Module) -> None:
     model.load_state_dict(state | updates)
     if is_main():
         prompts = " and prompts" if ranks_key in updates else ""
-        left = {key for key in source.keys() - updates.keys() if "_extra_state" not in key}
-        left = sorted({key.split(".")[0] for key in left})
-        left = f", without its {', '.join(left)}" if left else ""
-        print(f"starts with the image encoder{prompts} of {args.init}{left}")
+        unused = {key for key in source.keys() - updates.keys() if "_extra_state" not in key}
+        unused = sorted({key.split(".")[0] for key in unused})
+        unused = f", without its {', '.join(unused)}" if unused else ""
+        print(f"starts with the image encoder{prompts} of {args.init}{unused}")

@@ -264,7 +264,7 @@ def interpolates(args: Namespace) -> bool:
     return args.method == "ordinalclip"
 
 
-def splits_here(args: Namespace) -> bool:
+def has_generated_split(args: Namespace) -> bool:
     return not args.train_list and args.data != "demo"
 
 
@@ -303,9 +303,9 @@ HAS_EFFECT: dict[str, tuple[Callable[[Namespace], bool], str]] = {
     "shots": (trains, BY_METHOD),
     "shift": (trains, BY_METHOD),
     "seeds": (trains, BY_METHOD),
-    "split": (splits_here, "--data {data} and its lists"),
-    "fold": (splits_here, "--data {data} and its lists"),
-    "split_seed": (splits_here, "--data {data} and its lists"),
+    "split": (has_generated_split, "--data {data} and its lists"),
+    "fold": (has_generated_split, "--data {data} and its lists"),
+    "split_seed": (has_generated_split, "--data {data} and its lists"),
 }
 
 

@@ -33,7 +33,7 @@ WARM_UP, STEPS = 3, 20  # steps before and while measuring
 DATA, TRANSFER, IMAGE, TEXT, MATCHING, OPTIMISER = PARTS = (
     "waiting for data", "transfer", "image tower", "text tower", "matching", "optimiser"
 )  # fmt: skip
-COLUMNS = "forward ms", "backward ms", "share", "weights MB", "gradients", "optimiser", "kept"
+COLUMNS = "forward ms", "backward ms", "share", "weights MB", "gradients", "optimiser", "saved"
 
 
 def profile_run(args: Namespace) -> str:
@@ -56,7 +56,7 @@ def profile_run(args: Namespace) -> str:
         warm_start(args, model)
     batches = endless(make_loaders(args, task, preprocess, model)[0])
     profiler = StepProfiler(Run(args, task, model, preprocess))
-    kept = profiler.kept_bytes(*next(batches))
+    saved = profiler.saved_bytes(*next(batches))
     for _ in range(WARM_UP - 1):
         profiler.step(*next(batches))
     profiler.seconds.clear()
@@ -71,9 +71,9 @@ def profile_run(args: Namespace) -> str:
     lines = [
         f"{run_name(args)}   {args.device} {args.precision}, {preprocess['image_size']} px, batch "
         f"{args.batch_size}, {args.workers} workers; mean of {STEPS} steps",
-        *table(profiler, profiler.memory(kept)),
+        *table(profiler, profiler.memory(saved)),
         f"in all {seconds / STEPS * 1e3:.2f} ms a step, {num_images / seconds:.1f} images/s; "
-        f"peak {peak_memory(args.device):.0f} MB; kept: for the way back, beside the weights",
+        f"peak {peak_memory(args.device):.0f} MB; saved: for the way back, beside the weights",
     ]
     if profiler.is_cuda:
         profiler.lap = lambda *_: None
@@ -167,9 +167,9 @@ class StepProfiler:
         self.state.step()
         self.lap(OPTIMISER)
 
-    def kept_bytes(self, images: Tensor, labels: Tensor) -> dict[str, int]:
+    def saved_bytes(self, images: Tensor, labels: Tensor) -> dict[str, int]:
         """One step: bytes that each part keeps until its gradients are computed, but weights."""
-        kept: dict[str, int] = defaultdict(int)
+        saved: dict[str, int] = defaultdict(int)
         weights = [w for ws in self.weights().values() for w in ws]
         counted = {weight.untyped_storage().data_ptr() for weight in weights}
 
@@ -177,31 +177,31 @@ class StepProfiler:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in counted:
                 counted.add(storage.data_ptr())
-                kept[self.part] += storage.nbytes()
+                saved[self.part] += storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             self.step(images, labels)
-        return kept
+        return saved
 
     def weights(self) -> dict[str, list[Tensor]]:
         """Parameters and buffers of each part; of matching those that are in no tower."""
-        parts, seen = {}, set()
+        parts, counted = {}, set()
         for part, module in (*self.towers.items(), (MATCHING, self.loss_module)):
             modules = module, *getattr(module, "_text", ())  # the frozen tower of RankPrompts
             tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-            parts[part] = [t for t in tensors if id(t) not in seen]
-            seen |= {id(t) for t in tensors}
+            parts[part] = [t for t in tensors if id(t) not in counted]
+            counted |= {id(t) for t in tensors}
         return parts
 
-    def memory(self, kept: dict[str, int]) -> dict[str, list[int]]:
-        """Bytes of weights, gradients and optimiser state, and those kept, of each part."""
+    def memory(self, saved: dict[str, int]) -> dict[str, list[int]]:
+        """Bytes of weights, gradients and optimiser state, and those saved, of each part."""
         sizes = {}
         for part, weights in self.weights().items():
             grads = [w for w in weights if w.requires_grad]  # as large as the weights
             state = [v for w in weights for v in self.state.optimizer.state.get(w, {}).values()]
             tensors = weights, grads, state
-            sizes[part] = [sum(t.nbytes for t in ts) for ts in tensors] + [kept[part]]
+            sizes[part] = [sum(t.nbytes for t in ts) for ts in tensors] + [saved[part]]
         return sizes
 
 

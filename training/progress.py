@@ -46,27 +46,27 @@ def print_epoch(row: dict[str, float], epochs: int, eta: float, is_best: bool) -
 
 
 class ProgressLine:
-    """progress(done, total): a line on stderr with images done, images per second, time left.
+    """progress(num_images, total): a line on stderr with images so far, images per second, time left.
 
     On a terminal it is rewritten four times a second and removed at the end; elsewhere, as in a log
     file, a new line is printed once a minute. Of several processes only the main one prints.
     """
 
     def __init__(self, title: str, start: int = 0) -> None:
-        self.title, self.start = title, start  # images done before, in an epoch that was cut off
+        self.title, self.start = title, start  # images before, in an epoch that was cut off
         self.start_time = self.last_print = time.monotonic()
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, num_images: int, total: int) -> None:
         now, is_terminal = time.monotonic(), sys.stderr.isatty()
         if not is_main():
             return
-        if is_terminal and done >= total:
+        if is_terminal and num_images >= total:
             clear_line()
-        elif now - self.last_print >= (0.25 if is_terminal else 60) and done > self.start:
+        elif now - self.last_print >= (0.25 if is_terminal else 60) and num_images > self.start:
             self.last_print = now
-            speed = (done - self.start) / (now - self.start_time)
-            left = timedelta(seconds=round((total - done) / speed))
-            line = f"{self.title}  {done:,}/{total:,} images  {speed:.0f} images/s  {left} left"
+            speed = (num_images - self.start) / (now - self.start_time)
+            remaining = timedelta(seconds=round((total - num_images) / speed))
+            line = f"{self.title}  {num_images:,}/{total:,} images  {speed:.0f} images/s  {remaining} left"
             line = f"\r\033[K  {line}" if is_terminal else f"{line}\n"
             print(line, end="", file=sys.stderr, flush=True)
 
