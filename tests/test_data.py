@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,17 +16,13 @@ from data_makers import (
     make_lists,
     parts_of,
 )
+from processes import run_python, run_script
 
 import data
 from data import load, make_demo
 from data.__main__ import main
 
 PACKAGE = Path(data.__file__).parent
-
-
-def run_python(folder, *arguments):
-    command = [sys.executable, "-B", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -55,11 +50,11 @@ def test_a_release_lies_beside_its_file_by_default(pasted):
     """data/hci.py is imported although there is a folder data/hci/."""
     make_hci(pasted / "data" / "hci", counts=(56,) * 5)
     code = "import data; t = data.load('hci'); print(t.root, len(t.test), data.hci.__file__)"
-    process = run_python(pasted, "-c", code)
+    process = run_python(code, pasted)
     root, num_test, file = process.stdout.split()
     assert root == f"data/hci/{HCI}" and num_test == "250", process.stderr
     assert Path(file) == pasted / "data" / "hci.py"
-    process = run_python(pasted, "-m", "data", "hci")
+    process = run_script(["-m", "data", "hci"], pasted)
     assert process.returncode == 0 and "280 of 280 images can be read" in process.stdout
 
 
@@ -76,13 +71,13 @@ def test_a_new_dataset_is_one_new_file(pasted):
         "    samples = [Sample(name, 'cbs'.index(name[0])) for name in names]\n"
         "    return make_task('weather', PRESET, photos, [samples, None, None], options)\n"
     )
-    process = run_python(pasted, "-m", "data", "weather")
+    process = run_script(["-m", "data", "weather"], pasted)
     assert process.returncode == 1 and "Ask the weather service for data/weather" in process.stderr
     make_folders(pasted / "data" / "weather" / "raw", "cbs", 10)
     (pasted / "data" / "weather" / "photos").mkdir()
     for path in (pasted / "data" / "weather" / "raw").rglob("a*"):
         path.rename(pasted / "data" / "weather" / "photos" / (path.parent.name + path.name))
-    process = run_python(pasted, "-m", "data", "weather", "--out", "lists")
+    process = run_script(["-m", "data", "weather", "--out", "lists"], pasted)
     assert process.returncode == 0, process.stderr
     assert "weather: random split, seed 1, fold 0: 24 train / 3 val / 3 test" in process.stdout
     assert "30 of 30 images can be read" in process.stdout
@@ -106,7 +101,7 @@ def test_check(tmp_path, capsys):
     assert re.search(r"^ +30 +\d+ +\d+ +\d+ +\d+$", out, re.MULTILINE)
     root = make_lists(tmp_path / "own")
     (root / "some images" / "val 3.jpg").write_bytes(b"no")
-    process = run_python(PACKAGE.parent, "-m", "data", root)
+    process = run_script(["-m", "data", str(root)], PACKAGE.parent)
     assert process.returncode == 1 and "29 of 30 images can be read" in process.stdout
     assert "val 3.jpg cannot be read as an image" in process.stdout
 

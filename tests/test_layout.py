@@ -4,13 +4,14 @@ import ast
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from PIL import Image
+from processes import run_python, run_script
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("kernels", "data", "training", "evaluation")
@@ -141,11 +142,6 @@ def block_id(block: str) -> str:
     return block.splitlines()[0][:40]
 
 
-def run_python(block: str, folder: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", block]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("block", code_blocks("python"), ids=block_id)
 def test_a_python_block_runs_and_prints_what_its_comments_say(block, tmp_path):
     for package, module in (
@@ -161,7 +157,7 @@ def test_a_python_block_runs_and_prints_what_its_comments_say(block, tmp_path):
     check_printed_lines(block, run_python(block, ROOT))
 
 
-def check_printed_lines(block: str, process: subprocess.CompletedProcess) -> None:
+def check_printed_lines(block: str, process: CompletedProcess) -> None:
     assert process.returncode == 0, process.stderr
     expected = re.findall(r"print\(.*\)\s+# (.*)", block)
     assert expected and process.stdout.splitlines() == expected
@@ -187,8 +183,7 @@ def test_the_examples_of_extending_work(tmp_path):
             check_printed_lines(block, run_python(block, tmp_path))
         else:
             for line in block.splitlines():
-                words = [sys.executable, *shlex.split(line)[1:]]
-                process = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+                process = run_script(shlex.split(line)[1:], tmp_path)
                 assert process.returncode == 0, process.stderr
     assert changed == {"data/utkface.py", "training/methods.py", "evaluation/metrics.py"}
 

@@ -1,13 +1,12 @@
 """pytest tests/test_options.py -- flags, defaults, combinations without effect, runs of a sweep."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from conftest import TINY
+from processes import run_script
 
 import train
 from training import loaders
@@ -17,14 +16,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_help_names_every_flag():
-    done = subprocess.run(
-        [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
+    process = run_script(["train.py", "--help"], ROOT)
     for flag in ("--data --data-root --method --interp --base-ranks --context --rank-position --clip "
                  "--image-encoder --epochs --batch-size --lr --weight-decay --seed --device --precision "
                  "--out --resume --eval").split():  # fmt: skip
-        assert flag in done.stdout, flag
-    assert "(default: 100; demo:" in done.stdout
+        assert flag in process.stdout, flag
+    assert "(default: 100; demo:" in process.stdout
 
 
 def test_own_images_with_a_clip_get_its_image_tower(gray):

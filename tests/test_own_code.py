@@ -3,8 +3,6 @@ their training loops, their packages."""
 
 import copy
 import shutil
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from processes import run_python
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel
@@ -388,6 +387,5 @@ def test_pasted_into_a_package(tmp_path):
     code = """import torch; from mylib.ordinalclip import LinearPrototypes, OrdinalCLIP
 model = OrdinalCLIP(torch.nn.Flatten(), LinearPrototypes(3, 12), 3.0)
 print(model.loss(torch.randn(2, 3, 2, 2), torch.tensor([0, 2]))[0].isfinite().item())"""
-    command = [sys.executable, "-c", code]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    process = run_python(code, tmp_path)
     assert process.returncode == 0 and process.stdout.strip() == "True", process.stderr

@@ -4,7 +4,6 @@ import csv
 import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import run_python, run_script
 
 import backbones
 import data
@@ -411,8 +411,8 @@ ALONE += ("clip_weights.py", "regression.py")
 def test_it_runs_without_the_rest_of_the_project(run, exported, tmp_path):
     copy_modules(tmp_path, *ALONE, "backbones.py", "data")
     image = sorted(run[1].rglob("*.png"))[0]
-    command = [sys.executable, "predict.py", exported, str(image), str(tmp_path / "missing.png")]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    words = ["predict.py", exported, str(image), str(tmp_path / "missing.png")]
+    process = run_script(words, tmp_path)
     assert process.returncode == 1 and str(image) in process.stdout, process.stderr
     missing = tmp_path / "missing.png"
     assert process.stderr == f"not predicted: {missing}: there is no such image\n"
@@ -422,6 +422,5 @@ def test_a_model_is_rebuilt_without_data_and_backbones(exported, tmp_path):
     copy_modules(tmp_path, *ALONE)
     code = f"""import torch, predict; p = predict.load({exported!r}); s = p.preprocess['image_size']
 print(p.model.predict(torch.zeros(2, 3, s, s))['probs'].shape == (2, len(p.rank_names)))"""
-    command = [sys.executable, "-c", code]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    process = run_python(code, tmp_path)
     assert process.returncode == 0 and process.stdout.strip() == "True", process.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
+from processes import run_python
 from test_checkpoints import check_equal_runs
 
 import data
@@ -187,15 +188,11 @@ def test_a_disk_that_is_full_loses_nothing(stripes, tmp_path, monkeypatch, write
 
 def test_a_checkpoint_that_does_not_fit_on_the_disk_is_one_line(stripes, tmp_path):
     """torch.save has an error of its own for a full disk; here, for a limit of the file size."""
-    resource = pytest.importorskip("resource")
+    pytest.importorskip("resource")
     argv = ["--data", str(stripes), *TINY, "--out", str(tmp_path / "run")]
-    process = subprocess.run(
-        [sys.executable, "train.py", *argv],
-        cwd=Path(train.__file__).parent,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1)),
-        capture_output=True,
-        text=True,
-    )
+    code = f"""import resource, train
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1)); train.main({argv!r})"""
+    process = run_python(code, Path(train.__file__).parent)
     assert process.returncode == 1 and "Traceback" not in process.stderr, process.stderr
     assert "best.pt cannot be written; is the disk full?" in process.stderr
     train.main([*argv[:-1], str(tmp_path / "whole")])

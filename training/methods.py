@@ -125,9 +125,8 @@ def build_model(args: Namespace, task: data.Task) -> tuple[nn.Module, dict[str, 
     if args.compile:
         encoder.compile()
     model = METHODS[args.method].build(Parts(args, task, encoder, dim, clip))
-    return model.to(
-        args.device, memory_format=torch.channels_last
-    ), preprocess  # faster convolutions
+    model.to(args.device, memory_format=torch.channels_last)  # faster convolutions
+    return model, preprocess
 
 
 def load_clip(args: Namespace) -> CLIP:

@@ -46,7 +46,7 @@ def print_epoch(row: dict[str, float], epochs: int, eta: float, is_best: bool) -
 
 
 class ProgressLine:
-    """progress(num_images, total): a line on stderr with images so far, images per second, time left.
+    """progress(num_images, total): a line on stderr: images so far, images per second, time left.
 
     On a terminal it is rewritten four times a second and removed at the end; elsewhere, as in a log
     file, a new line is printed once a minute. Of several processes only the main one prints.
@@ -65,8 +65,10 @@ class ProgressLine:
         elif now - self.last_print >= (0.25 if is_terminal else 60) and num_images > self.start:
             self.last_print = now
             speed = (num_images - self.start) / (now - self.start_time)
-            remaining = timedelta(seconds=round((total - num_images) / speed))
-            line = f"{self.title}  {num_images:,}/{total:,} images  {speed:.0f} images/s  {remaining} left"
+            eta = timedelta(seconds=round((total - num_images) / speed))
+            line = (
+                f"{self.title}  {num_images:,}/{total:,} images  {speed:.0f} images/s  {eta} left"
+            )
             line = f"\r\033[K  {line}" if is_terminal else f"{line}\n"
             print(line, end="", file=sys.stderr, flush=True)
 
