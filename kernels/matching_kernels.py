@@ -30,7 +30,6 @@ gradient of a row is as exact at a loss of 1e-8 as at 1. In a column, with E = e
 h_c its mean over the images of rank c, q - hi = (E - h_c)/sum - (share of the other images)/n_c.
 
 Only integers are added atomically, so results repeat bit for bit.
-
 Needs triton>=3.6 and an NVIDIA GPU from compute capability 8.0 on, or TRITON_INTERPRET=1.
 """
 
@@ -192,8 +191,8 @@ def _parts(PARTS, first, row, ranks, count, empty, RPAD: tl.constexpr, CHUNK: tl
 def finish_kernel(
     PARTS,  # (count, 7, RPAD) fp32, see above
     MERGED,  # (7, RPAD) fp32 out: one part of all; written unless FINISH
-    COLUMNS,  # (6, RPAD) fp32 out: max_i A_ic (inf where c not in V), 1 / sum_i exp(A_ic - max), and
-    #         q_ic - target is (E - row 2) row 1 - row 3 where y_i = c, E row 1 - row 4 elsewhere
+    COLUMNS,  # (6, RPAD) fp32 out: max_i A_ic (inf where c not in V), 1 / sum_i exp(A_ic - max), rest:
+    # q_ic - target is (E - row 2) row 1 - row 3 where y_i = c, E row 1 - row 4 elsewhere
     COUNTS,  # (2,) fp32 out: B, |V|, over all processes
     I2T,  # () fp32 out
     T2I,  # () fp32 out

@@ -25,11 +25,7 @@ INTERPRET = not isinstance(forward_kernel, triton.JITFunction)
 MAX_CHUNKS = 32  # of images, whose dP and ds the last program of the backward adds up one by one
 FINISH = dict(RANKS=16, CHUNK=32)  # ranks of a program of finish_kernel, parts read at once
 HOPPER = 9
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _counters: dict[tuple, Tensor] = {}  # (device, stream) -> int32 zeros
 _groups: dict[str, dist.ProcessGroup] = {}  # an operator takes strings, not groups
 
@@ -43,7 +39,9 @@ def forward_config(B: int, D: int, dots: str, save: bool = True) -> dict[str, in
     if dots != "half":
         return dict(BM=16, BK=16, num_warps=4 if dots == "ieee" else 8, num_stages=2)
     BK = 32 if D % 64 else 64  # rows that cannot be copied 16 bytes at a time
-    return dict(BM=32 if B > 2048 and D % 64 == 0 and save else 16, BK=BK, num_warps=8, num_stages=3)
+    return dict(
+        BM=32 if B > 2048 and D % 64 == 0 and save else 16, BK=BK, num_warps=8, num_stages=3
+    )
 
 
 def backward_config(R: int, D: int, dots: str, generation: int) -> dict[str, int]:
@@ -52,7 +50,9 @@ def backward_config(R: int, D: int, dots: str, generation: int) -> dict[str, int
     On sm_90 its products are wgmmas of N = 64: for N of 32 and less, illegal addresses were
     reported of kernels with several (triton-lang/triton#10486, #10573, #11366).
     """
-    BM = 32 if dots == "half" and D % 16 == 0 else 16  # of other D, rows are read element by element
+    BM = (
+        32 if dots == "half" and D % 16 == 0 else 16
+    )  # of other D, rows are read element by element
     if generation == HOPPER and dots != "ieee":
         return dict(BM=BM, BD=64, num_warps=4 if R <= 64 else 8, num_stages=1)
     BD, num_warps = 32 if dots == "half" else 16, 4 if dots == "tf32" else 8

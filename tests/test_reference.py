@@ -192,7 +192,10 @@ MISTAKES = [
     (dict(labels=Y - 1), r"labels run from -1 to -1; expected rank indices 0..2"),
     (dict(labels=Y + 3), r"labels run from 3 to 3; expected rank indices 0..2"),
     (dict(scale=torch.ones(2)), r"scale has shape \(2,\); expected a number or a 0-dim tensor"),
-    (dict(features=X.double(), impl="triton"), "impl='triton': the fused kernels compute in float32, this is float64"),
+    (
+        dict(features=X.double(), impl="triton"),
+        "impl='triton': the fused kernels compute in float32, this is float64",
+    ),
 ]
 
 
