@@ -8,7 +8,6 @@ A dataset takes part by a constant DOWNLOAD in its file; HOW_TO_GET is printed f
 Read after hci.py. Copy together with: files.py.
 """
 
-import filecmp
 import hashlib
 import http.client
 import os
@@ -51,23 +50,25 @@ def download(name: str, dataset: Any, root: Path) -> None:
     if release.differences(root):
         print(f"licence: {release.licence}\n{release.url} -> {root}", flush=True)
         _fetch_and_unpack(release, root)
-    notes = "; ".join(release.differences(root)) or "complete"
-    print(f"{root}: {notes}", *filter(None, [release.further.format(root=root)]), sep="\n")
+        print(f"{root}: {'; '.join(release.differences(root)) or 'complete'}")
+    else:
+        print(f"{root}: everything is there already, nothing fetched")
+    print(release.further.format(root=root))
 
 
 def _fetch_and_unpack(release: Release, root: Path) -> None:
     archive = root / release.url.rsplit("/", 1)[1]
-    path = archive if archive.is_file() else Path(f"{archive}.part")  # put there by hand, or ours
-    if path != archive:
+    if archive.is_file():  # put there by hand
+        path, advice = archive, "get it again"
+    else:
+        path = Path(f"{archive}.part")
+        advice = f"deleted; run again, or get {archive} yourself"
         _fetch(release.url, path)
     try:
         _unpack(path, release, root)
     except ValueError as error:
         if path != archive:
-            path.unlink()  # to go on from wrong bytes would not make them right
-        advice = (
-            "get it again" if path == archive else f"deleted; run again, or get {archive} yourself"
-        )
+            path.unlink()  # more bytes would not make wrong ones right
         raise ValueError(f"{path}: {error}; {advice}") from error
     if path != archive:
         path.unlink()
@@ -94,10 +95,12 @@ def _fetch(url: str, part: Path) -> None:
     except (OSError, http.client.HTTPException) as error:
         if getattr(error, "code", None) == 416:
             return  # no byte after these: the archive was whole
-        again = f"run again to go on, or get {str(part).removesuffix('.part')} yourself"
-        raise ConnectionError(f"cannot fetch {url} to {part}: {error}; {again}") from error
+        reason = " ".join(str(error).split())  # what a server says may have several lines
+        again = f"run again to go on, or get {part.with_suffix('')} yourself"
+        raise ConnectionError(f"cannot fetch {url} to {part}: {reason}; {again}") from error
     finally:
-        print(end="\n" if sys.stderr.isatty() else "", file=sys.stderr)
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
 
 
 def _print_progress(size: int, total: int | None) -> None:
@@ -125,7 +128,7 @@ def _unpack(path: Path, release: Release, root: Path) -> None:
         files = [file for file in folder.rglob("*") if file.is_file()]
         targets = [root / file.relative_to(folder) for file in files]
         for file, target in zip(files, targets):
-            if target.exists() and not filecmp.cmp(file, target, shallow=False):
+            if target.exists() and target.read_bytes() != file.read_bytes():
                 raise FileExistsError(f"{target} is not as released; move it away and run again")
         for file, target in zip(files, targets):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +144,7 @@ def _md5(path: Path) -> str:
 
 
 def _extract(path: Path, folder: Path) -> None:
-    """All files of an archive but hidden ones. ValueError: a link, or a path out of the folder."""
+    """The files of an archive, without hidden ones, links and devices."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
@@ -150,8 +153,6 @@ def _extract(path: Path, folder: Path) -> None:
         return
     with tarfile.open(path, "r:") as archive:
         for info in archive:
-            if not (info.isfile() or info.isdir()):
-                raise ValueError(f"{info.name!r} is a link or a device; nothing is unpacked")
             if info.isfile():
                 _save(archive.extractfile(info), folder, info.name)
 

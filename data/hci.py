@@ -85,7 +85,7 @@ def count_differences(root: Path) -> list[str]:
 
 DOWNLOAD = Release(
     URL,
-    "none is known for the collection; the photos, of Flickr, belong to their photographers. "
+    "none is known for the collection; the photos belong to their photographers. "
     "Cite Palermo, Hays, Efros (ECCV 2012)",
     count_differences,
     MD5,
