@@ -11,6 +11,7 @@ Read after hci.py. Copy together with: files.py.
 import hashlib
 import http.client
 import os
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -112,8 +113,9 @@ def _print_progress(size: int, total: int | None) -> None:
 
 def _unpack(path: Path, release: Release, root: Path) -> None:
     """Move the archive's files under root, all or (if anything is wrong with them) none."""
-    if release.md5 and (got := _md5(path)) != release.md5:
-        raise ValueError(f"md5 {got}, expected {release.md5}")
+    md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    if release.md5 not in (None, md5):
+        raise ValueError(f"md5 {md5}, expected {release.md5}")
     with tempfile.TemporaryDirectory(prefix=".unpack-", dir=root) as name:
         folder = Path(name)
         try:
@@ -133,14 +135,6 @@ def _unpack(path: Path, release: Release, root: Path) -> None:
         for file, target in zip(files, targets):
             target.parent.mkdir(parents=True, exist_ok=True)
             file.replace(target)
-
-
-def _md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _extract(path: Path, folder: Path) -> None:
@@ -164,5 +158,4 @@ def _save(source: IO[bytes], folder: Path, name: str) -> None:
     if not any(is_hidden(part) for part in target.relative_to(folder).parts):
         target.parent.mkdir(parents=True, exist_ok=True)
         with source, open(target, "wb") as file:
-            while chunk := source.read(CHUNK):
-                file.write(chunk)
+            shutil.copyfileobj(source, file)
