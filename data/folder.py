@@ -84,6 +84,7 @@ def load(folder: Path, root: Path, options: Options) -> Task:
     if len(names) < 2:
         raise ValueError(f"{folder}: {len(names)} rank, but ordinal regression needs 2 or more")
     if groups or options.split == LEAVE_ONE_OUT:
+        groups = {path: groups[path] for part in parts for path, _ in part or () if groups}
         parts = _split_by_group(folder, parts, groups, options, notes)
     preset = dict(context="the rank of the image is", rank_names=names)
     task = make_task(folder.resolve().name, preset, root, parts, options, description)
