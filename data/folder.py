@@ -61,6 +61,10 @@ def load(folder: Path, root: Path, options: Options) -> Task:
         names, parts = _read_rank_lists(folder, root, options, order)
         if (path := ranks_dirs[0] / REAL_LABELS).is_file():  # beside the lists of a run
             real_labels = {image: float(text) for image, text in read_texts(path, root)}
+            if lacking := [
+                s.path for part in parts for s in part or () if s.path not in real_labels
+            ]:
+                raise ValueError(f"{path} lacks {lacking[0]}; restore it, or remove it")
     else:
         ranks = set(order or ())
         if any(lists):
@@ -69,18 +73,10 @@ def load(folder: Path, root: Path, options: Options) -> Task:
             ranks |= {name for part in rows for _, name in part or ()}
         else:
             part_dirs, description = _find_part_dirs(folder, folders, options, notes)
-            state = root, options, ranks, groups, notes
-            rows = [path and _read_part(path, *state) for path in part_dirs]
-        if options.bins or options.ranks not in (None, PRESENT):
-            numbers = number_ranks(rows, options.ranks, options.bins, strict=any(lists))
-            names, parts, real_labels, remarks = numbers
-            notes += remarks
-        else:
-            names = _order_ranks(folder, ranks, order)
-            num_images = sum(len(part or ()) for part in rows)
-            _check_num_ranks(folder, len(names), len(order or ()) or num_images)
-            index = {name: rank for rank, name in enumerate(names)}
-            parts = [part and [Sample(path, index[name]) for path, name in part] for part in rows]
+            rows = [
+                path and _read_part(path, root, options, ranks, groups, notes) for path in part_dirs
+            ]
+        names, parts, real_labels = _to_ranks(folder, rows, ranks, order, options, notes)
     if len(names) < 2:
         raise ValueError(f"{folder}: {len(names)} rank, but ordinal regression needs 2 or more")
     if groups or options.split == LEAVE_ONE_OUT:
@@ -130,6 +126,29 @@ def _find_part_dirs(
     return part_dirs, "own folders"
 
 
+def _to_ranks(
+    folder: Path,
+    rows: list[list[Sample] | None],
+    ranks: set[str],
+    order: list[str] | None,
+    options: Options,
+    notes: list[str],
+) -> tuple[list[str], list[list[Sample] | None], dict[str, float]]:
+    """(names of ranks, parts with rank indices, {path: real label}) of samples with text labels."""
+    if options.bins or options.ranks not in (None, PRESENT):
+        is_strict = bool(options.lists)
+        names, parts, real_labels, outside = number_ranks(
+            rows, options.ranks, options.bins, is_strict
+        )
+        notes += outside
+        return names, parts, real_labels
+    names = _order_ranks(folder, ranks, order)
+    num_images = sum(len(part or ()) for part in rows)
+    _check_num_ranks(folder, len(names), len(order or ()) or num_images)
+    index = {name: rank for rank, name in enumerate(names)}
+    return names, [part and [Sample(p, index[name]) for p, name in part] for part in rows], {}
+
+
 def _split_by_group(
     folder: Path,
     parts: list[list[Sample] | None],
@@ -156,10 +175,9 @@ def _split_by_group(
         if not 0 <= options.fold < len(names):
             raise ValueError(f"{folder} has no fold {options.fold}; give 0 .. {len(names) - 1}")
         notes.append(f"test group {names[options.fold]!r}")
-        is_left_out = {name: name == names[options.fold] for name in names}
-        test = [sample for sample in train if is_left_out[groups[sample.path]]]
-        train = [sample for sample in train if not is_left_out[groups[sample.path]]]
-    elif train and not (val or test):
+        test = [sample for sample in train if groups[sample.path] == names[options.fold]]
+        train = [sample for sample in train if groups[sample.path] != names[options.fold]]
+    elif train and val is None and test is None:
         train, test = held_out(train, "test")
     if train and val is None:
         train, val = held_out(train, "val")

@@ -50,8 +50,8 @@ class Task:
         consecutive = tuple(self.rank_values[0] + i for i in range(self.num_ranks))
         if not self.real_labels and self.rank_values == consecutive:
             return None
-        samples = getattr(self, part)
-        return [self.real_labels.get(path, self.rank_values[rank]) for path, rank in samples]
+        real, values = self.real_labels, self.rank_values
+        return [real[path] if real else values[rank] for path, rank in getattr(self, part)]
 
     def write_lists(self, folder: str | Path) -> None:
         """Write {train,val,test}.txt (`path label`) and ranks.txt; each file atomically.

@@ -11,7 +11,7 @@ from data_makers import assert_disjoint, make_folders, parts_of, tiny
 
 import data
 import train
-from data import load, read_list
+from data import load
 from data.__main__ import main
 from evaluation.metrics import mae_in_unit
 
@@ -261,7 +261,10 @@ def test_written_lists_give_bins_back(tmp_path):
     again = load(root, lists=[tmp_path / "run" / f"{part}.txt" for part in data.PARTS])
     assert parts_of(again) == parts_of(task) and again.rank_names == task.rank_names
     assert again.rank_values == task.rank_values and again.real_labels == task.real_labels
-    assert len(read_list(tmp_path / "run" / "train.txt", root)) == len(task.train)
+    (tmp_path / "run" / "real_labels.txt").write_text(f"{task.train[0].path} 1.5\n")
+    message = f"real_labels.txt lacks {task.train[1].path}; restore it, or remove it"
+    with pytest.raises(ValueError, match=message):
+        load(root, lists=[tmp_path / "run" / f"{part}.txt" for part in data.PARTS])
 
 
 def test_mae_in_the_unit_of_the_labels():
