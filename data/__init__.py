@@ -42,9 +42,9 @@ from .lists import LABEL_COLUMNS, PATH_COLUMNS, Sample, read_list, read_paths
 from .task import PARTS, Options, Task, distribution_shift, few_shot
 
 LABEL_OPTIONS = {  # flags of train.py and `python -m data`, for own images
-    "--label-pattern": "regular expression of the label in file names: '^(\\d+)_' reads 25_0_1.jpg; "
-    "with (?P<group>...) for the person",
-    "--ranks": "LOW-HIGH such as 0-100, each whole number a rank; or present: the labels that occur",
+    "--label-pattern": "regular expression of the label in file names: '^(\\d+)_' reads "
+    "25_0_1.jpg; with (?P<group>...) for the person",
+    "--ranks": "LOW-HIGH such as 0-100, each number a rank; or present: the labels that occur",
     "--bins": "for real-valued labels: number of equal bins, or their edges 0,1.5,3,10",
     "--group": "column of a list or table that names the person: none is in two parts",
 }

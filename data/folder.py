@@ -4,7 +4,7 @@
     PATH/{train,val,test}/<rank>/*.jpg    split by you; val or test may be missing
     PATH/{train,val,test}.txt             lines `path label`, or .csv, .tsv; label = 0 .. R-1
     PATH/NAME.csv, PATH/**/*.jpg          a table of paths and ranks; or one in each of train, ...
-    PATH/**/25_0_1.jpg                    ranks in file names, with label_pattern; or in {train,...}/
+    PATH/**/25_0_1.jpg                    ranks in file names: label_pattern; or in {train,..}/
 
 PATH/ranks.txt (or beside a list) names the ranks, one a line, lowest first; names with numbers need
 none. Without a test part the val part is the test part too; without a val part 10 % of train are
@@ -96,7 +96,7 @@ def _check_label_options(
         raise ValueError(f"{lists[0]} has the labels, a label pattern has no effect; remove one")
     if options.label_pattern and options.group:
         raise ValueError(
-            f"group column {options.group!r}, but a label pattern: write (?P<group>...) in it instead"
+            f"group column {options.group!r}, but a label pattern: write (?P<group>...) in it"
         )
     if order and (options.bins or options.ranks not in (None, PRESENT)):
         raise ValueError(f"{folder}: ranks.txt names the ranks; remove it, or ranks and bins")

@@ -36,8 +36,8 @@ def match_names(
     unnamed = set(range(1, expression.groups + 1)) - set(names.values())
     if names.keys() - {"label", "group"} or ("label" not in names and len(unnamed) != 1):
         raise ValueError(
-            f"label pattern {pattern!r}: expected one capture group, or (?P<label>...), and perhaps "
-            "(?P<group>...); write (?:...) for other parentheses"
+            f"label pattern {pattern!r}: expected one capture group, or (?P<label>...), and "
+            "perhaps (?P<group>...); write (?:...) for other parentheses"
         )
     label_group, rows, unmatched = names.get("label") or unnamed.pop(), [], []
     for image in images:
@@ -116,8 +116,8 @@ def parse_bins(text: str, ranks: str | None, numbers: Iterable[float]) -> list[f
     is_number = len(edges) == 1 and edges[0] in range(2, MAX_RANKS + 1)
     if not is_rising or len(edges) < 3 and not is_number:
         raise ValueError(
-            f"bins {text!r}: expected a number of bins, 2 .. {MAX_RANKS:,}, or rising edges such as "
-            "0,1.5,3,10"
+            f"bins {text!r}: expected a number of bins, 2 .. {MAX_RANKS:,}, or rising edges such "
+            "as 0,1.5,3,10"
         )
     if len(edges) > 2 and ranks or ranks == PRESENT:
         raise ValueError(f"ranks {ranks!r} has no effect with bins {text!r}; remove it")

@@ -16,7 +16,7 @@ from data.__main__ import main
 from evaluation.metrics import mae_in_unit
 
 UTKFACE = r"^(\d+)_"
-FGNET = r"^(?P<group>\d+)[Aa](?P<label>\d+)"
+FGNET = r"(?i)^(?P<group>\d+)A(?P<label>\d+)"
 AGEDB = r"^\d+_(?P<group>.+)_(?P<label>\d+)_[mf]"
 
 
@@ -340,7 +340,7 @@ BAD = [  # (folder, options, message)
     ("names", dict(label_pattern="^x(.)"), "{root}: the label pattern matches no name of 20 images, "
      "such as '1_0.jpg', '1_1.jpg', '1_2.jpg'"),
     ("names", dict(label_pattern=UTKFACE, group="x"), "group column 'x', but a label pattern: write "
-     "(?P<group>...) in it instead"),
+     "(?P<group>...) in it"),
     ("names", dict(label_pattern=UTKFACE, ranks="50-60"), "20 labels are not within 50 .. 60, such as "
      "1 of 1_0.jpg, 1 of 1_1.jpg, 1 of 1_2.jpg"),
     ("names", dict(label_pattern="(jpg)$"), "{root}: the order of rank 'jpg' is not known; "

@@ -99,7 +99,7 @@ def test_nothing_is_unpickled_freely():
 
 # --- sizes ---
 
-MAX_LINES, MAX_LINES_IN_ALL, MAX_COLUMNS = 450, 7400, 100
+MAX_LINES, MAX_LINES_IN_ALL, MAX_COLUMNS = 450, 7780, 100
 LONGER = {"kernels/matching_triton.py"}  # to be shortened: the one exception
 
 
