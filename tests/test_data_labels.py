@@ -339,6 +339,7 @@ BAD = [  # (folder, options, message)
     ("names", dict(label_pattern="(?P<group>.)"), f"label pattern '(?P<group>.)': {PARENTHESES}"),
     ("names", dict(label_pattern="^x(.)"), "{root}: the label pattern matches no name of 20 images, "
      "such as '1_0.jpg', '1_1.jpg', '1_2.jpg'"),
+    ("empty", dict(label_pattern="(.)"), "{root}: the label pattern matches no name (no images)"),
     ("names", dict(label_pattern=UTKFACE, group="x"), "group column 'x', but a label pattern: write "
      "(?P<group>...) in it"),
     ("names", dict(label_pattern=UTKFACE, ranks="50-60"), "20 labels are not within 50 .. 60, such as "
@@ -385,6 +386,7 @@ BAD = [  # (folder, options, message)
 @pytest.fixture(scope="module")
 def bad_folders(tmp_path_factory):
     root, rows = tmp_path_factory.mktemp("bad"), people_rows()
+    (root / "empty").mkdir()
     for name in (f"{age}_{i}.jpg" for age in (1, 2) for i in range(10)):
         tiny(root / "names" / name)
     make_table(root / "table", "path,value,who", rows)
@@ -416,6 +418,8 @@ def test_bad_use_on_the_command_line(bad_folders, tmp_path):
     assert error.value.code == f"train.py: label pattern '^_': {PARENTHESES}"
     with pytest.raises(SystemExit, match="--bins is empty; give a value, or leave it out"):
         train.main([*argv, "--bins="])
+    with pytest.raises(SystemExit, match="train.py: bins '-1,0': expected a number of bins"):
+        train.main([*argv, "--label-pattern", UTKFACE, "--bins=-1,0"])
     assert not (tmp_path / "run").exists()
 
 
