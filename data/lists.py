@@ -8,6 +8,7 @@ A list is a .txt with lines `path label` (the label is the last word, so paths m
 """
 
 import csv
+import math
 import os
 import re
 import sys
@@ -19,7 +20,7 @@ from typing import NamedTuple
 from .files import IMAGE_TYPES, read_lines, write_lines
 
 PATH_COLUMNS = ("path", "image", "filename", "file", "file_name", "image_path", "photo")
-LABEL_COLUMNS = ("label", "rank", "age", "class", "target")
+LABEL_COLUMNS = ("label", "rank", "age", "class", "target", "value", "score")
 
 
 class Sample(NamedTuple):
@@ -69,38 +70,66 @@ def parse_list(path: str | Path) -> list[tuple[int, str, int]]:
         label = parse_integer(text)
         if label is None:
             what = f"label {text[:99]!r} is no whole number"
-            raise ValueError(f"{path}:{number}: {what}; labels are ranks, counted from 0")
+            advice = "labels are ranks, counted from 0 (own images: see --ranks, --bins)"
+            raise ValueError(f"{path}:{number}: {what}; {advice}")
         rows.append((number, image, label))
     return rows
 
 
-def parse_rows(path: str | Path) -> list[tuple[int, str, str]]:
-    """[(line number, image path, label as written)] of a list file."""
+def read_texts(
+    path: str | Path, root: str | Path, column: str | None = None, allow_missing: bool = False
+) -> list[Sample]:
+    """The samples of a list file with labels as text, 3.0 as 3; or with the cells of a column.
+
+    Errors: those of read_list, but for the values of labels.
+    """
+    rows = parse_rows(path, column)
+    integers = [None if column else parse_integer(text) for _, _, text in rows]
+    texts = [text if n is None else str(n) for (_, _, text), n in zip(rows, integers)]
+    samples = [Sample(image, text) for (_, image, _), text in zip(rows, texts)]
+    samples = resolve_paths(root, samples, path, allow_missing)
+    check_labels((f"{path}:{line}", sample) for (line, _, _), sample in zip(rows, samples))
+    return samples
+
+
+def parse_rows(path: str | Path, column: str | None = None) -> list[tuple[int, str, str]]:
+    """[(line number, image path, label as written)] of a list file; or a column for the label."""
     lines, rows = read_lines(path), []
-    delimiter, image, label, header = _columns(path, lines[0][1]) if lines else (None, 0, 1, 0)
+    first_line = lines[0][1] if lines else ""
+    delimiter, image, label, header = _columns(path, first_line, column)
     if not lines[header:]:
         raise ValueError(f"{path} lists no image; expected lines `path label`")
     for number, line in lines[header:]:
         cells = _cells(line, delimiter)
         if max(image, label) >= len(cells) or not cells[image] or not cells[label]:
             got = repr(line[:200])
-            raise ValueError(f"{path}:{number}: expected an image path and a label, got {got}")
+            raise ValueError(
+                f"{path}:{number}: expected an image path and a {column or 'label'}, got {got}"
+            )
         rows.append((number, str(Path(cells[image])), cells[label]))
     return rows
 
 
-def _columns(path: str | Path, first_line: str) -> tuple[str | None, int, int, int]:
+def _columns(
+    path: str | Path, first_line: str, column: str | None = None
+) -> tuple[str | None, int, int, int]:
     """(delimiter, path column, label column, number of header lines), from a list's first line."""
+    label_columns = (column.strip().lower(),) if column else LABEL_COLUMNS
     known = {".csv": ",", ".tsv": "\t"}.get(Path(path).suffix.lower())
     for delimiter in [known] if known else ["\t", ",", " "]:
         names = [cell.lower() for cell in _cells(first_line, delimiter)]
         image, label = (
             next((names.index(name) for name in columns if name in names), None)
-            for columns in (PATH_COLUMNS, LABEL_COLUMNS)
+            for columns in (PATH_COLUMNS, label_columns)
         )
         if image is not None and label is not None:
             return delimiter, image, label, 1
-    if known is None:
+    if column:
+        raise ValueError(
+            f"{path}:1: expected a header with the columns path and {column}; got "
+            f"{first_line[:200]!r}"
+        )
+    if known is None or not first_line:
         return None, 0, 1, 0  # path label
     if len(names) != 2:
         raise ValueError(
@@ -140,6 +169,12 @@ def read_table(
 def parse_integer(text: str) -> int | None:
     """3 for '3' and '3.0', None for anything that is not a whole number."""
     return int(text.split(".")[0]) if re.fullmatch(r"-?\d{1,99}(\.0*)?", text) else None
+
+
+def parse_number(text: str) -> float | None:
+    """A finite number in decimal digits, perhaps with an exponent; None for anything else."""
+    number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", text.strip(), re.I | re.A)
+    return float(text) if number and math.isfinite(float(text)) else None
 
 
 def resolve_paths(

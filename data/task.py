@@ -10,17 +10,17 @@ Copy together with: lists.py.
 
 import hashlib
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .files import write_lines
-from .lists import Sample, check_labels, check_names, read_list, write_list
+from .lists import Sample, check_labels, check_names, parse_number, read_list, write_list
 
 PARTS = ("train", "val", "test")
+REAL_LABELS = "real_labels.txt"
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,34 @@ class Task:
     test: tuple[Sample, ...]
     val_is_test: bool = False
     notes: tuple[str, ...] = ()  # where the release differs from what is published or from itself
+    real_labels: dict[str, float] = field(default_factory=dict, hash=False)  # {path: label} of bins
+    num_groups: int = 0  # persons, say, of whom none is in two parts
 
     @property
     def num_ranks(self) -> int:
         return len(self.rank_names)
 
+    def targets(self, part: str) -> list[float] | None:
+        """The labels of a part in their own unit; None where that is the rank: errors are in it."""
+        consecutive = tuple(self.rank_values[0] + i for i in range(self.num_ranks))
+        if not self.real_labels and self.rank_values == consecutive:
+            return None
+        real, values = self.real_labels, self.rank_values
+        return [real[path] if real else values[rank] for path, rank in getattr(self, part)]
+
     def write_lists(self, folder: str | Path) -> None:
-        """Write {train,val,test}.txt (`path label`) and ranks.txt; each file atomically."""
+        """Write {train,val,test}.txt (`path label`) and ranks.txt; each file atomically.
+
+        Of ranks that are bins also real_labels.txt.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for part in PARTS:
             write_list(folder / f"{part}.txt", getattr(self, part))
         write_lines(folder / "ranks.txt", self.rank_names)
+        if self.real_labels:
+            paths = dict.fromkeys(sample.path for part in PARTS for sample in getattr(self, part))
+            write_list(folder / REAL_LABELS, ((path, self.real_labels[path]) for path in paths))
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,11 @@ class Options:
     category: str | None = None
     label_rule: str | None = None
     allow_missing: bool = False  # keep images in the lists that are not on disk
+    # Of own images (folder.py, labels.py):
+    label_pattern: str | None = None
+    ranks: str | None = None
+    bins: str | None = None
+    group: str | None = None  # column
 
     @property
     def salt(self) -> str:
@@ -119,8 +140,8 @@ def make_task(
     if not (train and val and test):
         raise ValueError(f"{name}: {counts}, and none may be empty; give more images or lists")
     names, samples = tuple(preset["rank_names"]), [tuple(part) for part in (train, val, test)]
-    numeric = all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names)
-    values = tuple(float(name if numeric else i) for i, name in enumerate(names))
+    values = tuple(map(rank_value, names))
+    values = tuple(map(float, range(len(names)))) if None in values else values
     values = preset.get("rank_values", values)
     paths = [{path for path, _ in part} for part in samples]
     untrained = sorted(set(range(len(names))) - {sample.label for sample in train})
@@ -130,6 +151,12 @@ def make_task(
     )
     context, val_is_test = preset["context"], paths[1] == paths[2]
     return Task(name, protocol, root, names, values, context, *samples, val_is_test, tuple(notes))
+
+
+def rank_value(name: str) -> float | None:
+    """16.0 of `16`, the middle of a bin such as `0 to 1.5`, None of other names."""
+    ends = [parse_number(end) for end in name.split(" to ")]
+    return None if None in ends or len(ends) > 2 else sum(ends) / len(ends)
 
 
 def _repeats(parts: Sequence[Sequence[Sample] | None]) -> Iterator[str]:
