@@ -1,0 +1,145 @@
+"""pytest tests/test_data_fuzz.py -- lists and images, changed at random; -m full for 100,000 of them.
+
+Each gives a good result or one line that says what is wrong: no traceback, no hang, no GBs.
+"""
+
+import io
+import random
+import resource
+import struct
+import time
+
+import numpy as np
+import pytest
+from data_makers import parts_of
+from PIL import Image
+
+import data
+from data.images import TRANSPOSE
+from data.task import Options, make_task
+
+CASES = [750, pytest.param(50_000, marks=pytest.mark.full)]
+
+
+@pytest.fixture(autouse=True)
+def memory():
+    """A test may take 700 MB: Pillow's own limit is 179 million pixels, of which it keeps two copies."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700_000  # kB
+
+
+def change_bytes(rng, content):
+    """The bytes with some of them replaced, removed, repeated or inserted."""
+    content = bytearray(content)
+    for _ in range(rng.choice([1, 1, 2, 5, 30])):
+        start = rng.randrange(len(content) + 1)
+        end = start + rng.choice([1, 1, 2, 4, 16, 200])
+        change = rng.choice(["flip", "flip", "replace", "remove", "repeat", "insert", "cut"])
+        if change == "flip" and start < len(content):
+            content[start] ^= 1 << rng.randrange(8)
+        elif change == "replace":
+            content[start:end] = rng.choice([b"\0", b"\xff", b"\x7f"]) * len(content[start:end])
+        elif change == "remove":
+            del content[start:end]
+        elif change == "repeat":
+            content[start:start] = content[start:end]
+        elif change == "insert":
+            content[start:start] = rng.randbytes(end - start)
+        elif change == "cut" and rng.random() < 0.2:
+            del content[start:]
+    return bytes(content)
+
+
+# --- lists ---
+
+PATHS = [
+    "0/x.png", "0/a b.JPG", "1/caf\u00e9.png", "1/x, y.png", '1/"q".png', "2/#1.png", "2/x.png",
+    "2/no suffix",
+]  # fmt: skip
+SPELLINGS = [  # of the same file, and of none
+    "{}", "./{}", "0/../{}", "0//../{}", " {}", "{} ", "{}/", "{}x", "/{}", "~/{}", "C:\\{}", "{}\t",
+    "\ufeff{}", "nowhere/{}", "x" * 300 + "/{}", "../own/{}", "{root}/{}", "", ".", "..", "/", "0",
+    "/dev/zero", "*.png", "http://host/{}", "label", "path", "# {}", "\u202e{}", "{}\x0b{}",
+]  # fmt: skip
+LABELS = [
+    "0", "1", "2", "03", "1.0", "2.", "-1", "+1", "1e2", "1.5", "nan", "inf", "", "one", "3 years",
+    "\uff12", "\u00b2", "\u0661", "9" * 50, "9" * 5000, "20240131", "0x1", "1,0", "1 000", "None",
+    "True", "1_0", "- 1", "\u22121", "1\u00a0",
+]  # fmt: skip
+HEADERS = ["path{}label", "label{}path", "Image{} Age", "file_name{}x{}rank", "id{}n", "path{}path"]
+
+
+def random_list(rng, delimiter, root):
+    """(the bytes of a list in which anything may be odd, the samples it lists if nothing is)."""
+    oddness = rng.choice([0, 0.02, 0.2])  # how often a part of a line is odd
+    lines, samples = [rng.choice(HEADERS[:2]).replace("{}", delimiter)] * (rng.random() < 0.3), []
+    reverse = bool(lines) and lines[0].startswith("label")
+    for _ in range(rng.randrange(1, 20)):
+        path = rng.choice(PATHS)
+        cells = [path, path[0]]
+        samples.append((path, int(path[0])))
+        if rng.random() < oddness:
+            cells[0] = rng.choice(SPELLINGS).replace("{root}", str(root)).replace("{}", path)
+        elif delimiter != " " and (delimiter in path or '"' in path):
+            cells[0] = '"' + path.replace('"', '""') + '"'
+        if rng.random() < oddness:
+            cells[1] = rng.choice(LABELS)
+        if reverse:
+            cells.reverse()
+        if rng.random() < oddness:
+            cells = rng.choice([cells[::-1], cells[:1], cells * 2, ["x", *cells], [*cells, ""]])
+        lines.append(delimiter.join(cells))
+    text = rng.choice(["\n", "\n", "\r\n", "\r", "\n\n", "\n# x\n"]).join(lines)
+    text = rng.choice(["", "", "\ufeff", "# comment\n"]) + text
+    if rng.random() < oddness:
+        text = rng.choice(['"', "sep=,\n", "\u200b", rng.choice(HEADERS) + "\n"]) + text
+    codec = rng.choice(["utf-16", "latin-1", "cp1252", "utf-8-sig"])
+    content = text.encode(codec if rng.random() < oddness else "utf-8", "replace")
+    content = change_bytes(rng, content) if rng.random() < oddness else content
+    return content, None if oddness else samples
+
+
+@pytest.mark.parametrize("cases", CASES)
+def test_lists(tmp_path, cases):
+    rng, root, longest = random.Random(cases), tmp_path / "own", 0
+    for path in PATHS:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(root / path, "PNG")
+    refused = read = 0
+    for _ in range(cases):
+        suffix, delimiter = rng.choice([(".txt", " "), (".csv", ","), (".tsv", "\t")])
+        lists = [root / f"{part}{suffix}" for part in data.PARTS[: rng.choice([1, 2, 3])]]
+        contents, expected = zip(*(random_list(rng, delimiter, root) for _ in lists))
+        for file, content in zip(lists, contents):
+            file.write_bytes(content)
+        start = time.monotonic()
+        try:
+            task = data.load(root)
+            read += 1
+            check_task(task, lists, expected)
+        except (ValueError, OSError) as error:
+            refused += 1
+            assert str(error).isprintable() and 0 < len(str(error)) < 1500, (str(error), contents)
+        except Exception as error:
+            raise AssertionError(contents) from error
+        longest = max(longest, time.monotonic() - start)
+        for file in lists:
+            file.unlink()
+    print(f"{cases} lists: {refused} refused in one line, {read} read; longest {longest:.2f} s")
+    assert refused > cases // 5 and read > cases // 10 and longest < 5
+
+
+def check_task(task, lists, expected):
+    """Each line of the lists gave one sample, of something that is there; else AssertionError."""
+    parts = [list(part) for part in parts_of(task)]
+    if len(lists) == 1:
+        parts = [sorted(sum(parts, []))]
+    samples = [sample for part in parts for sample in part]
+    assert all((task.root / path).exists() and 0 <= label < task.num_ranks for path, label in samples)
+    for file, part, same in zip(lists, parts, expected):
+        content = file.read_bytes().decode("utf-8-sig").replace("\r", "\n").split("\n")
+        lines = [line for line in map(str.strip, content) if line and line[0] != "#"]
+        assert len(lines) - 1 <= len(part) <= len(lines)  # the first may be a header
+        if same is not None:
+            assert part == (sorted(same) if len(lists) == 1 else same)
