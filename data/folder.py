@@ -12,6 +12,7 @@ held out for it. Read after lists.py and task.py. Copy together with: those two,
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -27,9 +28,14 @@ PART_NAMES = {  # in upper or lower case; eval is whichever of val and test is m
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
+PART_WORD = r".*(?<![a-z])(train|test|valid|fold|split)"  # fold_1 and fold_2 are no ranks
 # Units to be minded: 3 months come before 2 years.
-UNITS = set("mg g kg t lb oz mm cm m km ft sec min h hr hour day week month year yr k".split())
-NUMBER = r"(?:(?<!\w)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
+UNITS = (
+    "mg g kg t lb oz mm cm m km ft sec min h hr hour d day w wk week mo month y yo yr year k"
+).split()
+NUMBER = (
+    r"(?:(?<!\w)[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|(?:\d+(?:\.\d+)?|(?<!\w)\.\d+)(?:e[+-]?\d+)?)"
+)
 BELOW, ABOVE = ("<", "≤", "under", "below", "up to"), (">", "≥", "over", "above")
 
 
@@ -72,6 +78,10 @@ def load(folder: Path, root: Path, options: Options) -> Task:
     return replace(task, protocol="; ".join([task.protocol, *notes]))
 
 
+def _nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)  # accents as one character: macOS parts them
+
+
 def _find_parts(names: dict[Path, str]) -> list[Path | None]:
     """The lists or folders of train, val and test among {path: name}, None where there is none."""
     candidates = [[path for path in names if names[path].lower() in PART_NAMES[p]] for p in PARTS]
@@ -87,7 +97,7 @@ def _find_parts(names: dict[Path, str]) -> list[Path | None]:
 
 
 def _read_ranks(path: Path) -> list[str] | None:
-    names = [name for _, name in read_lines(path)] if path.is_file() else None
+    names = [_nfc(name) for _, name in read_lines(path)] if path.is_file() else None
     if names is not None and len(set(names)) < len(names):
         raise ValueError(f"{path} names a rank twice; give one name a line, lowest rank first")
     return names
@@ -111,6 +121,9 @@ def _read_part(part_dir: Path, root: Path, ranks: set[str], notes: list[str]) ->
     if len(tables) == 1 and len(folders) < 2:
         rows = _read_label_table(part_dir, tables[0])
         notes.append(f"labels of {os.path.relpath(tables[0], root)}")
+        paths = {part_dir / path for path, _ in rows}
+        if unlisted := len({*find_images(part_dir)[0]} - paths):
+            notes.append(f"{unlisted:,} images without a label left out")
     elif len(folders) < 2 and not ranks:
         nested = f"; if {folders[0].name} holds the ranks, give {folders[0]}" if folders else ""
         raise ValueError(
@@ -121,15 +134,19 @@ def _read_part(part_dir: Path, root: Path, ranks: set[str], notes: list[str]) ->
     else:
         rows, others = [], Counter(table.suffix for table in tables)
         for rank_dir in folders:
+            if part := _find_parts({path: path.name for path in rank_dir.iterdir()})[0]:
+                wanted = part_dir / part.name / rank_dir.name
+                raise ValueError(f"{part}: the parts come first; expected {wanted}")
             images, others_of_rank = find_images(rank_dir)
-            rows += [(os.path.relpath(image, root), rank_dir.name) for image in images]
+            rank = _nfc(rank_dir.name)
+            rows += [(os.path.relpath(image, root), rank) for image in images]
             others += others_of_rank
         if others:
             types = ", ".join(f"{suffix} {count:,}" for suffix, count in sorted(others.items()))
             notes.append(f"{others.total():,} files of other types left out ({types})")
         if beside := sum(map(is_image, files)):
             notes.append(f"{beside:,} images beside the folders of {part_dir.name} left out")
-        ranks |= {rank_dir.name for rank_dir in folders}
+        ranks |= {_nfc(rank_dir.name) for rank_dir in folders}
         return rows
     ranks |= {name for _, name in rows}
     return [(os.path.relpath(part_dir / path, root), name) for path, name in rows]
@@ -139,7 +156,7 @@ def _read_label_table(part_dir: Path, table: Path) -> list[Sample]:
     """The images, relative to part_dir, each with the name of its rank as label."""
     rows = parse_rows(table)
     integers = [parse_integer(text) for _, _, text in rows]  # 3.0 is 3
-    labels = [text if n is None else str(n) for (_, _, text), n in zip(rows, integers)]
+    labels = [_nfc(text) if n is None else str(n) for (_, _, text), n in zip(rows, integers)]
     samples = [Sample(image, label) for (_, image, _), label in zip(rows, labels)]
     samples = resolve_paths(part_dir, samples, table)
     check_labels((f"{table}:{line}", sample) for (line, _, _), sample in zip(rows, samples))
@@ -153,12 +170,15 @@ def _order_ranks(folder: Path, names: Iterable[str], order: list[str] | None) ->
     """
     how = f"name the ranks in {folder / 'ranks.txt'}, one a line, lowest first"
     if order is None:
+        if parts := [name for name in sorted(names) if re.match(PART_WORD, name.casefold())]:
+            raise ValueError(f"{folder}: {parts[0]!r} may be a part or a rank; {how}")
         keys = {name: key for name in sorted(names) if (key := _rank_key(name))}
         before = next(iter(keys.values()))[1] if keys else ""  # "class" of "class 3"
         by_number = {key[0]: name for name, key in keys.items() if key[1] == before}
         order = [by_number[number] for number in sorted(by_number)]
         units = {key[2]: name for name, key in keys.items()}
-        if len(units.keys() - {""}) > 1 or {"", "k"} <= units.keys():
+        small = units.keys() & {"k", "h", "d", "day", "w", "wk", "week", "mo", "month"}
+        if len(units.keys() - {""}) > 1 or "" in units and small:
             pair = " and ".join(map(repr, sorted(units.values())[:2]))
             raise ValueError(f"{folder}: the ranks {pair} have different units; {how}")
     if unknown := sorted(set(names) - set(order)):
@@ -168,7 +188,7 @@ def _order_ranks(folder: Path, names: Iterable[str], order: list[str] | None) ->
 
 def _rank_key(name: str) -> tuple[tuple[float, int], str, str] | None:
     """((number, -1 below it, 1 above it, else 0), word before it, unit after it)."""
-    match = re.match(rf"(\D*?)({NUMBER})(\s*\+)?(.*)", name.casefold())
+    match = re.match(rf"(\D*?)({NUMBER})(\s*\+)?(.*)", name.casefold().replace("\u2212", "-"))
     if not match:
         return None
     before, number = match[1].strip(" _-([#"), float(match[2].replace(",", ""))

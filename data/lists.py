@@ -78,11 +78,13 @@ def parse_rows(path: str | Path) -> list[tuple[int, str, str]]:
     """[(line number, image path, label as written)] of a list file."""
     lines, rows = read_lines(path), []
     delimiter, image, label, header = _columns(path, lines[0][1]) if lines else (None, 0, 1, 0)
+    width = len(_cells(lines[0][1], delimiter)) if lines else 0
     if not lines[header:]:
         raise ValueError(f"{path} lists no image; expected lines `path label`")
     for number, line in lines[header:]:
         cells = _cells(line, delimiter)
-        if max(image, label) >= len(cells) or not cells[image] or not cells[label]:
+        is_short = max(image, label) >= len(cells) or not cells[image] or not cells[label]
+        if is_short or any(cells[width:]):  # an unquoted path or number with a comma
             got = repr(line[:200])
             raise ValueError(f"{path}:{number}: expected an image path and a label, got {got}")
         rows.append((number, str(Path(cells[image])), cells[label]))
@@ -139,7 +141,7 @@ def read_table(
 
 def parse_integer(text: str) -> int | None:
     """3 for '3' and '3.0', None for anything that is not a whole number."""
-    return int(text.split(".")[0]) if re.fullmatch(r"-?\d{1,99}(\.0*)?", text) else None
+    return int(text.split(".")[0]) if re.fullmatch(r"[-+]?\d{1,99}(\.0*)?", text) else None
 
 
 def resolve_paths(
@@ -214,16 +216,17 @@ def write_list(path: str | Path, samples: Iterable[tuple[str, int]]) -> None:
 
 def check_names(paths: Iterable[str]) -> None:
     """ValueError for the first path that write_list cannot write so that it is read back."""
+    is_utf8 = sys.getfilesystemencoding() == "utf-8"  # of Linux; others may misread names silently
     faults = {
         r"[\n\r]": "holds a line break",
         r"^\s|\s$": "starts or ends with a space",
-        "[\ud800-\udfff]": "is not UTF-8 text",
+        "[\ud800-\udfff]" if is_utf8 else "[^\0-\x7f]": "is not UTF-8 text",
     }
     for path in paths:
         for pattern, fault in faults.items():
             if re.search(pattern, path):
                 advice = "rename the file"
-                if fault.endswith("text") and sys.getfilesystemencoding() != "utf-8":
+                if fault.endswith("text") and not is_utf8:
                     fault, advice = "cannot be read in this locale", "set PYTHONUTF8=1"
                 raise ValueError(f"the file name {path!a} {fault}; {advice}")
 

@@ -119,7 +119,7 @@ def make_task(
     if not (train and val and test):
         raise ValueError(f"{name}: {counts}, and none may be empty; give more images or lists")
     names, samples = tuple(preset["rank_names"]), [tuple(part) for part in (train, val, test)]
-    numeric = all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names)
+    numeric = all(re.fullmatch(r"[-+]?(\d+(\.\d+)?|\.\d+)", name) for name in names)
     values = tuple(float(name if numeric else i) for i, name in enumerate(names))
     values = preset.get("rank_values", values)
     paths = [{path for path, _ in part} for part in samples]
