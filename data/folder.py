@@ -48,11 +48,14 @@ def load(folder: Path, root: Path, options: Options) -> Task:
     ranks_dirs = [path.parent for path in lists if path] + [folder]  # a list's own ranks.txt first
     order = next(filter(None, (_read_ranks(path / "ranks.txt") for path in ranks_dirs)), None)
     notes: list[str] = []
+    unused: list[str] = []
     if any(lists):
         options = replace(options, lists=tuple(lists))
         description = "own lists " + " ".join(path.name for path in lists if path)
         parts = options.read_lists(root, order and len(order))
         samples = [sample for part in parts for sample in part or ()]
+        used = {sample.path.split(os.sep)[0] for sample in samples}
+        unused = [path.name for path in folders if path.name not in used and folder == root]
         highest = max(sample.label for sample in samples)
         _check_num_ranks(folder, len(order or ()) or highest + 1, len(order or samples))
         names = order or [str(rank) for rank in range(highest + 1)]
@@ -60,7 +63,6 @@ def load(folder: Path, root: Path, options: Options) -> Task:
         part_dirs, description = _find_parts({path: path.name for path in folders}), "own folders"
         if any(part_dirs):
             unused = [path.name for path in folders if path not in part_dirs]
-            notes += [f"folders left out: {', '.join(unused)}"] * bool(unused)
         else:
             part_dirs = [folder, None, None]
             description += f", split by seed {options.seed}, fold {options.fold}"
@@ -71,6 +73,7 @@ def load(folder: Path, root: Path, options: Options) -> Task:
         _check_num_ranks(folder, len(names), len(order or ()) or num_images)
         index = {name: rank for rank, name in enumerate(names)}
         parts = [part and [Sample(path, index[name]) for path, name in part] for part in rows]
+    notes += [f"folders left out: {', '.join(unused)}"] * bool(unused)
     if len(names) < 2:
         raise ValueError(f"{folder}: {len(names)} rank, but ordinal regression needs 2 or more")
     preset = dict(context="the rank of the image is", rank_names=names)

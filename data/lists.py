@@ -162,7 +162,7 @@ def resolve_paths(
         if not entry:
             missing[path] = None
     if missing and not allow_missing:
-        total, names = len({path for path, _ in samples}), list(missing)
+        total, names = len({path for path, _ in samples}), [name[:200] for name in missing]
         raise FileNotFoundError(
             f"{source}: {len(missing)} of {total} images are not under {root}, the first: "
             f"{', '.join(map(ascii, names[:3]))} ({_why_missing(str(root), names[0])})"

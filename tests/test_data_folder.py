@@ -231,6 +231,15 @@ def test_images_without_a_label_are_counted(tmp_path):
     assert load(tmp_path / "own").protocol.endswith("; 2 images without a label left out")
 
 
+def test_folders_that_are_no_part_are_named(tmp_path):
+    root = make_lists(tmp_path / "own")
+    make_folders(root / "test", ["0", "1"], 2)
+    assert load(root).protocol.endswith("; folders left out: test")
+    make_folders(tmp_path / "two" / "train", ["0", "1"], 20)
+    tiny(tmp_path / "two" / "more" / "0" / "x.png")
+    assert load(tmp_path / "two").protocol.endswith("; folders left out: more")
+
+
 def test_an_image_that_is_listed_twice_is_counted(tmp_path):
     root = make_lists(tmp_path / "own")
     for name, repeats in (("train", 10), ("val", 1)):
@@ -279,6 +288,10 @@ def test_copies_and_unreadable_images_are_reported_before_training(tmp_path, cap
 
     train.main([*argv, "--skip-bad"])
     before_training = capsys.readouterr().out.split("epoch ")[0]
+    for path in root.glob("test/*/*"):
+        path.write_bytes(b"")
+    with pytest.raises(SystemExit, match="mend or remove them, without them a part is empty:"):
+        train.main([*argv, "--skip-bad", "--out", str(tmp_path / "other")])
     protocol = json.loads((run_dir / "results.json").read_text("utf-8"))["protocol"]
     for text in (*copies, "; 30 unreadable images left out"):
         assert text in before_training and text in protocol

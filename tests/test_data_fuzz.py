@@ -60,7 +60,7 @@ PATHS = [
 ]  # fmt: skip
 SPELLINGS = [  # of the same file, and of none
     "{}", "./{}", "0/../{}", "0//../{}", " {}", "{} ", "{}/", "{}x", "/{}", "~/{}", "C:\\{}", "{}\t",
-    "\ufeff{}", "nowhere/{}", "x" * 300 + "/{}", "../own/{}", "{root}/{}", "", ".", "..", "/", "0",
+    "\ufeff{}", "nowhere/{}", "x" * 5000 + "/{}", "../own/{}", "{root}/{}", "", ".", "..", "/", "0",
     "/dev/zero", "*.png", "http://host/{}", "label", "path", "# {}", "\u202e{}", "{}\x0b{}",
 ]  # fmt: skip
 LABELS = [
@@ -116,12 +116,12 @@ def test_lists(tmp_path, cases):
             file.write_bytes(content)
         start = time.monotonic()
         try:
-            task = data.load(root)
+            task = data.load(root, allow_missing=(allow_missing := rng.random() < 0.3))
             read += 1
-            check_task(task, lists, expected)
+            check_task(task, lists, expected, allow_missing)
         except (ValueError, OSError) as error:
             refused += 1
-            assert str(error).isprintable() and 0 < len(str(error)) < 1500, (str(error), contents)
+            assert str(error).isprintable() and 0 < len(str(error)) < 5000, (str(error), contents)
         except Exception as error:
             raise AssertionError(contents) from error
         longest = max(longest, time.monotonic() - start)
@@ -131,15 +131,14 @@ def test_lists(tmp_path, cases):
     assert refused > cases // 5 and read > cases // 10 and longest < 5
 
 
-def check_task(task, lists, expected):
+def check_task(task, lists, expected, allow_missing):
     """Each line of the lists gave one sample, of something that is there; else AssertionError."""
     parts = [list(part) for part in parts_of(task)]
     if len(lists) == 1:
         parts = [sorted(sum(parts, []))]
     samples = [sample for part in parts for sample in part]
-    assert all(
-        (task.root / path).exists() and 0 <= label < task.num_ranks for path, label in samples
-    )
+    assert all(0 <= label < task.num_ranks for _, label in samples)
+    assert allow_missing or all((task.root / path).exists() for path, _ in samples)
     for file, part, same in zip(lists, parts, expected):
         content = file.read_bytes().decode("utf-8-sig").replace("\r", "\n").split("\n")
         lines = [line for line in map(str.strip, content) if line and line[0] != "#"]

@@ -93,9 +93,10 @@ def check_images(args: Namespace, task: data.Task, may_skip: bool) -> data.Task:
     """The task with the images that can be read; ValueError if the others may not be left out."""
     task, errors = data.check_images(task, args.workers, ProgressLine("images opened"))
     if errors and not (may_skip and task.train and task.val and task.test):
+        skip = "without them a part is empty" if may_skip else "or start the run with --skip-bad"
         raise ValueError(
-            f"{len(errors):,} images of {args.data} cannot be read; mend or remove them, or start "
-            "the run with --skip-bad:\n" + "\n".join(errors.values())
+            f"{len(errors):,} images of {args.data} cannot be read; mend or remove them, {skip}:\n"
+            + "\n".join(errors.values())
         )
     return task
 
