@@ -79,8 +79,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = _integers_to_gray(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    rgb, rgba = Image.new("RGB", image.size, "white"), image.convert("RGBA")
+    rgb.paste(rgba, mask=rgba)  # as alpha_composite, in half its memory
+    return rgb
 
 
 def _integers_to_gray(image: Image.Image) -> Image.Image:
