@@ -37,6 +37,8 @@ def is_image(path: str | Path) -> bool:
         return False
     if suffix in IMAGE_TYPES:
         return True
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return False
     of_suffix = Image.registered_extensions().get(suffix)
     # formats without a signature take almost any file for theirs; of MPEG only the size is read
     formats = [
@@ -53,8 +55,12 @@ def is_image(path: str | Path) -> bool:
 
 def find_images(folder: str | Path) -> tuple[list[Path], Counter[str]]:
     """(images in a folder and its subfolders, sorted; {suffix: number of files of other types})."""
+
+    def fail(error: OSError) -> None:  # a folder that may not be read is not an empty one
+        raise error
+
     images, other_types, visited = [], Counter(), set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         is_loop = os.path.realpath(parent) in visited
         visited.add(os.path.realpath(parent))
         folders[:] = [] if is_loop else [name for name in folders if not is_hidden(name)]

@@ -46,7 +46,7 @@ def load(folder: Path, root: Path, options: Options) -> Task:
     files = [file for file in entries if file.suffix.lower() in (".txt", ".csv", ".tsv")]
     lists = options.lists or _find_parts({file: file.stem for file in files if file.is_file()})
     ranks_dirs = [path.parent for path in lists if path] + [folder]  # a list's own ranks.txt first
-    order = next(filter(None, (_read_ranks(path / "ranks.txt") for path in ranks_dirs)), None)
+    order = next(filter(None, map(_read_ranks, ranks_dirs)), None)
     notes: list[str] = []
     unused: list[str] = []
     if any(lists):
@@ -99,8 +99,9 @@ def _find_parts(names: dict[Path, str]) -> list[Path | None]:
     return [paths[0] if paths else None for paths in candidates]
 
 
-def _read_ranks(path: Path) -> list[str] | None:
-    names = [_nfc(name) for _, name in read_lines(path)] if path.is_file() else None
+def _read_ranks(folder: Path) -> list[str] | None:
+    path = next((path for path in folder.glob("*.*") if path.name.lower() == "ranks.txt"), None)
+    names = path and [_nfc(name) for _, name in read_lines(path)]
     if names is not None and len(set(names)) < len(names):
         raise ValueError(f"{path} names a rank twice; give one name a line, lowest rank first")
     return names

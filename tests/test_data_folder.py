@@ -58,7 +58,7 @@ def test_numeric_names_are_values(tmp_path):
 
 def test_ranks_txt_orders_folders(tmp_path):
     root = make_folders(tmp_path / "own", ["good", "bad", "fair"])
-    (root / "ranks.txt").write_text("bad\r\nfair\r\n\r\ngood\r\nexcellent\r\n")
+    (root / "Ranks.TXT").write_text("bad\r\nfair\r\n\r\ngood\r\nexcellent\r\n")
     task = load(root)
     assert task.rank_names == ("bad", "fair", "good", "excellent")
     assert "1 of 4 ranks have no training image (excellent)" in task.protocol
@@ -220,6 +220,21 @@ def test_images_are_known_by_content(tmp_path):
     assert sum(map(len, parts_of(task))) == 12 + len(names)
     wanted = "5 files of other types left out (.heic 2, .pdf 1, .svg 1, no suffix 1)"
     assert f"; {wanted}; " in task.protocol
+
+
+def test_a_pipe_and_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
+    root, scandir = make_folders(tmp_path / "own", ["1", "2"], 6), os.scandir
+    os.mkfifo(root / "1" / "pipe")
+    assert "1 files of other types left out (no suffix 1)" in load(root).protocol
+
+    def refuse(path):
+        if os.path.basename(path) == "2":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="Permission denied: '.*/own/2'"):
+        load(root)
 
 
 def test_images_without_a_label_are_counted(tmp_path):
