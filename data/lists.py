@@ -216,7 +216,7 @@ def write_list(path: str | Path, samples: Iterable[tuple[str, int]]) -> None:
 
 def check_names(paths: Iterable[str]) -> None:
     """ValueError for the first path that write_list cannot write so that it is read back."""
-    is_utf8 = sys.getfilesystemencoding() == "utf-8"  # of Linux; others may misread names silently
+    is_utf8 = sys.getfilesystemencoding() == "utf-8"  # else a name may be misread without an error
     faults = {
         r"[\n\r]": "holds a line break",
         r"^\s|\s$": "starts or ends with a space",
