@@ -18,14 +18,16 @@ IMAGE_TYPES = (
     ".pgm",
 )  # fmt: skip
 TOOL_FILES = {  # what file managers, archives and servers leave beside images, in lower case
-    "__macosx", "__pycache__", "@eadir", "@recycle", "#recycle", "$recycle.bin", "lost+found",
-    "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
+    "__macosx", "__pycache__", "@eadir", "@recycle", "@tmp", "#recycle", "#snapshot", "recycler",
+    "$recycle.bin", "lost+found", "found.000", "system volume information", "temporary items",
+    "network trash folder", "thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r",
 }  # fmt: skip
 
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is a tool's own: .ipynb_checkpoints, ._x.jpg, @eaDir, Thumbs.db."""
-    return name.startswith(".") or name.lower() in TOOL_FILES
+    is_number = name[:1] == "." and name[1:].isdecimal()  # .5 is a rank
+    return name.startswith((".", "~$")) and not is_number or name.lower() in TOOL_FILES
 
 
 def is_image(path: str | Path) -> bool:
@@ -35,6 +37,8 @@ def is_image(path: str | Path) -> bool:
         return False
     if suffix in IMAGE_TYPES:
         return True
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return False
     of_suffix = Image.registered_extensions().get(suffix)
     # formats without a signature take almost any file for theirs; of MPEG only the size is read
     formats = [
@@ -51,8 +55,12 @@ def is_image(path: str | Path) -> bool:
 
 def find_images(folder: str | Path) -> tuple[list[Path], Counter[str]]:
     """(images in a folder and its subfolders, sorted; {suffix: number of files of other types})."""
+
+    def fail(error: OSError) -> None:  # a folder that may not be read is not an empty one
+        raise error
+
     images, other_types, visited = [], Counter(), set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         is_loop = os.path.realpath(parent) in visited
         visited.add(os.path.realpath(parent))
         folders[:] = [] if is_loop else [name for name in folders if not is_hidden(name)]

@@ -14,6 +14,7 @@ Read after lists.py, labels.py and task.py. Copy together with: those three, fil
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -31,9 +32,14 @@ PART_NAMES = {  # in upper or lower case; eval is whichever of val and test is m
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
+PART_WORD = r".*(?<![a-z])(train|test|valid|fold|split)"  # fold_1 and fold_2 are no ranks
 # Units to be minded: 3 months come before 2 years.
-UNITS = set("mg g kg t lb oz mm cm m km ft sec min h hr hour day week month year yr k".split())
-NUMBER = r"(?:(?<!\w)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
+UNITS = (
+    "mg g kg t lb oz mm cm m km ft sec min h hr hour d day w wk week mo month y yo yr year k"
+).split()
+NUMBER = (
+    r"(?:(?<!\w)[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|(?:\d+(?:\.\d+)?|(?<!\w)\.\d+)(?:e[+-]?\d+)?)"
+)
 BELOW, ABOVE = ("<", "≤", "under", "below", "up to"), (">", "≥", "over", "above")
 
 
@@ -46,7 +52,7 @@ def load(folder: Path, root: Path, options: Options) -> Task:
     files = [file for file in entries if file.suffix.lower() in (".txt", ".csv", ".tsv")]
     lists = options.lists or _find_parts({file: file.stem for file in files if file.is_file()})
     ranks_dirs = [path.parent for path in lists if path] + [folder]  # a list's own ranks.txt first
-    order = next(filter(None, (_read_ranks(path / "ranks.txt") for path in ranks_dirs)), None)
+    order = next(filter(None, map(_read_ranks, ranks_dirs)), None)
     _check_label_options(folder, options, [path for path in lists if path], order)
     chosen = ("label_pattern", "group", "ranks", "bins")
     notes = [f"{key.replace('_', ' ')} {v}" for key in chosen if (v := getattr(options, key))]
@@ -59,6 +65,9 @@ def load(folder: Path, root: Path, options: Options) -> Task:
             groups |= dict(read_texts(path, root, options.group, options.allow_missing))
     if any(lists) and not (options.ranks or options.bins):
         names, parts = _read_rank_lists(folder, root, options, order)
+        used = {sample.path.split(os.sep)[0] for part in parts for sample in part or ()}
+        unused = [path.name for path in folders if path.name not in used and folder == root]
+        notes += [f"folders left out: {', '.join(unused)}"] * bool(unused)
         if (path := ranks_dirs[0] / REAL_LABELS).is_file():  # beside the lists of a run
             real_labels = {image: float(text) for image, text in read_texts(path, root)}
             if lacking := [
@@ -191,6 +200,10 @@ def _split_by_group(
     return [train, val, test]
 
 
+def _nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)  # accents as one character: macOS parts them
+
+
 def _find_parts(names: dict[Path, str]) -> list[Path | None]:
     """The lists or folders of train, val and test among {path: name}, None where there is none."""
     candidates = [[path for path in names if names[path].lower() in PART_NAMES[p]] for p in PARTS]
@@ -205,8 +218,9 @@ def _find_parts(names: dict[Path, str]) -> list[Path | None]:
     return [paths[0] if paths else None for paths in candidates]
 
 
-def _read_ranks(path: Path) -> list[str] | None:
-    names = [name for _, name in read_lines(path)] if path.is_file() else None
+def _read_ranks(folder: Path) -> list[str] | None:
+    path = next((path for path in folder.glob("*.*") if path.name.lower() == "ranks.txt"), None)
+    names = path and [_nfc(name) for _, name in read_lines(path)]
     if names is not None and len(set(names)) < len(names):
         raise ValueError(f"{path} names a rank twice; give one name a line, lowest rank first")
     return names
@@ -250,10 +264,14 @@ def _read_part(
         ] * bool(unmatched)
     elif len(tables) == 1 and len(folders) < 2:
         rows = _relative(part_dir, root, read_texts(tables[0], part_dir))
+        rows = [Sample(path, _nfc(name)) for path, name in rows]
         if options.group:
             cells = read_texts(tables[0], part_dir, options.group)
             groups |= dict(_relative(part_dir, root, cells))
         notes.append(f"labels of {os.path.relpath(tables[0], root)}")
+        images = {os.path.relpath(image, root) for image in find_images(part_dir)[0]}
+        if unlisted := len(images - {path for path, _ in rows}):
+            notes.append(f"{unlisted:,} images without a label left out")
     elif len(folders) < 2 and not ranks:
         nested = f"; if {folders[0].name} holds the ranks, give {folders[0]}" if folders else ""
         raise ValueError(
@@ -266,12 +284,16 @@ def _read_part(
     else:
         rows, others = [], Counter(table.suffix for table in tables)
         for rank_dir in folders:
+            if part := _find_parts({path: path.name for path in rank_dir.iterdir()})[0]:
+                wanted = part_dir / part.name / rank_dir.name
+                raise ValueError(f"{part}: the parts come first; expected {wanted}")
             images, others_of_rank = find_images(rank_dir)
-            rows += [Sample(os.path.relpath(image, root), rank_dir.name) for image in images]
+            rank = _nfc(rank_dir.name)
+            rows += [Sample(os.path.relpath(image, root), rank) for image in images]
             others += others_of_rank
         if beside := sum(map(is_image, files)):
             notes.append(f"{beside:,} images beside the folders of {part_dir.name} left out")
-        ranks |= {rank_dir.name for rank_dir in folders}
+        ranks |= {_nfc(rank_dir.name) for rank_dir in folders}
     if others:
         types = ", ".join(f"{suffix} {count:,}" for suffix, count in sorted(others.items()))
         notes.append(f"{others.total():,} files of other types left out ({types})")
@@ -290,12 +312,15 @@ def _order_ranks(folder: Path, names: Iterable[str], order: list[str] | None) ->
     """
     how = f"name the ranks in {folder / 'ranks.txt'}, one a line, lowest first"
     if order is None:
+        if parts := [name for name in sorted(names) if re.match(PART_WORD, name.casefold())]:
+            raise ValueError(f"{folder}: {parts[0]!r} may be a part or a rank; {how}")
         keys = {name: key for name in sorted(names) if (key := _rank_key(name))}
         before = next(iter(keys.values()))[1] if keys else ""  # "class" of "class 3"
         by_number = {key[0]: name for name, key in keys.items() if key[1] == before}
         order = [by_number[number] for number in sorted(by_number)]
         units = {key[2]: name for name, key in keys.items()}
-        if len(units.keys() - {""}) > 1 or {"", "k"} <= units.keys():
+        small = units.keys() & {"k", "h", "d", "day", "w", "wk", "week", "mo", "month"}
+        if len(units.keys() - {""}) > 1 or "" in units and small:
             pair = " and ".join(map(repr, sorted(units.values())[:2]))
             raise ValueError(f"{folder}: the ranks {pair} have different units; {how}")
     if unknown := sorted(set(names) - set(order)):
@@ -305,7 +330,7 @@ def _order_ranks(folder: Path, names: Iterable[str], order: list[str] | None) ->
 
 def _rank_key(name: str) -> tuple[tuple[float, int], str, str] | None:
     """((number, -1 below it, 1 above it, else 0), word before it, unit after it)."""
-    match = re.match(rf"(\D*?)({NUMBER})(\s*\+)?(.*)", name.casefold())
+    match = re.match(rf"(\D*?)({NUMBER})(\s*\+)?(.*)", name.casefold().replace("\u2212", "-"))
     if not match:
         return None
     before, number = match[1].strip(" _-([#"), float(match[2].replace(",", ""))

@@ -79,21 +79,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = _integers_to_gray(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    rgb, rgba = Image.new("RGB", image.size, "white"), image.convert("RGBA")
+    rgb.paste(rgba, mask=rgba)  # as alpha_composite, in half its memory
+    return rgb
 
 
 def _integers_to_gray(image: Image.Image) -> Image.Image:
-    gray = np.asarray(image).astype(np.int64)  # (H, W)
+    gray = np.asarray(image)  # (H, W)
     if gray.min() < 0 or gray.max() > 65535:
         raise ValueError(f"{gray.min()} .. {gray.max()} has no known white; save it with 16 bits")
-    transparent = gray == image.info.get("transparency", -1)
     tags = getattr(image, "tag_v2", {})
     white = 4095 if tags.get(258) == (12,) else 65535  # TIFF with 12 bits a pixel
+    levels = np.arange(65536)
     if tags.get(262) == 0:  # TIFF in which 0 is white
-        gray = white - gray
-    gray = np.where(transparent, 255, (gray * 255 + white // 2) // white)
-    return Image.fromarray(gray.astype(np.uint8))
+        levels = white - levels
+    levels = ((levels * 255 + white // 2) // white).astype(np.uint8)
+    if "transparency" in image.info:
+        levels[image.info["transparency"]] = 255
+    return Image.fromarray(levels[gray])
 
 
 class ImageList(torch.utils.data.Dataset):

@@ -97,11 +97,13 @@ def parse_rows(path: str | Path, column: str | None = None) -> list[tuple[int, s
     lines, rows = read_lines(path), []
     first_line = lines[0][1] if lines else ""
     delimiter, image, label, header = _columns(path, first_line, column)
+    width = len(_cells(first_line, delimiter))
     if not lines[header:]:
         raise ValueError(f"{path} lists no image; expected lines `path label`")
     for number, line in lines[header:]:
         cells = _cells(line, delimiter)
-        if max(image, label) >= len(cells) or not cells[image] or not cells[label]:
+        is_short = max(image, label) >= len(cells) or not cells[image] or not cells[label]
+        if is_short or any(cells[width:]):  # an unquoted path or number with a comma
             got = repr(line[:200])
             raise ValueError(
                 f"{path}:{number}: expected an image path and a {column or 'label'}, got {got}"
@@ -168,7 +170,7 @@ def read_table(
 
 def parse_integer(text: str) -> int | None:
     """3 for '3' and '3.0', None for anything that is not a whole number."""
-    return int(text.split(".")[0]) if re.fullmatch(r"-?\d{1,99}(\.0*)?", text) else None
+    return int(text.split(".")[0]) if re.fullmatch(r"[-+]?\d{1,99}(\.0*)?", text) else None
 
 
 def parse_number(text: str) -> float | None:
@@ -195,7 +197,7 @@ def resolve_paths(
         if not entry:
             missing[path] = None
     if missing and not allow_missing:
-        total, names = len({path for path, _ in samples}), list(missing)
+        total, names = len({path for path, _ in samples}), [name[:200] for name in missing]
         raise FileNotFoundError(
             f"{source}: {len(missing)} of {total} images are not under {root}, the first: "
             f"{', '.join(map(ascii, names[:3]))} ({_why_missing(str(root), names[0])})"
@@ -249,16 +251,17 @@ def write_list(path: str | Path, samples: Iterable[tuple[str, int]]) -> None:
 
 def check_names(paths: Iterable[str]) -> None:
     """ValueError for the first path that write_list cannot write so that it is read back."""
+    is_utf8 = sys.getfilesystemencoding() == "utf-8"  # else a name may be misread without an error
     faults = {
         r"[\n\r]": "holds a line break",
         r"^\s|\s$": "starts or ends with a space",
-        "[\ud800-\udfff]": "is not UTF-8 text",
+        "[\ud800-\udfff]" if is_utf8 else "[^\0-\x7f]": "is not UTF-8 text",
     }
     for path in paths:
         for pattern, fault in faults.items():
             if re.search(pattern, path):
                 advice = "rename the file"
-                if fault.endswith("text") and sys.getfilesystemencoding() != "utf-8":
+                if fault.endswith("text") and not is_utf8:
                     fault, advice = "cannot be read in this locale", "set PYTHONUTF8=1"
                 raise ValueError(f"the file name {path!a} {fault}; {advice}")
 

@@ -1,14 +1,32 @@
 """pytest tests/test_data_folder.py -- your own images: folders per rank, split folders, own lists."""
 
 import dataclasses
+import json
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from data_makers import assert_disjoint, make_folders, make_lists, parts_of, paths, tiny
+from conftest import TINY
+from data_makers import (
+    all_paths,
+    assert_disjoint,
+    jpeg,
+    make_folders,
+    make_lists,
+    parts_of,
+    paths,
+    tiny,
+)
+from PIL import Image
 
 import data
-from data import ImageList, Sample, load, read_list
+import train
+from data import ImageList, Sample, check_images, load, read_list
+from data.__main__ import main
 
 
 def test_folder_per_rank_is_split_in_proportion(tmp_path):
@@ -40,7 +58,7 @@ def test_numeric_names_are_values(tmp_path):
 
 def test_ranks_txt_orders_folders(tmp_path):
     root = make_folders(tmp_path / "own", ["good", "bad", "fair"])
-    (root / "ranks.txt").write_text("bad\r\nfair\r\n\r\ngood\r\nexcellent\r\n")
+    (root / "Ranks.TXT").write_text("bad\r\nfair\r\n\r\ngood\r\nexcellent\r\n")
     task = load(root)
     assert task.rank_names == ("bad", "fair", "good", "excellent")
     assert "1 of 4 ranks have no training image (excellent)" in task.protocol
@@ -125,3 +143,225 @@ def test_written_lists_give_the_task_back(tmp_path):
     again = load(root, lists=[tmp_path / "run" / f"{part}.txt" for part in data.PARTS])
     assert dataclasses.replace(again, protocol=task.protocol) == task
     assert again.rank_names == ("2", "9", "16")
+
+
+# --- what real folders hold ---
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        ["7", "030", "1e2"],
+        ["-1", "3", "+5"],
+        [".5", "1.0", "1.5"],
+        ["\u221210", "\u22125"],
+        ["No.5", "No.10"],
+        ["\uff12", "\uff11\uff10"],
+        ["3 years", "10_years"],
+        ["under_18", "18-30", "31+"],
+        ["age9", "Age10"],
+    ],
+)
+def test_names_with_numbers_are_in_their_order(tmp_path, ranks):
+    assert load(make_folders(tmp_path / "own", ranks, 4)).rank_names == tuple(ranks)
+
+
+@pytest.mark.parametrize("values", [(0.5, 1, 1.5), (-1, 3, 5), (7, 30, 100)])
+def test_plain_numbers_are_values(tmp_path, values):
+    names = [f"{value:+g}".replace("+0.", ".") for value in values]
+    assert load(make_folders(tmp_path / "own", names, 4)).rank_values == values
+
+
+@pytest.mark.parametrize("val", ["valid", "VALIDATION", "dev", "Eval"])
+@pytest.mark.parametrize("train_name, test", [("Train", "Testing"), ("TRAINING", "test")])
+def test_parts_by_their_usual_names(tmp_path, train_name, val, test):
+    for i, part in enumerate((train_name, val, test)):
+        make_folders(tmp_path / part, ["1", "2"], i + 2)
+    assert [len(part) for part in parts_of(load(tmp_path))] == [4, 6, 8]
+
+
+def test_what_tools_leave_beside_images_is_not_read(tmp_path):
+    for part in ("train", "test"):
+        make_folders(tmp_path / "own" / part, ["1", "2"], 10)
+    expected = load(tmp_path / "own")
+    folders = (
+        ".ipynb_checkpoints", "@eaDir", "__MACOSX", ".thumbnails", "#recycle", "#snapshot", ".git",
+        "$RECYCLE.BIN", "System Volume Information", "lost+found",
+    )  # fmt: skip
+    files = (
+        "._a 1.jpg",
+        "Thumbs.db",
+        "desktop.ini",
+        ".DS_Store",
+        "Icon\r",
+        "~$a 1.jpg",
+        "Picasa.ini",
+    )
+    for parent in ("", "train", "train/1", "test/2"):
+        for name in folders:
+            tiny(tmp_path / "own" / parent / name / "1" / "a 1.jpg")
+            tiny(tmp_path / "own" / parent / name / "a 1.jpg")
+        for name in files:
+            (tmp_path / "own" / parent / name).write_bytes(jpeg())
+    assert load(tmp_path / "own") == expected and "left out" not in expected.protocol
+
+
+def test_images_are_known_by_content(tmp_path):
+    root = make_folders(tmp_path / "own", ["1", "2"], 6)
+    names = "a.jfif b.jpe c.jp2 d.avif e.tiff f g.dat h.PNG i.jpg.bak".split()
+    formats = dict(zip(names, "JPEG JPEG JPEG2000 AVIF TIFF PNG WEBP PNG JPEG".split()))
+    for name, image_format in formats.items():
+        Image.new("RGB", (8, 8)).save(root / "2" / name, image_format)
+    others = ("x.pdf", "y.svg", "z.HEIC", "b.heic", "no suffix")
+    for name in others:
+        (root / "1" / name).write_bytes(b"%PDF-1.4")
+    task, errors = check_images(load(root))
+    assert not errors and all_paths(task) >= {f"2/{name}" for name in names}
+    assert sum(map(len, parts_of(task))) == 12 + len(names)
+    wanted = "5 files of other types left out (.heic 2, .pdf 1, .svg 1, no suffix 1)"
+    assert f"; {wanted}; " in task.protocol
+
+
+def test_a_pipe_and_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
+    root, scandir = make_folders(tmp_path / "own", ["1", "2"], 6), os.scandir
+    os.mkfifo(root / "1" / "pipe")
+    assert "1 files of other types left out (no suffix 1)" in load(root).protocol
+
+    def refuse(path):
+        if os.path.basename(path) == "2":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="Permission denied: '.*/own/2'"):
+        load(root)
+
+
+def test_images_without_a_label_are_counted(tmp_path):
+    make_folders(tmp_path / "own", ["photos"], 12)
+    rows = "".join(
+        f"./photos/../photos/a {i}.{'jpg' if i % 2 else 'PNG'},{i % 2}\n" for i in range(10)
+    )
+    (tmp_path / "own" / "labels.csv").write_text("path,label\n" + rows)
+    assert load(tmp_path / "own").protocol.endswith("; 2 images without a label left out")
+
+
+def test_folders_that_are_no_part_are_named(tmp_path):
+    root = make_lists(tmp_path / "own")
+    make_folders(root / "test", ["0", "1"], 2)
+    assert load(root).protocol.endswith("; folders left out: test")
+    make_folders(tmp_path / "two" / "train", ["0", "1"], 20)
+    tiny(tmp_path / "two" / "more" / "0" / "x.png")
+    assert load(tmp_path / "two").protocol.endswith("; folders left out: more")
+
+
+def test_an_image_that_is_listed_twice_is_counted(tmp_path):
+    root = make_lists(tmp_path / "own")
+    for name, repeats in (("train", 10), ("val", 1)):
+        lines = (root / f"{name}.txt").read_text().splitlines()[:repeats]
+        with (root / f"{name}.txt").open("a") as file:
+            file.writelines(
+                line.replace("some images/", "some images/../some images/./") + "\n"
+                for line in lines
+            )
+    task = load(root)
+    assert (
+        "10 of 20 lines of the train list repeat an image; 1 of 11 lines of the val"
+        in task.protocol
+    )
+    assert len(task.train) == 20 and len(paths(task.train)) == 10
+
+
+def test_copies_and_unreadable_images_are_reported_before_training(tmp_path, capsys):
+    root, run_dir = tmp_path / "own", tmp_path / "run"
+    for i in range(60):
+        part = "test" if i % 2 else "train"
+        tiny(root / part / str(i % 3) / f"{i}.png", (i, 2 * i, i), (64, 64))
+    shutil.copy(root / "train" / "1" / "4.png", root / "test" / "1" / "x.png")
+    shutil.copy(root / "train" / "2" / "8.png", root / "train" / "0" / "y.png")
+    copies = (
+        "; 1 images of test have the same bytes as others of train, such as test/1/x.png",
+        "; 1 images have copies of another rank, such as train/0/y.png and train/2/8.png",
+    )
+    assert main([str(root)]) == 0
+    out = capsys.readouterr().out
+    assert all(text in out.splitlines()[0] for text in copies)
+
+    broken = [
+        path for path in sorted(root.rglob("*.png")) if int(path.stem.strip("xy") or 0) % 4 > 1
+    ]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:60])
+    argv = ["--data", str(root), "--out", str(run_dir), *TINY]
+    with pytest.raises(
+        SystemExit, match="^train.py: 30 images of .* cannot be read; mend"
+    ) as error:
+        train.main(argv)
+    lines = str(error.value).splitlines()[1:]
+    assert sorted(line.split(" cannot be read")[0] for line in lines) == list(map(str, broken))
+    assert not (run_dir / "log.csv").exists()
+
+    train.main([*argv, "--skip-bad"])
+    before_training = capsys.readouterr().out.split("epoch ")[0]
+    for path in root.glob("test/*/*"):
+        path.write_bytes(b"")
+    with pytest.raises(SystemExit, match="mend or remove them, without them a part is empty:"):
+        train.main([*argv, "--skip-bad", "--out", str(tmp_path / "other")])
+    protocol = json.loads((run_dir / "results.json").read_text("utf-8"))["protocol"]
+    for text in (*copies, "; 30 unreadable images left out"):
+        assert text in before_training and text in protocol
+
+
+def test_accents_composed_or_decomposed(tmp_path):
+    """macOS parts a letter from its accent; archives keep it so."""
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for i in range(20):
+        tiny(tmp_path / "a" / f"{composed} {i}.png")
+        tiny(
+            tmp_path
+            / "b"
+            / ("train", "test")[i // 10]
+            / f"1 {(composed, decomposed)[i // 10]}"
+            / f"{i}.png"
+        )
+        tiny(tmp_path / "b" / ("train", "test")[i // 10] / "2" / f"{i}.png")
+    (tmp_path / "a" / "train.txt").write_text(
+        "".join(f"{decomposed} {i}.png {i % 2}\n" for i in range(20)), "utf-8"
+    )
+    assert all_paths(load(tmp_path / "a")) == {f"{composed} {i}.png" for i in range(20)}
+    assert load(tmp_path / "b").rank_names == (f"1 {composed}", "2")
+    tiny(tmp_path / "a" / f"{decomposed} 3.png")
+    assert f"{decomposed} 3.png" in all_paths(
+        load(tmp_path / "a")
+    )  # as it is spelled, if that is there
+
+
+@pytest.mark.skipif(not shutil.which("localedef"), reason="makes a locale")
+def test_text_is_utf8_where_the_locale_is_not(tmp_path):
+    """Windows' cp1252 has a letter for most bytes: what is misread gives no error."""
+    command = ["localedef", "-i", "en_US", "-f", "CP1252", str(tmp_path / "en.cp1252")]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no definition of cp1252")
+    root = make_folders(tmp_path / "own", ["1", "2"], 10)
+    (root / "ranks.txt").write_text("1\n2\n3 é日\n", "utf-8")
+    make_folders(tmp_path / "other", ["1 é", "2"], 10)
+    code = (
+        "import sys; from data.__main__ import main\n"
+        "import locale; print(locale.getpreferredencoding(False))\n"
+        f"main([{str(root)!r}, '--out', {str(tmp_path / 'lists')!r}]); main([{str(tmp_path / 'other')!r}])"
+    )
+    env = dict(LC_ALL="en.cp1252", LOCPATH=str(tmp_path), PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(train.__file__).parent,
+        env=os.environ | env,
+        capture_output=True,
+        encoding="cp1252",
+    )
+    assert process.stdout.lower().startswith("cp1252"), process.stderr
+    names = (tmp_path / "lists" / "fold_0" / "ranks.txt").read_text("utf-8").splitlines()
+    assert names == ["1", "2", "3 é日"]
+    wanted = (
+        r"error: the file name '1 \xc3\xa9/a 0.PNG' cannot be read in this locale; set PYTHONUTF8=1"
+    )
+    assert process.stderr.splitlines()[-1] == wanted

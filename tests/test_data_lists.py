@@ -21,7 +21,7 @@ def pictures(tmp_path):
         ("l.txt", "./a.jpg 0.0\nb c.jpg 1.0\nd.JPG 2.\n"),
         ("l.txt", "path\tlabel\na.jpg\t0\nb c.jpg\t1\nd.JPG\t2\n"),
         ("l.txt", "label,x,file\n0,,a.jpg\n1,,b c.jpg\n2,,d.JPG\n"),
-        ("l.csv", "a.jpg,0\nb c.jpg,1\n# a comment\nd.jpg, 2\n"),
+        ("l.csv", "a.jpg,0\nb c.jpg,+1\n# a comment\nd.jpg, \uff12,\n"),
         ("l.csv", "\ufeffscore,Image,Label\r\n.5,a.jpg,0\r\n.1,b c.jpg,1\r\n.2,d.JPG,2\r\n"),
         ("l.csv", "picture,score\na.jpg,0\nb c.jpg,1\nd.JPG,2\n"),
         ("l.TSV", "age\tfilename\n0\ta.jpg\n1\tb c.jpg\n2\td.JPG\n"),

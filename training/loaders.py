@@ -104,10 +104,10 @@ def check_images(args: Namespace, task: data.Task, may_skip: bool) -> data.Task:
     """The task with the images that can be read; ValueError if the others may not be left out."""
     task, errors = data.check_images(task, args.workers, ProgressLine("images opened"))
     if errors and not (may_skip and task.train and task.val and task.test):
-        more = [f"... and {len(errors) - 20:,} more"] * (len(errors) > 20)
+        skip = "without them a part is empty" if may_skip else "or start the run with --skip-bad"
         raise ValueError(
-            f"{len(errors):,} images of {args.data} cannot be read; mend or remove them, or start "
-            "the run with --skip-bad:\n" + "\n".join([*errors.values()][:20] + more)
+            f"{len(errors):,} images of {args.data} cannot be read; mend or remove them, {skip}:\n"
+            + "\n".join(errors.values())
         )
     return task
 
