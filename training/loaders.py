@@ -200,7 +200,7 @@ def mix_seed(*numbers: int) -> int:
 def make_images(
     task: data.Task, part: str, preprocess: dict[str, Any], augment: bool = False, flip: bool = True
 ) -> data.ImageList:
-    options = {key: preprocess[key] for key in ("squash", "resample") if key in preprocess}
+    options = {key: preprocess[key] for key in ("squash", "resample", "draft") if key in preprocess}
     options |= dict(image_size=preprocess["image_size"], train=augment, flip=flip)
     return data.ImageList(getattr(task, part), task.root, **options)
 

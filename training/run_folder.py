@@ -51,7 +51,7 @@ class Run(NamedTuple):
     args: Namespace
     task: data.Task
     model: nn.Module
-    preprocess: dict[str, Any]  # image_size, mean, std, perhaps squash and resample
+    preprocess: dict[str, Any]  # image_size, mean, std, draft, perhaps squash and resample
 
     @property
     def dir(self) -> Path:
@@ -130,6 +130,7 @@ def comparable_settings(settings: dict) -> dict:
 
 def check_same_settings(args: Namespace, saved: dict, state: str) -> None:
     """SystemExit naming each setting of args that differs from the saved ones."""
+    saved = dict(no_draft=True) | saved  # as runs were before there was the flag
     requested = comparable_settings(json.loads(json.dumps(settings_dict(args))))
     differing = [
         f"--{key.replace('_', '-')} {saved.get(key)!r}, not {value!r}"
