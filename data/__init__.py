@@ -37,7 +37,7 @@ from .images import (
     read_image,
     to_rgb,
 )
-from .lists import LABEL_COLUMNS, PATH_COLUMNS, Sample, read_list, read_paths
+from .lists import LABEL_COLUMNS, PATH_COLUMNS, Sample, Samples, read_list, read_paths
 from .task import PARTS, Options, Task, distribution_shift, few_shot
 
 shifted = distribution_shift  # its former name

@@ -48,7 +48,7 @@ def load(root: Path, options: Options) -> Task:
     else:
         rows = _read_release(root, image_dir)
         folds, samples, notes = _label(rows, options.label_rule)
-        samples = resolve_paths(image_dir, samples, root, options.allow_missing)
+        samples = [*resolve_paths(image_dir, samples, root, options.allow_missing)]
         test = [sample for fold, sample in zip(folds, samples) if fold == options.fold]
         rest = [sample for fold, sample in zip(folds, samples) if fold != options.fold]
         parts = [*hold_out(rest, 0.1, f"val/{options.salt}", stratify=False), test]  # by image

@@ -46,9 +46,9 @@ def load(folder: Path, root: Path, options: Options) -> Task:
         options = replace(options, lists=tuple(lists))
         description = "own lists " + " ".join(path.name for path in lists if path)
         parts = options.read_lists(root, order and len(order))
-        samples = [sample for part in parts for sample in part or ()]
-        highest = max(sample.label for sample in samples)
-        _check_num_ranks(folder, len(order or ()) or highest + 1, len(order or samples))
+        highest = max(max(part.labels) for part in parts if part)
+        num_images = sum(len(part or ()) for part in parts)
+        _check_num_ranks(folder, len(order or ()) or highest + 1, len(order or ()) or num_images)
         names = order or [str(rank) for rank in range(highest + 1)]
     else:
         part_dirs, description = _find_parts({path: path.name for path in folders}), "own folders"
@@ -137,12 +137,12 @@ def _read_part(part_dir: Path, root: Path, ranks: set[str], notes: list[str]) ->
 
 def _read_label_table(part_dir: Path, table: Path) -> list[Sample]:
     """The images, relative to part_dir, each with the name of its rank as label."""
-    rows = parse_rows(table)
+    rows = [*parse_rows(table)]
     integers = [parse_integer(text) for _, _, text in rows]  # 3.0 is 3
     labels = [text if n is None else str(n) for (_, _, text), n in zip(rows, integers)]
     samples = [Sample(image, label) for (_, image, _), label in zip(rows, labels)]
-    samples = resolve_paths(part_dir, samples, table)
-    check_labels((f"{table}:{line}", sample) for (line, _, _), sample in zip(rows, samples))
+    samples = [*resolve_paths(part_dir, samples, table)]
+    check_labels(samples, lambda i: f"{table}:{rows[i][0]}")
     return samples
 
 

@@ -134,7 +134,7 @@ class ImageList(torch.utils.data.Dataset):
     ) -> None:
         if resample not in ("bicubic", "bilinear"):
             raise ValueError(f"resample={resample!r}; give bicubic or bilinear")
-        self.samples, self.root = list(samples), Path(root)
+        self.samples, self.root = samples, Path(root)  # no copy: workers share Samples
         self.image_size, self.side = image_size, round(image_size * 256 / 224)
         self.train, self.flip, self.squash = train, flip, squash
         self.draft = 2 * self.side if draft else None

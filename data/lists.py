@@ -8,13 +8,18 @@ A list is a .txt with lines `path label` (the label is the last word, so paths m
 """
 
 import csv
+import functools
 import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from .files import IMAGE_TYPES, read_lines, write_lines
 
@@ -27,13 +32,68 @@ class Sample(NamedTuple):
     label: int  # rank index, 0 .. R-1
 
 
+class Samples(Sequence[Sample]):
+    """Samples in three buffers: a million take 60 MB, which processes share as they read them.
+
+    As Python objects they would take three times that, and again in each process, since reading an
+    object counts a reference in its memory. Slices are tuples.
+    """
+
+    def __init__(self, samples: Iterable[tuple[str, int]] = ()) -> None:
+        if isinstance(samples, Samples):
+            vars(self).update(vars(samples))
+            return
+        paths, self.ends, self.labels = bytearray(), array("q", [0]), array("q")
+        for path, label in samples:
+            paths += path.encode("utf-8", "surrogatepass")
+            self.ends.append(len(paths))
+            self.labels.append(label)
+        self.paths = bytes(paths)  # UTF-8, one after the other
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int | slice) -> Sample | tuple[Sample, ...]:
+        index = range(len(self))[index]
+        if isinstance(index, range):
+            return tuple(self[i] for i in index)
+        path = self.paths[self.ends[index] : self.ends[index + 1]]
+        return Sample(path.decode("utf-8", "surrogatepass"), self.labels[index])
+
+    def __iter__(self) -> Iterator[Sample]:
+        for path, label in zip(self.encoded_paths(), self.labels):
+            yield Sample(path.decode("utf-8", "surrogatepass"), label)
+
+    def __eq__(self, other: object) -> bool:
+        is_as_long = isinstance(other, Sequence) and len(self) == len(other)
+        return is_as_long and all(a == b for a, b in zip(self, other))
+
+    def __add__(self, other: Iterable[Sample]) -> "Samples":
+        return Samples(chain(self, other))
+
+    def encoded_paths(self) -> Iterator[bytes]:
+        return map(self.paths.__getitem__, map(slice, self.ends, islice(self.ends, 1, None)))
+
+    def select(self, mask: np.ndarray) -> "Samples":
+        """The samples where mask (M,) is True."""
+        lengths, selected = np.diff(self.ends), Samples()
+        selected.paths = np.frombuffer(self.paths, np.uint8)[np.repeat(mask, lengths)].tobytes()
+        selected.ends.frombytes(lengths[mask].cumsum().tobytes())
+        selected.labels.frombytes(np.array(self.labels)[mask].tobytes())
+        return selected
+
+    def keys(self) -> np.ndarray:
+        """64-bit hashes (M,) of the paths, the same ones within a process and its workers."""
+        return np.fromiter(map(hash, self.encoded_paths()), np.int64, len(self))
+
+
 def read_list(
     path: str | Path,
     root: str | Path,
     num_ranks: int | None = None,
     allow_missing: bool = False,
     allow_conflicts: bool = False,
-) -> list[Sample]:
+) -> Samples:
     """The samples of a list file, with paths relative to `root` as they are spelled on disk.
 
     A header is recognised by its names (PATH_COLUMNS, LABEL_COLUMNS) and selects the columns, also
@@ -41,52 +101,63 @@ def read_list(
     (unless allow_conflicts) two labels of one image, FileNotFoundError for images that are not
     under `root`, unless allow_missing.
     """
-    rows = parse_list(path)
-    for line, _, label in rows:
-        if label < 0 or num_ranks is not None and label >= num_ranks:
-            highest = "" if num_ranks is None else f" .. {num_ranks - 1} ({num_ranks} ranks)"
-            raise ValueError(f"{path}:{line}: label {label}, but ranks are counted 0{highest}")
-    samples = [Sample(image, label) for _, image, label in rows]
-    samples = resolve_paths(root, samples, path, allow_missing)
+    lines = array("q")
+
+    def rows():
+        for line, image, label in parse_list(path):
+            if not 0 <= label < (2**63 if num_ranks is None else num_ranks):
+                highest = "" if num_ranks is None else f" .. {num_ranks - 1} ({num_ranks} ranks)"
+                raise ValueError(f"{path}:{line}: label {label}, but ranks are counted 0{highest}")
+            lines.append(line)
+            yield image, label
+
+    samples = Samples(resolve_paths(root, rows(), path, allow_missing))
     if not allow_conflicts:
-        check_labels((f"{path}:{row[0]}", sample) for row, sample in zip(rows, samples))
+        check_labels(samples, lambda i: f"{path}:{lines[i]}")
     return samples
 
 
-def check_labels(samples: Iterable[tuple[str, Sample]]) -> None:
-    """ValueError if an image has two labels; samples: (where it is listed, Sample)."""
-    first = {}
-    for where, (image, label) in samples:
-        other, other_label = first.setdefault(image, (where, label))
+def check_labels(samples: Sequence[Sample], where: Callable[[int], str]) -> None:
+    """ValueError if an image has two labels; where(i): where sample i is listed."""
+    unlabelled, first = samples, {}
+    if not isinstance(samples, Samples):  # labels may be texts
+        unlabelled = Samples((path, 0) for path, _ in samples)
+    _, inverse, counts = np.unique(unlabelled.keys(), return_inverse=True, return_counts=True)
+    for i in np.flatnonzero(counts[inverse] > 1).tolist():
+        image, label = samples[i]
+        other, other_label = first.setdefault(image, (i, label))
         if label != other_label:
-            raise ValueError(f"{where}: {image} has label {label}, but {other} says {other_label}")
+            raise ValueError(
+                f"{where(i)}: {image} has label {label}, but {where(other)} says {other_label}"
+            )
 
 
-def parse_list(path: str | Path) -> list[tuple[int, str, int]]:
-    """[(line number, image path, label)] of a list file, with any whole number as label."""
-    rows = []
+def parse_list(path: str | Path) -> Iterator[tuple[int, str, int]]:
+    """(line number, image path, label) of a list file, with any whole number as label."""
     for number, image, text in parse_rows(path):
         label = parse_integer(text)
         if label is None:
             what = f"label {text[:99]!r} is no whole number"
             raise ValueError(f"{path}:{number}: {what}; labels are ranks, counted from 0")
-        rows.append((number, image, label))
-    return rows
+        yield number, image, label
 
 
-def parse_rows(path: str | Path) -> list[tuple[int, str, str]]:
-    """[(line number, image path, label as written)] of a list file."""
-    lines, rows = read_lines(path), []
-    delimiter, image, label, header = _columns(path, lines[0][1]) if lines else (None, 0, 1, 0)
-    if not lines[header:]:
-        raise ValueError(f"{path} lists no image; expected lines `path label`")
-    for number, line in lines[header:]:
+def parse_rows(path: str | Path) -> Iterator[tuple[int, str, str]]:
+    """(line number, image path, label as written) of a list file."""
+    lines, number = read_lines(path), None
+    first = [*islice(lines, 1)]
+    delimiter, image, label, header = _columns(path, first[0][1]) if first else (None, 0, 1, 0)
+    for number, line in chain(first[header:], lines):
         cells = _cells(line, delimiter)
         if max(image, label) >= len(cells) or not cells[image] or not cells[label]:
             got = repr(line[:200])
             raise ValueError(f"{path}:{number}: expected an image path and a label, got {got}")
-        rows.append((number, str(Path(cells[image])), cells[label]))
-    return rows
+        name = cells[image]
+        if name[0] == "." or name[-1] == "/" or "/." in name or "//" in name:
+            name = str(Path(name))  # a/b of ./a//b/, which takes longer than all the rest
+        yield number, name, cells[label]
+    if number is None:
+        raise ValueError(f"{path} lists no image; expected lines `path label`")
 
 
 def _columns(path: str | Path, first_line: str) -> tuple[str | None, int, int, int]:
@@ -124,7 +195,7 @@ def read_table(
     path: str | Path, delimiter: str, columns: Iterable[str]
 ) -> list[tuple[int, dict[str, str]]]:
     """[(line number, {column: cell})] of a table; ValueError if its header lacks one of columns."""
-    (_, first), *lines = read_lines(path, comment=None) or [(1, "")]
+    (_, first), *lines = [*read_lines(path, comment=None)] or [(1, "")]
     header = [cell.lower() for cell in _cells(first.lstrip("#"), delimiter)]  # #flickr_photo_id
     if missing := set(columns) - set(header):
         raise ValueError(
@@ -137,6 +208,7 @@ def read_table(
     ]
 
 
+@functools.lru_cache
 def parse_integer(text: str) -> int | None:
     """3 for '3' and '3.0', None for anything that is not a whole number."""
     return int(text.split(".")[0]) if re.fullmatch(r"-?\d{1,99}(\.0*)?", text) else None
@@ -144,28 +216,32 @@ def parse_integer(text: str) -> int | None:
 
 def resolve_paths(
     root: str | Path, samples: Iterable[Sample], source: str | Path, allow_missing: bool = False
-) -> list[Sample]:
+) -> Iterator[Sample]:
     """The samples with paths as on disk: .JPG may be .jpg, accents decomposed, and a/../b is b.
 
-    One FileNotFoundError names `source` and all missing images, unless allow_missing.
+    One FileNotFoundError at the end names `source` and all missing images, unless allow_missing.
     """
-    samples, folders, resolved, missing = list(samples), {}, [], {}
+    folders, keys, missing = {}, array("q"), {}
     for path, label in samples:
         folder, name = os.path.split(path)
         if folder not in folders:
-            folders[folder] = _open_folder(root, folder, source)
-        spelled, names = folders[folder]
-        entry = names.get(name) or names.get(_loosely(name))
-        resolved.append(Sample(os.path.join(spelled, entry or name), label))
-        if not entry:
+            folders[folder] = [*_open_folder(root, folder, source), None]
+        prefix, names, loose_names = folders[folder]
+        if (entry := name) not in names:
+            if loose_names is None:  # most lists need none
+                loose_names = {_loosely(name): name for name in names} | {n: n for n in names}
+                folders[folder][2] = loose_names
+            entry = loose_names.get(_loosely(name))
+        if not (entry or allow_missing):
             missing[path] = None
-    if missing and not allow_missing:
-        total, names = len({path for path, _ in samples}), list(missing)
+        keys.append(hash(path))
+        yield Sample(prefix + (entry or name), label)
+    if missing:
+        total, names = len(set(keys)), list(missing)
         raise FileNotFoundError(
             f"{source}: {len(missing)} of {total} images are not under {root}, the first: "
             f"{', '.join(map(ascii, names[:3]))} ({_why_missing(str(root), names[0])})"
         )
-    return resolved
 
 
 def _loosely(name: str) -> str:
@@ -173,8 +249,8 @@ def _loosely(name: str) -> str:
     return stem + extension.lower()
 
 
-def _open_folder(root: str | Path, folder: str, source: str | Path) -> tuple[str, dict[str, str]]:
-    """(folder relative to root, in one spelling, {name as it may be written: name on disk})."""
+def _open_folder(root: str | Path, folder: str, source: str | Path) -> tuple[str, set[str]]:
+    """(folder relative to root, in one spelling, with a slash; the names in it)."""
     base, path = os.path.abspath(root), os.path.join(os.path.abspath(root), folder)
     try:
         names = os.listdir(path) if os.path.isdir(path) else []
@@ -185,7 +261,7 @@ def _open_folder(root: str | Path, folder: str, source: str | Path) -> tuple[str
         is_inside = os.path.join(simple, "").startswith(os.path.join(base, ""))
         folder = os.path.relpath(simple, base) if is_inside else os.path.normpath(folder)
         folder = "" if folder == "." else folder
-    return folder, {_loosely(name): name for name in names} | dict(zip(names, names))
+    return os.path.join(folder, ""), set(names)
 
 
 def _why_missing(folder: str, path: str) -> str:
@@ -220,6 +296,8 @@ def check_names(paths: Iterable[str]) -> None:
         "[\ud800-\udfff]": "is not UTF-8 text",
     }
     for path in paths:
+        if path.isprintable() and path == path.strip():  # nearly all; four times as fast
+            continue
         for pattern, fault in faults.items():
             if re.search(pattern, path):
                 advice = "rename the file"

@@ -44,7 +44,8 @@ def load(root: Path, options: Options) -> Task:
     if len(ages) != NUM_ROWS:
         description += f", release of {len(ages):,} images where {NUM_ROWS:,} are expected"
     parts = [
-        samples and resolve_paths(root, samples, table, options.allow_missing) for samples in parts
+        samples and [*resolve_paths(root, samples, table, options.allow_missing)]
+        for samples in parts
     ]
     return make_task("morph2", PRESET, root, parts, options, description, notes)
 

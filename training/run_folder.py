@@ -217,8 +217,13 @@ def lock_run_dir(run_dir: Path) -> Iterator[None]:
 
 def split_digests(task: data.Task) -> dict[str, str]:
     """sha256 of the images and labels of each part, in order."""
-    lines = {part: [f"{s.path} {s.label}" for s in getattr(task, part)] for part in data.PARTS}
-    return {part: hashlib.sha256("\n".join(v).encode()).hexdigest() for part, v in lines.items()}
+    digests = {part: hashlib.sha256() for part in data.PARTS}
+    for part, digest in digests.items():
+        separator = ""
+        for path, label in getattr(task, part):
+            digest.update(f"{separator}{path} {label}".encode())
+            separator = "\n"
+    return {part: digest.hexdigest() for part, digest in digests.items()}
 
 
 def check_same_images(args: Namespace, task: data.Task) -> None:
