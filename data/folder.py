@@ -135,12 +135,12 @@ def _read_part(part_dir: Path, root: Path, ranks: set[str], notes: list[str]) ->
     return [(os.path.relpath(part_dir / path, root), name) for path, name in rows]
 
 
-def _read_label_table(part_dir: Path, table: Path) -> list[Sample]:
+def _read_label_table(part_dir: Path, table: Path) -> list[tuple[str, str]]:
     """The images, relative to part_dir, each with the name of its rank as label."""
     rows = [*parse_rows(table)]
     integers = [parse_integer(text) for _, _, text in rows]  # 3.0 is 3
     labels = [text if n is None else str(n) for (_, _, text), n in zip(rows, integers)]
-    samples = [Sample(image, label) for (_, image, _), label in zip(rows, labels)]
+    samples = zip((image for _, image, _ in rows), labels)
     samples = [*resolve_paths(part_dir, samples, table)]
     check_labels(samples, lambda i: f"{table}:{rows[i][0]}")
     return samples

@@ -17,7 +17,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -61,8 +61,7 @@ class Samples(Sequence[Sample]):
         return Sample(path.decode("utf-8", "surrogatepass"), self.labels[index])
 
     def __iter__(self) -> Iterator[Sample]:
-        for path, label in zip(self.encoded_paths(), self.labels):
-            yield Sample(path.decode("utf-8", "surrogatepass"), label)
+        return map(Sample, self.iterate_paths(), self.labels)
 
     def __eq__(self, other: object) -> bool:
         is_as_long = isinstance(other, Sequence) and len(self) == len(other)
@@ -73,6 +72,9 @@ class Samples(Sequence[Sample]):
 
     def encoded_paths(self) -> Iterator[bytes]:
         return map(self.paths.__getitem__, map(slice, self.ends, islice(self.ends, 1, None)))
+
+    def iterate_paths(self) -> Iterator[str]:
+        return (path.decode("utf-8", "surrogatepass") for path in self.encoded_paths())
 
     def select(self, mask: np.ndarray) -> "Samples":
         """The samples where mask (M,) is True."""
@@ -117,12 +119,10 @@ def read_list(
     return samples
 
 
-def check_labels(samples: Sequence[Sample], where: Callable[[int], str]) -> None:
+def check_labels(samples: Sequence[tuple[str, Any]], where: Callable[[int], str]) -> None:
     """ValueError if an image has two labels; where(i): where sample i is listed."""
-    unlabelled, first = samples, {}
-    if not isinstance(samples, Samples):  # labels may be texts
-        unlabelled = Samples((path, 0) for path, _ in samples)
-    _, inverse, counts = np.unique(unlabelled.keys(), return_inverse=True, return_counts=True)
+    keys, first = np.fromiter((hash(path) for path, _ in samples), np.int64, len(samples)), {}
+    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
     for i in np.flatnonzero(counts[inverse] > 1).tolist():
         image, label = samples[i]
         other, other_label = first.setdefault(image, (i, label))
@@ -147,9 +147,10 @@ def parse_rows(path: str | Path) -> Iterator[tuple[int, str, str]]:
     lines, number = read_lines(path), None
     first = [*islice(lines, 1)]
     delimiter, image, label, header = _columns(path, first[0][1]) if first else (None, 0, 1, 0)
+    last = max(image, label)
     for number, line in chain(first[header:], lines):
         cells = _cells(line, delimiter)
-        if max(image, label) >= len(cells) or not cells[image] or not cells[label]:
+        if last >= len(cells) or not cells[image] or not cells[label]:
             got = repr(line[:200])
             raise ValueError(f"{path}:{number}: expected an image path and a label, got {got}")
         name = cells[image]
@@ -215,8 +216,11 @@ def parse_integer(text: str) -> int | None:
 
 
 def resolve_paths(
-    root: str | Path, samples: Iterable[Sample], source: str | Path, allow_missing: bool = False
-) -> Iterator[Sample]:
+    root: str | Path,
+    samples: Iterable[tuple[str, Any]],
+    source: str | Path,
+    allow_missing: bool = False,
+) -> Iterator[tuple[str, Any]]:
     """The samples with paths as on disk: .JPG may be .jpg, accents decomposed, and a/../b is b.
 
     One FileNotFoundError at the end names `source` and all missing images, unless allow_missing.
@@ -235,7 +239,7 @@ def resolve_paths(
         if not (entry or allow_missing):
             missing[path] = None
         keys.append(hash(path))
-        yield Sample(prefix + (entry or name), label)
+        yield prefix + (entry or name), label
     if missing:
         total, names = len(set(keys)), list(missing)
         raise FileNotFoundError(

@@ -116,7 +116,7 @@ def make_task(
         raise ValueError(f"{name}: there is no list or folder of training images; give one")
     parts = [part if part is None else Samples(part) for part in parts]
     train, val, test = parts
-    check_names(path for part in parts for path, _ in part or ())
+    check_names(chain.from_iterable(part.iterate_paths() for part in parts if part))
     repeats = [*_repeats(parts)] if options.lists else []
     if val is None and test is None:
         train, test = hold_out(train, 0.1, f"test/{options.salt}")
@@ -131,7 +131,7 @@ def make_task(
     numeric = all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names)
     values = tuple(float(name if numeric else i) for i, name in enumerate(names))
     values = preset.get("rank_values", values)
-    keys = [np.unique(part.keys()) for part in samples]
+    keys = [np.unique(part.keys(), return_index=True)[0] for part in samples]  # by sorting
     untrained = sorted(set(range(len(names))) - set(train.labels))
     warnings = split_warnings(*keys, [names[rank] for rank in untrained], len(names))
     protocol = "; ".join(
@@ -144,7 +144,7 @@ def make_task(
 def _repeats(parts: Sequence[Samples | None]) -> Iterator[str]:
     """How many lines of each list repeat an image."""
     for part, samples in zip(PARTS, parts):
-        if samples and (repeats := len(samples) - len(np.unique(samples.keys()))):
+        if samples and (repeats := np.count_nonzero(np.diff(np.sort(samples.keys())) == 0)):
             yield f"{repeats:,} of {len(samples):,} lines of the {part} list repeat an image"
 
 
@@ -154,10 +154,10 @@ def split_warnings(
     """Overlaps of the three parts, given by unique keys, and the names of ranks without training."""
     if np.array_equal(val, test):
         yield "VAL IS TEST: the validation images are the test images"
-    elif count := len(np.intersect1d(val, test)):
+    elif count := len(np.intersect1d(val, test, assume_unique=True)):
         yield f"{count:,} images are in both val and test"
     for part, others in (("val", val), ("test", test)):
-        if count := len(np.intersect1d(train, others)):
+        if count := len(np.intersect1d(train, others, assume_unique=True)):
             yield f"{count:,} images are in both train and {part}"
     if untrained:
         some = ", ".join(untrained[:3] + ["..."] * (len(untrained) > 3))
@@ -222,8 +222,7 @@ def hold_out(
     samples = Samples(samples)
     names = samples if group is str else Samples((group(path), 0) for path, _ in samples)
     _, first, groups = np.unique(names.keys(), return_index=True, return_inverse=True)
-    digests = _digests(names.encoded_paths(), salt)[first]
-    by_digest = digests.argsort(kind="stable")
+    by_digest = _digests(names.encoded_paths(), salt)[first].argsort(kind="stable")
     if stratify:  # stable: hashed within a rank
         by_digest = by_digest[np.array(samples.labels)[first[by_digest]].argsort(kind="stable")]
     is_held_out = np.zeros(len(first), bool)
