@@ -30,7 +30,8 @@ EXPORTED = dict(  # the entries of an exported file, and what each must be
     state_dict="tensors by name",
     rank_names="a list of texts",
     rank_values="a list of finite numbers",
-    preprocess="image_size (an integer), mean and std (3 numbers each), perhaps squash, resample, draft",
+    preprocess="image_size (an integer), mean and std (3 numbers each), perhaps squash, resample, "
+    "draft",
 )
 PROTOTYPES = dict(
     prototypes="a tensor",

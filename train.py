@@ -31,8 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from evaluation.evaluate import evaluate_test_set, predict_loader, similarity_matrix
-from evaluation.metrics import compute_metrics
+from evaluation.evaluate import evaluate_test_set, part_metrics, predict_loader, similarity_matrix
 from evaluation.report import write_report
 from training import options
 from training.checkpoints import (
@@ -47,6 +46,7 @@ from training.loaders import (
     autocast,
     check_sweep,
     exit_on_user_error,
+    expand_all_folds,
     load_task,
     make_loaders,
     prepare_batch,
@@ -189,7 +189,7 @@ def fit(
         row = dict(epoch=epoch, lr=state.schedule.get_last_lr()[0])
         row |= train_one_epoch(run, loss_module, state, train_loader, epoch)
         state.schedule.step()
-        val = compute_metrics(*predict_loader(eval_run, val_loader))
+        val = part_metrics(run.task, "val", *predict_loader(eval_run, val_loader))
         row |= {f"val_{name}": value for name, value in val.items()}
         row |= dict(peak_mb=peak_memory(args.device))
         is_best = row["val_mae_argmax"] < min((r["val_mae_argmax"] for r in log), default=math.inf)
@@ -270,7 +270,7 @@ def evaluate_checkpoint(args: Namespace) -> dict[str, Any]:
 
 def train_sweep(args: Namespace) -> list[dict[str, Any]]:
     """A run for each combination of values. Finished runs are read, interrupted ones resumed."""
-    runs = expand_runs(args)
+    runs = expand_all_folds(args)
     check_sweep(args, runs)
     results = [load_finished_results(run) or train(run) for run in runs]
     if is_main():

@@ -27,6 +27,7 @@ from . import folder
 from .check import check_images
 from .demo import make_demo
 from .files import IMAGE_TYPES, atomic_write
+from .folder import LEAVE_ONE_OUT
 from .images import (
     CLIP_MEAN,
     CLIP_STD,
@@ -39,6 +40,14 @@ from .images import (
 )
 from .lists import LABEL_COLUMNS, PATH_COLUMNS, Sample, Samples, read_list, read_paths
 from .task import PARTS, Options, Task, distribution_shift, few_shot
+
+LABEL_OPTIONS = {  # flags of train.py and `python -m data`, for own images
+    "--label-pattern": "regular expression of the label in file names: '^(\\d+)_' reads "
+    "25_0_1.jpg; with (?P<group>...) for the person",
+    "--ranks": "LOW-HIGH such as 0-100, each number a rank; or present: the labels that occur",
+    "--bins": "for real-valued labels: number of equal bins, or their edges 0,1.5,3,10",
+    "--group": "column of a list or table that names the person: none is in two parts",
+}
 
 shifted = distribution_shift  # its former name
 _make_demo = make_demo
@@ -60,6 +69,10 @@ def load(
     category: str | None = None,
     label_rule: str | None = None,
     allow_missing: bool = False,
+    label_pattern: str | None = None,
+    ranks: str | None = None,
+    bins: str | None = None,
+    group: str | None = None,
 ) -> Task:
     """The Task of a dataset in DATASETS, or of a folder of your own images.
 
@@ -68,6 +81,9 @@ def load(
         Their paths are relative to the folder of images (adience: aligned, hci: decade_database).
     split, category (aesthetics), label_rule (adience, aesthetics): default the preset's first.
     allow_missing: list images that are not on disk instead of raising FileNotFoundError.
+    Of own images alone: label_pattern: regular expression of the label in file names; ranks:
+        "16-77" or "present"; bins: "20", or edges "0,1.5,3", of real-valued labels; group: the
+        column of a list or table that names the person; split: also "leave-one-group-out".
     Raises ValueError for unknown names and options, and for tables or lists that do not parse.
     """
     name = str(name_or_path)
@@ -77,11 +93,14 @@ def load(
     preset = DATASETS.get(name, {})
     if preset and not preset.get("any_fold") and not 0 <= fold < preset["folds"]:
         raise ValueError(f"{name} has no fold {fold}; give 0 .. {preset['folds'] - 1}")
-    split = _check_option(name, "split", split, preset.get("splits", ("random",)))
+    split = _check_option(name, "split", split, preset.get("splits", folder.SPLITS))
     category = _check_option(name, "category", category, preset.get("categories"))
     label_rule = _check_option(name, "label_rule", label_rule, preset.get("label_rules"))
     lists = lists and tuple(path and Path(path) for path in lists)
-    options = Options(split, fold, seed, lists, category, label_rule, allow_missing)
+    own = dict(label_pattern=label_pattern, ranks=ranks, bins=bins, group=group)
+    for option, value in own.items() if preset else ():
+        _check_option(name, option, value, None)
+    options = Options(split, fold, seed, lists, category, label_rule, allow_missing, **own)
     if name not in DATASETS:
         return folder.load(Path(name), Path(root or name), options)
     default_root = getattr(_modules[name], "default_root", lambda: f"data/{name}")

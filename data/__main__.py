@@ -1,6 +1,7 @@
 """`python -m data NAME`: count a release, say where it differs, and open every image.
 
     python -m data morph2 --data-root /data/morph --out lists    # lists/fold_K/train.txt ...
+    python -m data hci --download       # fetch it: hci, and the ratings of aesthetics
 
 Read last. Copy together with: the whole folder.
 """
@@ -12,7 +13,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import DATASETS, PARTS, Task, check_images, load
+from . import DATASETS, LABEL_OPTIONS, LEAVE_ONE_OUT, PARTS, Task, _modules, check_images, load
+from .download import download
 
 
 def check(task: Task) -> int:
@@ -38,7 +40,7 @@ def print_progress(num_images: int, total: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; 0 if every image can be read."""
+    """The command line; 0 if every image can be read, or the download is complete."""
     parser = argparse.ArgumentParser(
         prog="python -m data", description="Read a dataset, count it and open every image."
     )
@@ -49,21 +51,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=1, help="of splits made here, default 1 as in training")
     add("--category", help="aesthetics: all, nature, animal, urban or people")
     add("--label-rule", help="adience: exact, merged or inside; aesthetics: median or mean")
+    for flag, help in LABEL_OPTIONS.items():
+        add(flag, help=f"own images: {help}")
     add("--out", help="folder for the lists of all folds: fold_K/train.txt ...")
+    add("--download", action="store_true", help="fetch it: hci, and the ratings of aesthetics")
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # whatever the locale can print
-    options = dict(
-        split=args.split, seed=args.seed, category=args.category, label_rule=args.label_rule
-    )
+    options = {
+        k: v for k, v in vars(args).items() if k not in ("name", "data_root", "out", "download")
+    }
     try:
-        num_errors = check(load(args.name, args.data_root, **options, allow_missing=True))
-        for fold in range(DATASETS.get(args.name, {}).get("folds", 1)) if args.out else ():
+        if args.download:
+            for flag in (*options, "out"):
+                if getattr(args, flag) != parser.get_default(flag):
+                    flag = flag.replace("_", "-")
+                    raise ValueError(f"--{flag} has no effect on --download; leave it out")
+            root = Path(args.data_root or f"data/{args.name}")
+            download(args.name, _modules.get(args.name), root)
+            return 0
+        task = load(args.name, args.data_root, **options, allow_missing=True)
+        num_errors = check(task)
+        own_folds = task.num_groups if args.split == LEAVE_ONE_OUT else 1
+        for fold in range(DATASETS.get(args.name, {}).get("folds", own_folds)) if args.out else ():
             folder = Path(args.out, f"fold_{fold}")
             load(args.name, args.data_root, fold=fold, **options).write_lists(folder)
             print(f"lists: {folder}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from where it was", file=sys.stderr)
+        return 130
     return 1 if num_errors else 0
 
 

@@ -2,7 +2,7 @@
 
 Five random splits of 75 / 5 / 20 % within each category. Each photo has several scores;
 --label-rule takes their `median` (rounded down) or `mean` (rounded, halves to even).
-Read after lists.py and task.py. Copy together with: those two.
+Read after lists.py and task.py. Copy together with: those two, download.py.
 """
 
 import math
@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+from .download import Release
 from .files import is_image, raise_if_any, read_lines
 from .lists import Sample, read_table
 from .task import Options, Task, conflict_warning, count_warning, find_path, make_task, split_counts
@@ -27,12 +28,17 @@ PRESET = dict(
 TABLE = "beauty-icwsm15-dataset.tsv"
 IMAGE_DIRS = ("img_files", "images", ".")
 COUNTS = dict(nature=4681, animal=3670, urban=3639, people=3696)  # published rows, 15,686 in all
-HOW_TO_GET = """The ratings (Schifanella, Redi, Aiello, ICWSM 2015) are in
-http://www.di.unito.it/~schifane/dataset/beauty-icwsm15/data/beauty-icwsm15-dataset.tsv.zip
-The photos are on Flickr, each under its id; many are gone. Put what can be had here:
+COLUMNS = ("flickr_photo_id", "category", "beauty_scores")
+URL = f"http://www.di.unito.it/~schifane/dataset/beauty-icwsm15/data/{TABLE}.zip"
+PHOTOS = """The photos are on Flickr, each under its id; many are gone. Put what can be had here:
   {root}/
-    beauty-icwsm15-dataset.tsv
     img_files/<flickr_photo_id>.jpg ..."""
+HOW_TO_GET = f"""The ratings (Schifanella, Redi, Aiello, ICWSM 2015) are in
+{URL}
+python -m data aesthetics --download unpacks them here; or do it yourself:
+  {{root}}/
+    {TABLE}
+{PHOTOS}"""
 
 
 def load(root: Path, options: Options) -> Task:
@@ -71,10 +77,10 @@ def load(root: Path, options: Options) -> Task:
 
 def _read_release(table: Path, rule: str) -> tuple[dict[str, tuple[str, int]], list[str]]:
     """({photo id: (category, rank)}, notes)"""
-    columns, rows, all_rows, errors = ("flickr_photo_id", "category", "beauty_scores"), {}, {}, []
-    lines = read_table(table, "\t", columns)
+    rows, all_rows, errors = {}, {}, []
+    lines = read_table(table, "\t", COLUMNS)
     for number, row in lines:
-        photo, category, scores = (row[column] for column in columns)
+        photo, category, scores = (row[column] for column in COLUMNS)
         category = {"animals": "animal"}.get(category, category)
         is_rating = re.fullmatch("[1-5](, ?[1-5])*", scores)
         if not (photo and is_rating and category in COUNTS):
@@ -108,3 +114,19 @@ def _check_labels_are_ranks(paths: Iterable[Path]) -> None:
                     f"{path}:{number}: label {score[1]} is a score of 1.0 .. 5.0; expected "
                     "a rank of 0 .. 4: subtract 1 and write a whole number"
                 )
+
+
+def count_differences(root: Path) -> list[str]:
+    """[] if root holds the table with as many rows as published."""
+    table = root / TABLE
+    rows = read_table(table, "\t", COLUMNS) if table.is_file() else []
+    return count_warning("rows of ratings", len(rows), sum(COUNTS.values()))
+
+
+DOWNLOAD = Release(
+    URL,
+    "none is known for the ratings; each photo has its own, on its page at Flickr. "
+    "Cite Schifanella, Redi, Aiello (ICWSM 2015)",
+    count_differences,  # no checksum of the archive is published
+    further=f"{PHOTOS}\n(flickr.photos.getSizes of Flickr's API, with a key, gives the addresses)",
+)

@@ -4,10 +4,12 @@
     PATH/{train,val,test}/<rank>/*.jpg    split by you; val or test may be missing
     PATH/{train,val,test}.txt             lines `path label`, or .csv, .tsv; label = 0 .. R-1
     PATH/NAME.csv, PATH/**/*.jpg          a table of paths and ranks; or one in each of train, ...
+    PATH/**/25_0_1.jpg                    ranks in file names: label_pattern; or in {train,..}/
 
 PATH/ranks.txt (or beside a list) names the ranks, one a line, lowest first; names with numbers need
 none. Without a test part the val part is the test part too; without a val part 10 % of train are
-held out for it. Read after lists.py and task.py. Copy together with: those two, files.py.
+held out for it. With groups (persons) no group is in two parts, and 10 % of them are held out.
+Read after lists.py, labels.py and task.py. Copy together with: those three, files.py.
 """
 
 import os
@@ -18,10 +20,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from .files import find_images, is_hidden, is_image, read_lines
-from .lists import Sample, check_labels, parse_integer, parse_rows, resolve_paths
-from .task import PARTS, Options, Task, make_task
+from .labels import MAX_RANKS, PRESENT, match_names, number_ranks
+from .lists import Sample, check_labels, read_texts
+from .task import PARTS, REAL_LABELS, Options, Task, hold_out, make_task
 
-MAX_RANKS = 10_000
+LEAVE_ONE_OUT = "leave-one-group-out"
+SPLITS = ("random", LEAVE_ONE_OUT)
 PART_NAMES = {  # in upper or lower case; eval is whichever of val and test is missing
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),
@@ -35,41 +39,156 @@ BELOW, ABOVE = ("<", "≤", "under", "below", "up to"), (">", "≥", "over", "ab
 
 def load(folder: Path, root: Path, options: Options) -> Task:
     """The Task of a folder; lists and their paths under `root` may replace those in the folder."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no folder {root}, given as the data root; mend the path")
     entries = [entry for entry in sorted(folder.iterdir()) if not is_hidden(entry.name)]
     folders = [entry for entry in entries if entry.is_dir()]
     files = [file for file in entries if file.suffix.lower() in (".txt", ".csv", ".tsv")]
     lists = options.lists or _find_parts({file: file.stem for file in files if file.is_file()})
     ranks_dirs = [path.parent for path in lists if path] + [folder]  # a list's own ranks.txt first
     order = next(filter(None, (_read_ranks(path / "ranks.txt") for path in ranks_dirs)), None)
-    notes: list[str] = []
+    _check_label_options(folder, options, [path for path in lists if path], order)
+    chosen = ("label_pattern", "group", "ranks", "bins")
+    notes = [f"{key.replace('_', ' ')} {v}" for key in chosen if (v := getattr(options, key))]
+    groups: dict[str, str] = {}  # {path: group}
+    real_labels: dict[str, float] = {}
     if any(lists):
         options = replace(options, lists=tuple(lists))
         description = "own lists " + " ".join(path.name for path in lists if path)
-        parts = options.read_lists(root, order and len(order))
-        highest = max(max(part.labels) for part in parts if part)
-        num_images = sum(len(part or ()) for part in parts)
-        _check_num_ranks(folder, len(order or ()) or highest + 1, len(order or ()) or num_images)
-        names = order or [str(rank) for rank in range(highest + 1)]
+        for path in filter(None, lists if options.group else ()):
+            groups |= dict(read_texts(path, root, options.group, options.allow_missing))
+    if any(lists) and not (options.ranks or options.bins):
+        names, parts = _read_rank_lists(folder, root, options, order)
+        if (path := ranks_dirs[0] / REAL_LABELS).is_file():  # beside the lists of a run
+            real_labels = {image: float(text) for image, text in read_texts(path, root)}
+            if lacking := [
+                s.path for part in parts for s in part or () if s.path not in real_labels
+            ]:
+                raise ValueError(f"{path} lacks {lacking[0]}; restore it, or remove it")
     else:
-        part_dirs, description = _find_parts({path: path.name for path in folders}), "own folders"
-        if any(part_dirs):
-            unused = [path.name for path in folders if path not in part_dirs]
-            notes += [f"folders left out: {', '.join(unused)}"] * bool(unused)
-        else:
-            part_dirs = [folder, None, None]
-            description += f", split by seed {options.seed}, fold {options.fold}"
         ranks = set(order or ())
-        rows = [path and _read_part(path, root, ranks, notes) for path in part_dirs]
-        names = _order_ranks(folder, ranks, order)
-        num_images = sum(len(part or ()) for part in rows)
-        _check_num_ranks(folder, len(names), len(order or ()) or num_images)
-        index = {name: rank for rank, name in enumerate(names)}
-        parts = [part and [Sample(path, index[name]) for path, name in part] for part in rows]
+        if any(lists):
+            rows = [path and read_texts(path, root, None, options.allow_missing) for path in lists]
+            check_labels(rows, lambda part, _: str(lists[part]))
+            ranks |= {name for part in rows for _, name in part or ()}
+        else:
+            part_dirs, description = _find_part_dirs(folder, folders, options, notes)
+            rows = [
+                path and _read_part(path, root, options, ranks, groups, notes) for path in part_dirs
+            ]
+        names, parts, real_labels = _to_ranks(folder, rows, ranks, order, options, notes)
     if len(names) < 2:
         raise ValueError(f"{folder}: {len(names)} rank, but ordinal regression needs 2 or more")
+    if groups or options.split == LEAVE_ONE_OUT:
+        groups = {path: groups[path] for part in parts for path, _ in part or () if groups}
+        parts = _split_by_group(folder, parts, groups, options, notes)
     preset = dict(context="the rank of the image is", rank_names=names)
     task = make_task(folder.resolve().name, preset, root, parts, options, description)
-    return replace(task, protocol="; ".join([task.protocol, *notes]))
+    protocol, num_groups = "; ".join([task.protocol, *notes]), len(set(groups.values()))
+    return replace(task, protocol=protocol, real_labels=real_labels, num_groups=num_groups)
+
+
+def _check_label_options(
+    folder: Path, options: Options, lists: list[Path], order: list[str] | None
+) -> None:
+    """ValueError for options that exclude each other, or what the folder says."""
+    if options.label_pattern and lists:
+        raise ValueError(f"{lists[0]} has the labels, a label pattern has no effect; remove one")
+    if options.label_pattern and options.group:
+        raise ValueError(
+            f"group column {options.group!r}, but a label pattern: write (?P<group>...) in it"
+        )
+    if order and (options.bins or options.ranks not in (None, PRESENT)):
+        raise ValueError(f"{folder}: ranks.txt names the ranks; remove it, or ranks and bins")
+
+
+def _read_rank_lists(
+    folder: Path, root: Path, options: Options, order: list[str] | None
+) -> tuple[list[str], list[list[Sample] | None]]:
+    """(names of ranks, parts) of lists whose labels are rank indices."""
+    parts = options.read_lists(root, order and len(order))
+    highest = max(max(part.labels) for part in parts if part)
+    num_images = sum(len(part or ()) for part in parts)
+    _check_num_ranks(folder, len(order or ()) or highest + 1, len(order or ()) or num_images)
+    return order or [str(rank) for rank in range(highest + 1)], parts
+
+
+def _find_part_dirs(
+    folder: Path, folders: list[Path], options: Options, notes: list[str]
+) -> tuple[list[Path | None], str]:
+    """(folders of train, val and test, description); the folder itself is to be split."""
+    part_dirs = _find_parts({path: path.name for path in folders})
+    if not any(part_dirs):
+        split = f", split by seed {options.seed}, fold {options.fold}"
+        return [folder, None, None], "own folders" + split
+    unused = [path.name for path in folders if path not in part_dirs]
+    notes += [f"folders left out: {', '.join(unused)}"] * bool(unused)
+    return part_dirs, "own folders"
+
+
+def _to_ranks(
+    folder: Path,
+    rows: list[list[Sample] | None],
+    ranks: set[str],
+    order: list[str] | None,
+    options: Options,
+    notes: list[str],
+) -> tuple[list[str], list[list[Sample] | None], dict[str, float]]:
+    """(names of ranks, parts with rank indices, {path: real label}) of samples with text labels."""
+    if options.bins or options.ranks not in (None, PRESENT):
+        is_strict = bool(options.lists)
+        names, parts, real_labels, outside = number_ranks(
+            rows, options.ranks, options.bins, is_strict
+        )
+        notes += outside
+        return names, parts, real_labels
+    names = _order_ranks(folder, ranks, order)
+    num_images = sum(len(part or ()) for part in rows)
+    _check_num_ranks(folder, len(names), len(order or ()) or num_images)
+    index = {name: rank for rank, name in enumerate(names)}
+    return names, [part and [Sample(p, index[name]) for p, name in part] for part in rows], {}
+
+
+def _split_by_group(
+    folder: Path,
+    parts: list[list[Sample] | None],
+    groups: dict[str, str],
+    options: Options,
+    notes: list[str],
+) -> list[list[Sample] | None]:
+    """The parts, with val and test held out where they are missing; no group is in two of them."""
+
+    def held_out(samples: list[Sample], part: str) -> tuple[list[Sample], list[Sample]]:
+        num_groups = len({groups[path] for path, _ in samples})
+        share, salt = max(0.1, 1 / max(1, num_groups)), f"{part}/{options.salt}"
+        return hold_out(samples, share, salt, groups.__getitem__)
+
+    train, val, test = parts
+    names = sorted(set(groups.values()))
+    notes.append(f"{len(names):,} groups, none in two parts")
+    if options.split == LEAVE_ONE_OUT:
+        if not names:
+            needed = "a group column, or (?P<group>...) in the label pattern"
+            raise ValueError(f"{folder}: split {LEAVE_ONE_OUT} needs {needed}")
+        if val or test:
+            raise ValueError(f"{folder} has parts of its own, so split {LEAVE_ONE_OUT} is not made")
+        if not 0 <= options.fold < len(names):
+            raise ValueError(f"{folder} has no fold {options.fold}; give 0 .. {len(names) - 1}")
+        notes.append(f"test group {names[options.fold]!r}")
+        test = [sample for sample in train if groups[sample.path] == names[options.fold]]
+        train = [sample for sample in train if groups[sample.path] != names[options.fold]]
+    elif train and val is None and test is None:
+        train, test = held_out(train, "test")
+    if train and val is None:
+        train, val = held_out(train, "val")
+    part_groups = [{groups[path] for path, _ in part or ()} for part in (train, val, test)]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        if shared := part_groups[i] & part_groups[j]:
+            raise ValueError(
+                f"{folder}: group {min(shared)!r} is in both {PARTS[i]} and {PARTS[j]}; move its "
+                "images into one part"
+            )
+    return [train, val, test]
 
 
 def _find_parts(names: dict[Path, str]) -> list[Path | None]:
@@ -102,14 +221,38 @@ def _check_num_ranks(folder: Path, num_ranks: int, num_images: int) -> None:
         )
 
 
-def _read_part(part_dir: Path, root: Path, ranks: set[str], notes: list[str]) -> list[list[str]]:
-    """[(image, name of its rank)]; adds to ranks their names, to notes what is left out."""
+def _read_part(
+    part_dir: Path,
+    root: Path,
+    options: Options,
+    ranks: set[str],
+    groups: dict[str, str],
+    notes: list[str],
+) -> list[Sample]:
+    """Images with the names of their ranks; adds to ranks these, to groups, to notes what is left
+    out."""
     entries = [entry for entry in sorted(part_dir.iterdir()) if not is_hidden(entry.name)]
     folders = [entry for entry in entries if entry.is_dir()]
     files = [entry for entry in entries if not entry.is_dir()]
     tables = [file for file in files if file.suffix.lower() in (".csv", ".tsv")]
-    if len(tables) == 1 and len(folders) < 2:
-        rows = _read_label_table(part_dir, tables[0])
+    others: Counter[str] = Counter()
+    if options.label_pattern:
+        images, others = find_images(part_dir)
+        matches, unmatched = match_names(images, part_dir, options.label_pattern)
+        some = ", ".join(map(ascii, unmatched[:3]))
+        if not matches:
+            got = f"of {len(unmatched):,} images, such as {some}" if unmatched else "(no images)"
+            raise ValueError(f"{part_dir}: the label pattern matches no name {got}")
+        rows = [Sample(os.path.relpath(image, root), label) for image, label, _ in matches]
+        groups |= {row.path: group for row, (_, _, group) in zip(rows, matches) if group}
+        notes += [
+            f"{len(unmatched):,} images that the pattern does not match left out, such as {some}"
+        ] * bool(unmatched)
+    elif len(tables) == 1 and len(folders) < 2:
+        rows = _relative(part_dir, root, read_texts(tables[0], part_dir))
+        if options.group:
+            cells = read_texts(tables[0], part_dir, options.group)
+            groups |= dict(_relative(part_dir, root, cells))
         notes.append(f"labels of {os.path.relpath(tables[0], root)}")
     elif len(folders) < 2 and not ranks:
         nested = f"; if {folders[0].name} holds the ranks, give {folders[0]}" if folders else ""
@@ -118,32 +261,26 @@ def _read_part(part_dir: Path, root: Path, ranks: set[str], notes: list[str]) ->
             "per rank, lists train.txt (.csv, .tsv) of path and rank index, or one table (.csv, "
             f".tsv) with the columns path and label{nested}"
         )
+    elif options.group:
+        raise ValueError(f"{part_dir} has no table with the group column {options.group!r}")
     else:
         rows, others = [], Counter(table.suffix for table in tables)
         for rank_dir in folders:
             images, others_of_rank = find_images(rank_dir)
-            rows += [(os.path.relpath(image, root), rank_dir.name) for image in images]
+            rows += [Sample(os.path.relpath(image, root), rank_dir.name) for image in images]
             others += others_of_rank
-        if others:
-            types = ", ".join(f"{suffix} {count:,}" for suffix, count in sorted(others.items()))
-            notes.append(f"{others.total():,} files of other types left out ({types})")
         if beside := sum(map(is_image, files)):
             notes.append(f"{beside:,} images beside the folders of {part_dir.name} left out")
         ranks |= {rank_dir.name for rank_dir in folders}
-        return rows
+    if others:
+        types = ", ".join(f"{suffix} {count:,}" for suffix, count in sorted(others.items()))
+        notes.append(f"{others.total():,} files of other types left out ({types})")
     ranks |= {name for _, name in rows}
-    return [(os.path.relpath(part_dir / path, root), name) for path, name in rows]
+    return rows
 
 
-def _read_label_table(part_dir: Path, table: Path) -> list[tuple[str, str]]:
-    """The images, relative to part_dir, each with the name of its rank as label."""
-    rows = [*parse_rows(table)]
-    integers = [parse_integer(text) for _, _, text in rows]  # 3.0 is 3
-    labels = [text if n is None else str(n) for (_, _, text), n in zip(rows, integers)]
-    samples = zip((image for _, image, _ in rows), labels)
-    samples = [*resolve_paths(part_dir, samples, table)]
-    check_labels(samples, lambda i: f"{table}:{rows[i][0]}")
-    return samples
+def _relative(part_dir: Path, root: Path, samples: list[Sample]) -> list[Sample]:
+    return [Sample(os.path.relpath(part_dir / path, root), label) for path, label in samples]
 
 
 def _order_ranks(folder: Path, names: Iterable[str], order: list[str] | None) -> list[str]:

@@ -9,6 +9,7 @@ A list is a .txt with lines `path label` (the label is the last word, so paths m
 
 import csv
 import functools
+import math
 import os
 import re
 import sys
@@ -24,7 +25,7 @@ import numpy as np
 from .files import IMAGE_TYPES, read_lines, write_lines
 
 PATH_COLUMNS = ("path", "image", "filename", "file", "file_name", "image_path", "photo")
-LABEL_COLUMNS = ("label", "rank", "age", "class", "target")
+LABEL_COLUMNS = ("label", "rank", "age", "class", "target", "value", "score")
 
 
 class Sample(NamedTuple):
@@ -66,6 +67,9 @@ class Samples(Sequence[Sample]):
     def __eq__(self, other: object) -> bool:
         is_as_long = isinstance(other, Sequence) and len(self) == len(other)
         return is_as_long and all(a == b for a, b in zip(self, other))
+
+    def __hash__(self) -> int:
+        return hash((self.paths, bytes(self.labels)))
 
     def __add__(self, other: Iterable[Sample]) -> "Samples":
         return Samples(chain(self, other))
@@ -115,20 +119,28 @@ def read_list(
 
     samples = Samples(resolve_paths(root, rows(), path, allow_missing))
     if not allow_conflicts:
-        check_labels(samples, lambda i: f"{path}:{lines[i]}")
+        check_labels([samples], lambda _, i: f"{path}:{lines[i]}")
     return samples
 
 
-def check_labels(samples: Sequence[tuple[str, Any]], where: Callable[[int], str]) -> None:
-    """ValueError if an image has two labels; where(i): where sample i is listed."""
-    keys, first = np.fromiter((hash(path) for path, _ in samples), np.int64, len(samples)), {}
+def check_labels(
+    parts: Sequence[Sequence[tuple[str, Any]] | None], where: Callable[[int, int], str]
+) -> None:
+    """ValueError if an image has two labels; where(part, i): where sample i of it is listed."""
+    parts, first = [part or () for part in parts], {}
+    starts = np.cumsum([0, *map(len, parts)])
+    paths = (path for part in parts for path, _ in part)
+    keys = np.fromiter(map(hash, paths), np.int64, starts[-1])
     _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    for i in np.flatnonzero(counts[inverse] > 1).tolist():
-        image, label = samples[i]
-        other, other_label = first.setdefault(image, (i, label))
+    for row in np.flatnonzero(counts[inverse] > 1):  # few, so that this takes little memory
+        part = int(np.searchsorted(starts, row, "right")) - 1
+        i = int(row - starts[part])
+        image, label = parts[part][i]
+        other_label, *other = first.setdefault(image, (label, part, i))
         if label != other_label:
             raise ValueError(
-                f"{where(i)}: {image} has label {label}, but {where(other)} says {other_label}"
+                f"{where(part, i)}: {image} has label {label}, but {where(*other)} says "
+                f"{other_label}"
             )
 
 
@@ -138,21 +150,41 @@ def parse_list(path: str | Path) -> Iterator[tuple[int, str, int]]:
         label = parse_integer(text)
         if label is None:
             what = f"label {text[:99]!r} is no whole number"
-            raise ValueError(f"{path}:{number}: {what}; labels are ranks, counted from 0")
+            advice = "labels are ranks, counted from 0 (own images: see --ranks, --bins)"
+            raise ValueError(f"{path}:{number}: {what}; {advice}")
         yield number, image, label
 
 
-def parse_rows(path: str | Path) -> Iterator[tuple[int, str, str]]:
-    """(line number, image path, label as written) of a list file."""
+def read_texts(
+    path: str | Path, root: str | Path, column: str | None = None, allow_missing: bool = False
+) -> list[Sample]:
+    """The samples of a list file with labels as text, 3.0 as 3; or with the cells of a column.
+
+    Errors: those of read_list, but for the values of labels.
+    """
+    rows = [*parse_rows(path, column)]
+    integers = [None if column else parse_integer(text) for _, _, text in rows]
+    texts = [text if n is None else str(n) for (_, _, text), n in zip(rows, integers)]
+    samples = zip((image for _, image, _ in rows), texts)
+    samples = [Sample(*row) for row in resolve_paths(root, samples, path, allow_missing)]
+    check_labels([samples], lambda _, i: f"{path}:{rows[i][0]}")
+    return samples
+
+
+def parse_rows(path: str | Path, column: str | None = None) -> Iterator[tuple[int, str, str]]:
+    """(line number, image path, label as written) of a list file; or a column for the label."""
     lines, number = read_lines(path), None
     first = [*islice(lines, 1)]
-    delimiter, image, label, header = _columns(path, first[0][1]) if first else (None, 0, 1, 0)
+    first_line = first[0][1] if first else ""
+    delimiter, image, label, header = _columns(path, first_line, column)
     last = max(image, label)
     for number, line in chain(first[header:], lines):
         cells = _cells(line, delimiter)
         if last >= len(cells) or not cells[image] or not cells[label]:
             got = repr(line[:200])
-            raise ValueError(f"{path}:{number}: expected an image path and a label, got {got}")
+            raise ValueError(
+                f"{path}:{number}: expected an image path and a {column or 'label'}, got {got}"
+            )
         name = cells[image]
         if name[0] == "." or name[-1] == "/" or "/." in name or "//" in name:
             name = str(Path(name))  # a/b of ./a//b/, which takes longer than all the rest
@@ -161,18 +193,26 @@ def parse_rows(path: str | Path) -> Iterator[tuple[int, str, str]]:
         raise ValueError(f"{path} lists no image; expected lines `path label`")
 
 
-def _columns(path: str | Path, first_line: str) -> tuple[str | None, int, int, int]:
+def _columns(
+    path: str | Path, first_line: str, column: str | None = None
+) -> tuple[str | None, int, int, int]:
     """(delimiter, path column, label column, number of header lines), from a list's first line."""
+    label_columns = (column.strip().lower(),) if column else LABEL_COLUMNS
     known = {".csv": ",", ".tsv": "\t"}.get(Path(path).suffix.lower())
     for delimiter in [known] if known else ["\t", ",", " "]:
         names = [cell.lower() for cell in _cells(first_line, delimiter)]
         image, label = (
             next((names.index(name) for name in columns if name in names), None)
-            for columns in (PATH_COLUMNS, LABEL_COLUMNS)
+            for columns in (PATH_COLUMNS, label_columns)
         )
         if image is not None and label is not None:
             return delimiter, image, label, 1
-    if known is None:
+    if column:
+        raise ValueError(
+            f"{path}:1: expected a header with the columns path and {column}; got "
+            f"{first_line[:200]!r}"
+        )
+    if known is None or not first_line:
         return None, 0, 1, 0  # path label
     if len(names) != 2:
         raise ValueError(
@@ -213,6 +253,12 @@ def read_table(
 def parse_integer(text: str) -> int | None:
     """3 for '3' and '3.0', None for anything that is not a whole number."""
     return int(text.split(".")[0]) if re.fullmatch(r"-?\d{1,99}(\.0*)?", text) else None
+
+
+def parse_number(text: str) -> float | None:
+    """A finite number in decimal digits, perhaps with an exponent; None for anything else."""
+    number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", text.strip(), re.I | re.A)
+    return float(text) if number and math.isfinite(float(text)) else None
 
 
 def resolve_paths(

@@ -9,10 +9,9 @@ Copy together with: lists.py.
 """
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from .files import write_lines
-from .lists import Sample, Samples, check_labels, check_names, read_list, write_list
+from .lists import Sample, Samples, check_labels, check_names, parse_number, read_list, write_list
 
 PARTS = ("train", "val", "test")
+REAL_LABELS = "real_labels.txt"
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Task:
     test: Sequence[Sample]
     val_is_test: bool = False
     notes: tuple[str, ...] = ()  # where the release differs from what is published or from itself
+    real_labels: dict[str, float] = field(default_factory=dict, hash=False)  # {path: label} of bins
+    num_groups: int = 0  # persons, say, of whom none is in two parts
 
     def __post_init__(self) -> None:
         for part in PARTS:
@@ -49,13 +51,27 @@ class Task:
     def num_ranks(self) -> int:
         return len(self.rank_names)
 
+    def targets(self, part: str) -> list[float] | None:
+        """The labels of a part in their own unit; None where that is the rank: errors are in it."""
+        consecutive = tuple(self.rank_values[0] + i for i in range(self.num_ranks))
+        if not self.real_labels and self.rank_values == consecutive:
+            return None
+        real, values = self.real_labels, self.rank_values
+        return [real[path] if real else values[rank] for path, rank in getattr(self, part)]
+
     def write_lists(self, folder: str | Path) -> None:
-        """Write {train,val,test}.txt (`path label`) and ranks.txt; each file atomically."""
+        """Write {train,val,test}.txt (`path label`) and ranks.txt; each file atomically.
+
+        Of ranks that are bins also real_labels.txt.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for part in PARTS:
             write_list(folder / f"{part}.txt", getattr(self, part))
         write_lines(folder / "ranks.txt", self.rank_names)
+        if self.real_labels:
+            paths = dict.fromkeys(sample.path for part in PARTS for sample in getattr(self, part))
+            write_list(folder / REAL_LABELS, ((path, self.real_labels[path]) for path in paths))
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,11 @@ class Options:
     category: str | None = None
     label_rule: str | None = None
     allow_missing: bool = False  # keep images in the lists that are not on disk
+    # Of own images (folder.py, labels.py):
+    label_pattern: str | None = None
+    ranks: str | None = None
+    bins: str | None = None
+    group: str | None = None  # column
 
     @property
     def salt(self) -> str:
@@ -90,9 +111,7 @@ class Options:
         options = num_ranks, self.allow_missing, allow_conflicts
         parts = [path and read_list(path, root, *options) for path in lists]
         if not allow_conflicts and sum(map(bool, parts)) > 1:
-            ends = np.cumsum([len(part or ()) for part in parts])
-            samples = Samples(chain.from_iterable(filter(None, parts)))
-            check_labels(samples, lambda i: str(lists[np.searchsorted(ends, i, "right")]))
+            check_labels(parts, lambda part, _: str(lists[part]))
         return parts
 
 
@@ -128,8 +147,8 @@ def make_task(
     if not (train and val and test):
         raise ValueError(f"{name}: {counts}, and none may be empty; give more images or lists")
     names, samples = tuple(preset["rank_names"]), [train, val, test]
-    numeric = all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names)
-    values = tuple(float(name if numeric else i) for i, name in enumerate(names))
+    values = tuple(map(rank_value, names))
+    values = tuple(map(float, range(len(names)))) if None in values else values
     values = preset.get("rank_values", values)
     keys = [np.unique(part.keys(), return_index=True)[0] for part in samples]  # by sorting
     untrained = sorted(set(range(len(names))) - set(train.labels))
@@ -139,6 +158,12 @@ def make_task(
     )
     context, val_is_test = preset["context"], np.array_equal(keys[1], keys[2])
     return Task(name, protocol, root, names, values, context, *samples, val_is_test, tuple(notes))
+
+
+def rank_value(name: str) -> float | None:
+    """16.0 of `16`, the middle of a bin such as `0 to 1.5`, None of other names."""
+    ends = [parse_number(end) for end in name.split(" to ")]
+    return None if None in ends or len(ends) > 2 else sum(ends) / len(ends)
 
 
 def _repeats(parts: Sequence[Samples | None]) -> Iterator[str]:
@@ -151,7 +176,7 @@ def _repeats(parts: Sequence[Samples | None]) -> Iterator[str]:
 def split_warnings(
     train: np.ndarray, val: np.ndarray, test: np.ndarray, untrained: list[str], num_ranks: int
 ) -> Iterator[str]:
-    """Overlaps of the three parts, given by unique keys, and the names of ranks without training."""
+    """Overlaps of the parts, given by unique keys, and the names of ranks without training."""
     if np.array_equal(val, test):
         yield "VAL IS TEST: the validation images are the test images"
     elif count := len(np.intersect1d(val, test, assume_unique=True)):

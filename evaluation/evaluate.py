@@ -18,6 +18,7 @@ from evaluation.metrics import (
     confusion_matrix,
     expected_rank,
     long_tail_metrics,
+    mae_in_unit,
     majority_baseline,
     mean_probs_by_rank,
     per_rank_metrics,
@@ -64,6 +65,15 @@ def predict_loader(run: Run, loader: DataLoader) -> tuple[Tensor, Tensor]:
     return probs, all_gather_rows(torch.cat(labels))  # (M, R), (M,)
 
 
+def part_metrics(task: data.Task, part: str, probs: Tensor, labels: Tensor) -> dict[str, Any]:
+    """compute_metrics of a part, and mae_value where a rank is not one unit of the labels."""
+    metrics, targets = compute_metrics(probs, labels), task.targets(part)
+    if targets is not None:
+        values = torch.tensor(task.rank_values, dtype=torch.float64)
+        metrics["mae_value"] = mae_in_unit(probs, values, values.new_tensor(targets))
+    return metrics
+
+
 def evaluate_test_set(
     run: Run,
     val_loader: DataLoader,
@@ -78,9 +88,12 @@ def evaluate_test_set(
     """
     args, task = run.args, run.task
     probs, labels = predict_loader(run, test_loader)
-    val = compute_metrics(*predict_loader(run, val_loader)) if task.val else None
+    val = part_metrics(task, "val", *predict_loader(run, val_loader)) if task.val else None
     train_counts = torch.tensor([s.label for s in task.train]).bincount(minlength=task.num_ranks)
     majority = majority_baseline(torch.tensor([s.label for s in task.test]), train_counts)
+    if targets := task.targets("test"):
+        value = task.rank_values[majority["rank"]]
+        majority["mae_value"] = sum(abs(value - target) for target in targets) / len(targets)
     first_prompt = zeroshot_prompt(args, task, task.rank_names[0])
     results = dict(
         data=task.name,
@@ -89,7 +102,7 @@ def evaluate_test_set(
         images=dict(train=len(task.train), val=len(task.val), test=len(task.test)),
         val_is_test=task.val_is_test,
         prompt=first_prompt if args.method == "zeroshot" else None,
-        test=compute_metrics(probs, labels),
+        test=part_metrics(task, "test", probs, labels),
         val=val,
         majority=majority | dict(rank=task.rank_names[majority["rank"]]),
         per_rank=per_rank_metrics(probs, labels, train_counts, task.rank_names),
@@ -154,6 +167,11 @@ def print_results(results: dict[str, Any]) -> None:
     print(
         f"always {majority['rank']!r}: MAE {majority['mae']:.3f}   accuracy {majority['acc']:.1%}"
     )
+    if "mae_value" in test:
+        mae, always = test["mae_value"], majority["mae_value"]
+        print(
+            f"MAE in the unit of the labels {mae:.4g} (always {majority['rank']!r}: {always:.4g})"
+        )
     if len(results["long_tail"]) > 1:
         groups = (f"{name} {row['mae_argmax']:.3f}" for name, row in results["long_tail"].items())
         print(f"MAE (argmax) by training images of the rank: {', '.join(groups)}")
@@ -176,6 +194,10 @@ def save_predictions(path: Path, task: data.Task, probs: Tensor) -> None:
         )
         for sample, p in zip(task.test, probs)
     ]
+    if targets := task.targets("test"):
+        values = (probs.double() @ torch.tensor(task.rank_values, dtype=torch.float64)).tolist()
+        for row, target, value in zip(rows, targets, values):
+            row |= dict(value=target, expected_value=f"{value:.6g}")
     save_csv(path, rows)
 
 

@@ -147,6 +147,11 @@ def compute_metrics(probs: Tensor, labels: Tensor) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 
+def mae_in_unit(probs: Tensor, rank_values: Tensor, targets: Tensor) -> float:
+    """MAE of the mean of rank_values (R,) under probs (M, R) against labels (M,) in their unit."""
+    return float(mean_absolute_error(probs.double() @ rank_values.double(), targets.double()))
+
+
 def per_rank_metrics(
     probs: Tensor, labels: Tensor, train_counts: Tensor, rank_names: tuple[str, ...]
 ) -> list[dict]:

@@ -103,6 +103,8 @@ TABLES = [  # title, path in results, factor, digits, the paper's figures
     for answer in metric.answers
 ]
 TABLES.append(("Ordinality of the prototypes, %", ("ordinality",), 100, 1, {}))
+IN_UNIT = ("test", "mae_value")  # only of runs whose ranks are not one unit of the labels apart
+TABLES.append(("MAE of the expected value, in the unit of the labels", IN_UNIT, 1, 3, {}))
 
 
 def write_report(paths: list[str | Path], name: str = "report.md") -> str:
@@ -153,6 +155,7 @@ def read_run(path: Path) -> dict[str, Any]:
     settings["split"] = settings["split"] or "random"
     names = [f"{name}_{a}" for name, metric in METRICS.items() for a in metric.computed]
     added = [name for name in names if not name.startswith("mae_")]  # MAE was there from the start
+    added.append(IN_UNIT[1])
     test = results["test"] | {name: None for name in added if name not in results["test"]}
     run = results | dict(path=path.parent, settings=settings, test=test)
     name_rows([run])
@@ -222,6 +225,8 @@ def format_dataset(key: tuple, runs: list[dict], out_dir: Path) -> str:
     columns = table_columns(key, runs)
     lines = ["## " + " ".join(str(word) for word in key if word), ""]
     for title, metric_path, factor, digits, paper in TABLES:
+        if metric_path == IN_UNIT and all(run["test"][IN_UNIT[1]] is None for run in runs):
+            continue
         paper = {
             row: {column: figures.get(row) for column, figures in paper.get(key[0], {}).items()}
             for row in rows

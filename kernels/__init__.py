@@ -4,7 +4,8 @@
     match           probabilities, expected rank, most probable rank
     similarity      the logits alone
 
-`impl="torch"` is `reference.py`, `impl="triton"` the fused kernels on CUDA, "auto" picks and says so once.
+`impl="torch"` is `reference.py`, `impl="triton"` the fused kernels on CUDA. "auto" takes the kernels where
+they can compute (R <= 128, one half dtype or float32) and gain something, else PyTorch, and says why once.
 
 Copy-paste: needs the folder `kernels/`, torch>=2.4.
 """
@@ -16,17 +17,17 @@ import torch
 from . import reference
 from .reference import similarity, unit
 
-NO_TRITON = ""  # why the fused kernels cannot be had
+TRITON_UNAVAILABLE = ""  # why the fused kernels cannot be had
 try:
     import triton
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
-        NO_TRITON = f"triton is {triton.__version__}, the fused kernels need 3.6"
+        TRITON_UNAVAILABLE = f"triton is {triton.__version__}, the fused kernels need 3.6"
 except ModuleNotFoundError as error:
     if error.name != "triton":  # Triton is there but broken: say so, do not fall back
         raise
-    NO_TRITON = "triton is not installed"
-HAS_TRITON = not NO_TRITON
+    TRITON_UNAVAILABLE = "triton is not installed"
+HAS_TRITON = not TRITON_UNAVAILABLE
 if HAS_TRITON:
     from . import matching_triton
 
@@ -34,8 +35,9 @@ __all__ = ["match", "matching_loss", "similarity", "unit", "which_impl", "HAS_TR
 
 TARGETS = ("normalized", "softmax10")
 IMPLS = ("auto", "torch", "triton")
-FUSED = (torch.float32, torch.float16, torch.bfloat16)  # dtypes, also mixed
-_said = set()  # choices of impl="auto" that were announced in this process
+FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FUSED_RANKS = 128
+_logged = set()  # choices of impl="auto" that were printed in this process
 
 
 def matching_loss(
@@ -62,7 +64,7 @@ def matching_loss(
     _check_features(image_features, prototypes)
     _check_labels(labels, image_features, prototypes)
     scale = _as_scale(scale, image_features)
-    op = _op(impl, image_features, prototypes)
+    op = _select_implementation(impl, image_features, prototypes)
     return op.matching_loss(image_features, prototypes, labels, scale, target=target, group=group)
 
 
@@ -77,7 +79,8 @@ def match(image_features, prototypes, scale, *, impl="auto"):
     tracked = (image_features, prototypes, scale)
     if impl == "auto" and torch.is_grad_enabled() and any(t.requires_grad for t in tracked):
         impl = "torch"
-    return _op(impl, image_features, prototypes).match(image_features, prototypes, scale)
+    op = _select_implementation(impl, image_features, prototypes)
+    return op.match(image_features, prototypes, scale)
 
 
 def which_impl(device, impl="auto", dtype=torch.float32):
@@ -86,50 +89,74 @@ def which_impl(device, impl="auto", dtype=torch.float32):
         raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLS)}")
     if impl != "auto":
         return impl, "asked for"
-    lacking = _lacking(torch.device(device), dtype)
-    return ("torch", lacking) if lacking else ("triton", "fused kernels on CUDA")
+    reason = _unsupported_device(torch.device(device), dtype)
+    if not reason and dtype == torch.float32 and matching_triton.float32_dots() == "ieee":
+        reason = "without tensor cores (float32 matmul precision 'highest') PyTorch is faster"
+    return ("torch", reason) if reason else ("triton", "fused kernels on CUDA")
 
 
-def _lacking(device, dtype):
-    """What the fused kernels miss, or ""."""
+def _unsupported_device(device, dtype):
+    """What keeps the fused kernels from running on this device and in this dtype, or ""."""
     if device.type != "cuda":
         return f"the fused kernels need CUDA, this is {device.type}"
-    if dtype not in FUSED:
+    if dtype not in FUSED_DTYPES:
         return f"the fused kernels compute in float32, this is {str(dtype)[6:]}"
-    if NO_TRITON:
-        return NO_TRITON
+    if TRITON_UNAVAILABLE:
+        return TRITON_UNAVAILABLE
     if torch.version.hip:
         return "the fused kernels are for NVIDIA's GPUs"
-    if (
-        not torch.compiler.is_compiling() and matching_triton.gpu_generation(device) < 8
-    ):  # a query it cannot trace
-        return f"the fused kernels need compute capability 8.0, this is {matching_triton.gpu_generation(device)}.x"
+    if torch.compiler.is_compiling():  # cannot trace the query
+        return ""
+    generation = matching_triton.gpu_generation(device)
+    if generation < 8:
+        return f"the fused kernels need compute capability 8.0, this is {generation}.x"
     return ""
 
 
-def _op(impl, image_features, prototypes):
+def _unsupported_call(image_features, prototypes):
+    """What keeps the fused kernels from taking these tensors on any device, or ""."""
+    dtypes = {image_features.dtype, prototypes.dtype}
+    for dtype in dtypes:
+        if dtype not in FUSED_DTYPES:
+            return f"the fused kernels compute in float32, this is {str(dtype)[6:]}"
+    if dtypes == {torch.float16, torch.bfloat16}:
+        return "the fused kernels do not mix float16 with bfloat16"
+    if len(prototypes) > FUSED_RANKS:
+        return f"the fused kernels take up to {FUSED_RANKS} ranks, these are {len(prototypes)}"
+    if torch.compiler.is_compiling():
+        return ""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "the fused kernels have no rules for torch.func (grad, vmap, jvp)"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "the fused kernels have no forward-mode gradient"
+    return ""
+
+
+def _select_implementation(impl, image_features, prototypes):
     """The module that computes: `reference` or `matching_triton`."""
-    dtype = torch.promote_types(image_features.dtype, prototypes.dtype)
     device = image_features.device
+    dtype = min(image_features.dtype, prototypes.dtype, key=lambda dtype: dtype.itemsize)
     name, why = which_impl(device, impl, dtype)
+    if name == "triton" and (reason := _unsupported_call(image_features, prototypes)):
+        if impl == "triton":
+            raise ValueError(f"impl='triton': {reason}; use impl='auto' or impl='torch'")
+        name, why = "torch", reason
     if impl == "auto":
-        _say(f"kernels: the matching op runs on impl={name!r}: {why}")
+        _log_once(f"kernels: the matching op runs on impl={name!r}: {why}")
     if name == "torch":
         return reference
     if not HAS_TRITON:
         raise ImportError(
-            f"impl='triton': {NO_TRITON}; pip install 'triton>=3.6', or use impl='torch'"
+            f"impl='triton': {TRITON_UNAVAILABLE}; pip install 'triton>=3.6', or use impl='torch'"
         )
-    if dtype not in FUSED:
-        raise ValueError(f"impl='triton' computes in float32; {dtype} features need impl='torch'")
-    if not matching_triton.INTERPRET and (lacking := _lacking(device, dtype)):
-        raise ValueError(f"impl='triton': {lacking}; use impl='auto'")
+    if not matching_triton.INTERPRET and (reason := _unsupported_device(device, dtype)):
+        raise ValueError(f"impl='triton': {reason}; use impl='auto' or impl='torch'")
     return matching_triton
 
 
-def _say(line):
-    if not torch.compiler.is_compiling() and line not in _said:
-        _said.add(line)
+def _log_once(line):
+    if not torch.compiler.is_compiling() and line not in _logged:
+        _logged.add(line)
         print(line, file=sys.stderr)
 
 

@@ -1,388 +1,436 @@
-"""Times of the matching op: ours, PyTorch, and the peers that compute the same loss.
+"""Is the fused matching op right, and is it faster? One command for a machine with a GPU:
 
-    python -m kernels.bench                     the table, bench.json and bench.png in out/bench
-    python -m kernels.bench --quick             two small shapes
-    python -m kernels.bench --shapes 32,61,512 --dtypes bf16 --out somewhere
+    python -m kernels.bench --report DIR [--minutes 6]
 
-Everything is timed as the sum of both losses with gradients to features, prototypes and scale. Columns:
-median of the repetitions with their 20 % and 80 % quantiles, ratio to ours, floor / time (the least that
-traffic and arithmetic with stored logits allow, for GPUs whose rates are known), kernel launches, peak
-memory beyond the inputs, error of the features' gradient against float64. Peers are imported only when
-installed. Without a GPU the PyTorch paths are timed alone.
+DIR/rows.jsonl gets each row as it is measured, DIR/report.md is rewritten after each, so a cut
+leaves the best figures; each step is a process of its own, so an illegal access costs one row.
+Nothing is timed before its losses and gradients agree with float64. Without a GPU the same steps
+run small, through Triton's interpreter: that shows that they run, its times mean nothing.
 
-Copy-paste: needs the folder kernels/, torch>=2.4, pillow.
+Columns of a speed row, for each way to compute the sum of both losses and its gradients to
+features, prototypes and scale:
+
+    wall_us     host time of a step, without waiting for the GPU between steps (median of 5 blocks)
+    forward_us  the same of the losses alone, without gradients
+    device_us   sum of the kernels' times of a step, by the profiler
+    graph_us    a step replayed as a CUDA graph
+    launches    kernels of a step, PyTorch's own included
+    peak_mb     peak memory above the inputs
+    error       largest relative error of the three gradients, against float64
+
+Needs the project (the steps of whole training steps build its models), torch>=2.4, and no more.
 """
 
 import argparse
-import importlib.util
+import contextlib
+import functools
+import itertools
 import json
-import math
+import os
 import platform
+import shutil
+import statistics
 import subprocess
+import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
-import torch
-
-from kernels import HAS_TRITON, matching_loss, reference, unit
-
-SHAPES = [  # B, R, D
-    (32, 61, 512),
-    (256, 101, 1024),
-    (4096, 101, 512),
-    (65536, 101, 512),
-    (65536, 101, 1024),
-    (65536, 1000, 512),
-]
-SQUARE = [
-    (256, 256, 512),
-    (1024, 1024, 512),
-]  # image i belongs to prototype i: what CLIP trains with
-SWEEP = [2**k for k in range(5, 18)]  # B of the picture, at R=101, D=512
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Bytes per second and operations per second (half, fp32) assumed for the floor. Not measured here.
-RATES = {"H200": (4.3e12, 790e12, 66.9e12), "H100": (3.0e12, 790e12, 66.9e12)}
-OURS = "triton"
+CUDA_MISSING = "no GPU: small shapes through the interpreter; the times mean nothing"
+LIMITS = {"fp32": 2e-3, "bf16": 2e-2, "fp16": 5e-3}  # of errors; fp32 may be TF32
+SHAPES = [[32, 61, 512], [32, 101, 1024], [256, 101, 1024], [4096, 101, 512], [65536, 101, 512]]
 
 
-# --- contestants: (features, prototypes, labels, scale) -> scalar loss ----------------------------
+def steps(tiny: bool) -> list[list]:
+    """[function, seconds it may take, *arguments], the most valuable first."""
+    batches = (3,) if tiny else (1, 32, 257, 5000, 65536)
+    R, D = (5, 16) if tiny else (101, 512)
+    plan = [["machine", 60]]
+    plan += [["exact", 60, [B, R, D]] for B in batches]
+    plan.append(["memcheck", 90, [3, 5, 16] if tiny else [300, 101, 512]])
+    plan += [["speed", 60, shape, "bf16", "bf16"] for shape in ([[4, 5, 16]] if tiny else SHAPES)]
+    if not tiny:
+        plan += [
+            ["speed", 60, SHAPES[-2], "fp32", "fp32"],
+            ["speed", 60, SHAPES[-2], "bf16", "fp32"],
+        ]
+    towers = ["tiny"] if tiny else ["RN50", "ViT-B/16"]
+    plan += [["training_step", 100, tower, 4 if tiny else 32, R] for tower in towers]
+    return plan + [["gpu_tests", 200]]
 
 
-def ours(features, prototypes, labels, scale):
-    return sum(matching_loss(features, prototypes, labels, scale, impl="triton"))
+# --- ways to compute ---
 
 
-def eager(features, prototypes, labels, scale):
-    return sum(reference.matching_loss(features, prototypes, labels, scale))
+def make_inputs(shape, x_dtype, p_dtype, device):
+    import torch
+
+    dtypes = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+    B, R, D = shape
+    random = torch.Generator().manual_seed(B + R + D)
+    x, p = torch.randn(B, D, generator=random), torch.randn(R, D, generator=random)
+    y = torch.randint(R, (B,), generator=random)
+    x, p = x.to(device, dtypes[x_dtype]), p.to(device, dtypes[p_dtype])
+    s = torch.tensor(100.0, device=device)
+    return x.requires_grad_(), p.requires_grad_(), y.to(device), s.requires_grad_()
 
 
-def from_lse(x, p, labels, row_lse, column_lse):
-    """The loss (target="normalized") from x = s * unit features, unit p and both log-sum-exps."""
-    own = (x * p[labels]).sum(1)  # (B,)
-    count = torch.bincount(labels, minlength=len(p))  # (R,)
-    positive = torch.zeros_like(column_lse).index_add(0, labels, own)
-    n = count.clamp_min(1)
-    t2i = torch.where(count > 0, column_lse - n.log() - positive / n, 0.0).sum() / (count > 0).sum()
-    return (row_lse - own).mean() + t2i
+def as_written(x, p, y, s, target="normalized"):
+    """(i2t, t2i) as people write them; "softmax10" is the official code's formulation."""
+    import torch
+    import torch.nn.functional as F
+
+    logits = s * F.normalize(x, dim=-1) @ F.normalize(p, dim=-1).t()  # (B, R)
+    hit = F.one_hot(y, len(p)).t().to(logits.dtype)  # (R, B)
+    present = hit.sum(1) > 0
+    wanted = hit / hit.sum(1, keepdim=True).clamp_min(1)
+    if target == "softmax10":
+        wanted = (10 * hit).softmax(1)
+    columns = F.kl_div(logits.t().log_softmax(1), wanted, reduction="none").sum(1)  # (R,)
+    return F.cross_entropy(logits, y), torch.where(present, columns, 0.0).sum() / present.sum()
 
 
-def inf_cl(features, prototypes, labels, scale):
-    """Inf-CL's log-sum-exp, once over rows and once over columns; tf32 and fp32 inside."""
-    from inf_cl.flash import FlashProb
+def ours(x, p, y, s, target="normalized"):
+    from kernels import matching_loss
 
-    x, p = scale * unit(features), unit(prototypes)
-    heads = [t.view(len(t), -1, 256) for t in (x, p)]
-    return from_lse(x, p, labels, FlashProb.apply(*heads), FlashProb.apply(*heads[::-1]))
+    return matching_loss(x, p, y, s, target=target, impl="triton")
 
 
-def cut_cross_entropy(features, prototypes, labels, scale):
-    """CCE over the rows, and over the columns with image 0 as their label, which gives their lse."""
-    from cut_cross_entropy import linear_cross_entropy
+def ways(device):
+    """{name: (function, target)}"""
+    import torch
 
-    x, p = (scale * unit(features)), unit(prototypes)
-    half = [t.to(features.dtype) for t in (x, p)]
-    first = torch.zeros(len(p), dtype=torch.long, device=p.device)
-    options = dict(reduction="none", filter_eps=None)
-    row_lse = linear_cross_entropy(*half, labels, **options).float() + (x * p[labels]).sum(1)
-    column_lse = linear_cross_entropy(*half[::-1], first, **options).float() + p @ x[0]
-    return from_lse(x, p, labels, row_lse, column_lse)
+    def autocast(x, p, y, s, target):
+        with torch.autocast(device, torch.bfloat16):
+            return as_written(x, p, y, s, target)
 
+    def fp32(x, p, y, s, target):
+        return as_written(x.float(), p.float(), y, s, target)
 
-def liger_rows(features, prototypes, labels, scale):
-    """Half of the work: the rows alone."""
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-
-    x, p = (scale * unit(features)).to(features.dtype), unit(prototypes).to(features.dtype)
-    loss = LigerFusedLinearCrossEntropyFunction.apply(x, p, labels)
-    return loss[0] if isinstance(loss, tuple) else loss
-
-
-def open_clip(features, prototypes, labels, scale):
-    """Square case: CLIP's loss is half the sum of ours."""
-    from open_clip.loss import ClipLoss
-
-    return 2 * ClipLoss()(unit(features), unit(prototypes), scale)
-
-
-def memeff(features, prototypes, labels, scale):
-    """Square case. Its temperature is a number, so there is no gradient to the scale."""
-    from memeff import MemoryEfficientCLIPLoss
-
-    x, p = unit(features).to(features.dtype), unit(prototypes).to(features.dtype)
-    return 2 * MemoryEfficientCLIPLoss(temperature=1 / 14.3, stable=False)(x, p) + 0 * scale
-
-
-PEERS = {  # name: (function, package, square case only)
-    "inf-cl": (inf_cl, "inf_cl", False),
-    "cut-cross-entropy": (cut_cross_entropy, "cut_cross_entropy", False),
-    "liger (rows only)": (liger_rows, "liger_kernel", False),
-    "open_clip": (open_clip, "open_clip", True),
-    "memeff": (memeff, "memeff", True),
-}
-
-
-def contestants(device, square):
-    found = {"eager": eager}
+    found = {"ours": (ours, "normalized"), "fp32 eager": (fp32, "normalized")}
+    found["bf16 autocast eager"] = autocast, "normalized"
+    found["official formulation, bf16"] = autocast, "softmax10"
     if device == "cuda":
-        torch._dynamo.reset()
-        graphs = dict(mode="reduce-overhead")
-        if HAS_TRITON:
-            found = {OURS: ours, "triton, graphs": torch.compile(ours, **graphs)} | found
-        found |= {
-            "compile": torch.compile(eager),
-            "compile, graphs": torch.compile(eager, **graphs),
-        }
-        for name, (function, package, square_only) in PEERS.items():
-            if importlib.util.find_spec(package) and square >= square_only:
-                found[name] = function
+        found["torch.compile, fp32"] = torch.compile(fp32, dynamic=False), "normalized"
+        found["torch.compile, bf16"] = torch.compile(autocast, dynamic=False), "normalized"
     return found
 
 
-# --- measuring ------------------------------------------------------------------------------------
+def errors(function, inputs, target):
+    """Relative errors of both losses and of the gradients dX, dP, ds."""
+    import torch
+
+    x, p, y, s = inputs
+    losses = function(x, p, y, s, target)
+    grads = torch.autograd.grad(sum(losses), (x, p, s))
+    doubles = [t.detach().double().requires_grad_() for t in (x, p, s)]
+    exact = as_written(*doubles[:2], y, doubles[2], target)
+    exact_grads = torch.autograd.grad(sum(exact), doubles)
+    names = "i2t", "t2i", "dX", "dP", "ds"
+    pairs = zip(names, (*losses, *grads), (*exact, *exact_grads))
+    return {
+        n: float((a.detach().double() - e.detach()).norm() / (e.detach().norm() or 1.0))
+        for n, a, e in pairs
+    }
 
 
-def make_inputs(shape, dtype, device, square):
-    B, R, D = shape
-    random = torch.Generator().manual_seed(0)
-    features, prototypes = torch.randn(B, D, generator=random), torch.randn(R, D, generator=random)
-    labels = torch.arange(B) if square else torch.randint(R, (B,), generator=random)
-    leaves = [t.to(device, dtype).requires_grad_() for t in (features, prototypes)]
-    return *leaves, labels.to(device), torch.tensor(14.3, device=device, requires_grad=True)
+# --- measuring ---
 
 
-def step(function, inputs, backward):
-    loss = function(*inputs)
-    if backward:
-        return loss, torch.autograd.grad(loss, (inputs[0], inputs[1], inputs[3]))
-    return loss.detach(), None
+def wall_us(run, device, seconds=0.5):
+    """Microseconds a call; the GPU is waited for every 50 calls, so that its queue stays short."""
+    import torch
+
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    blocks = []
+    for _ in range(5):
+        wait()
+        calls, start = 0, time.perf_counter()
+        while not calls or time.perf_counter() - start < seconds / 5:
+            run()
+            calls += 1
+            if calls % 50 == 0:
+                wait()
+        wait()
+        blocks.append((time.perf_counter() - start) / calls * 1e6)
+    return statistics.median(blocks)
 
 
-def milliseconds(run, device, budget=0.3):
-    """[median, 20 %, 80 %]. On a GPU by events, with its L2 cache emptied before each run."""
-    if device == "cuda":
-        from triton.testing import do_bench
-
-        return do_bench(run, warmup=50, rep=300, quantiles=[0.5, 0.2, 0.8])
-    times, start = [], time.perf_counter()
-    while len(times) < 5 or time.perf_counter() - start < budget:
-        begin = time.perf_counter()
-        run()
-        times.append(1000 * (time.perf_counter() - begin))
-    times = torch.tensor(times[len(times) // 5 :])  # the first ones warm up
-    return times.quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
-
-
-def count_launches(run):
+def device_us(run):
+    """(microseconds, launches) of a call, by the profiler."""
+    import torch
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        run()
-        torch.cuda.synchronize()
-    return sum(event.count for event in trace.key_averages() if event.device_time > 0)
-
-
-def floor_ms(shape, dtype, backward, device_name):
-    """Read inputs, write gradients, write and read fp32 logits once, and no wasted arithmetic."""
-    rates = next((r for name, r in RATES.items() if name in device_name), None)
-    if rates is None:
-        return None
-    (B, R, D), size = shape, dtype.itemsize
-    padded = max(16, 2 ** math.ceil(math.log2(R)))
-    operands, logits = (B + R) * D * size, 4 * B * R
-    rate = rates[2] if dtype == torch.float32 else rates[1]
-    forward = max((operands + 16 * B + logits) / rates[0], 2 * B * padded * D / rate)
-    if not backward:
-        return 1000 * forward
-    return 1000 * (
-        forward + max((2 * operands + 16 * B + logits) / rates[0], 4 * B * padded * D / rate)
-    )
-
-
-def exact_gradient(inputs):
-    """Of the features, in float64."""
-    doubles = [t.detach().double().requires_grad_() for t in (inputs[0], inputs[1], inputs[3])]
-    loss = sum(reference.matching_loss(doubles[0], doubles[1], inputs[2], doubles[2]))
-    return torch.autograd.grad(loss, doubles[0])[0]
-
-
-def measure(name, function, inputs, exact, backward, device):
-    """One row of the table; a contestant that fails says why instead."""
-
-    def run():
-        return step(function, inputs, backward)
-
-    row = dict(name=name)
-    try:
-        for _ in range(3):  # compiles, records graphs
-            result = run()
-        if backward:
-            row["error"] = float((result[1][0].double() - exact).norm() / exact.norm())
-        del result
-        if device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+        for _ in range(10):
             run()
-            torch.cuda.synchronize()
-            row["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
-            row["launches"] = count_launches(run)
-        row["ms"], row["ms_20"], row["ms_80"] = milliseconds(run, device)
-    except Exception as error:  # a peer's own limits: report them in the table, do not stop
-        row["failed"] = f"{type(error).__name__}: {error}".split("\n")[0][:90]
-    return row
+        torch.cuda.synchronize()
+    events = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(event.device_time_total for event in events) / 10, len(events) / 10
 
 
-def compare(shape, dtype_name, device, device_name, square=False):
-    """Rows of all contestants, forward and forward + backward, at one shape and dtype."""
-    inputs = make_inputs(shape, DTYPES[dtype_name], device, square)
-    exact = exact_gradient(inputs)
-    rows = []
-    for backward in (False, True):
-        functions = contestants(device, square)
-        group = [measure(n, f, inputs, exact, backward, device) for n, f in functions.items()]
-        base = next((row["ms"] for row in group if row["name"] == OURS and "ms" in row), None)
-        floor = floor_ms(shape, DTYPES[dtype_name], backward, device_name)
-        for row in group:
-            row |= dict(shape=shape, dtype=dtype_name, backward=backward)
-            if "ms" in row:
-                row["ratio"] = row["ms"] / base if base else None
-                row["of_floor"] = floor / row["ms"] if floor else None
-        rows += group
-    return rows
+def graph_us(run, seconds=0.5):
+    import torch
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    return wall_us(graph.replay, "cuda", seconds)
 
 
-# --- the report -----------------------------------------------------------------------------------
+# --- steps: each prints its rows, one JSON object a line ---
 
 
-def show(rows):
-    head = f"{'':20}{'ms':>9}{'20 %':>9}{'80 %':>9}{'ratio':>7}{'floor':>7}{'launches':>9}{'MB':>8}{'error':>9}"
-    title = None
-    for row in rows:
-        work = "forward + backward" if row["backward"] else "forward"
-        this = f"\nB, R, D = {tuple(row['shape'])}, {row['dtype']}, {work}"
-        if this != title:
-            print(f"{this}\n{head}")
-            title = this
-        if "failed" in row:
-            print(f"{row['name']:20} {row['failed']}")
-            continue
-        cells = [
-            (row["ms"], "9.4f"), (row["ms_20"], "9.4f"), (row["ms_80"], "9.4f"),
-            (row["ratio"], "7.2f"), (row["of_floor"], "7.1%"), (row.get("launches"), "9d"),
-            (row.get("peak_mb"), "8.1f"), (row.get("error"), "9.1e"),
-        ]  # fmt: skip
-        text = ["-".rjust(int(spec[0])) if v is None else f"{v:{spec}}" for v, spec in cells]
-        print(f"{row['name']:20}" + "".join(text))
+def emit(**row):
+    print(json.dumps(row), flush=True)
 
 
-def draw(rows, path, title):
-    """Time against B, both logarithmic: a line for each contestant and one for the floor."""
-    from PIL import Image, ImageDraw, ImageFont
+def machine(device):
+    import torch
 
-    lines = {}
-    for row in rows:
-        if row["backward"] and "ms" in row:
-            lines.setdefault(row["name"], []).append((row["shape"][0], row["ms"]))
-            if row["of_floor"]:
-                lines.setdefault("floor", []).append((row["shape"][0], row["ms"] * row["of_floor"]))
-    points = [point for line in lines.values() for point in line]
-    low = [math.log10(min(p[i] for p in points)) - 0.1 for i in (0, 1)]
-    high = [math.log10(max(p[i] for p in points)) + 0.1 for i in (0, 1)]
-    width, height, margin = 900, 560, 70
-
-    def place(point):
-        x, y = ((math.log10(point[i]) - low[i]) / (high[i] - low[i]) for i in (0, 1))
-        return margin + x * (width - 260), height - margin - y * (height - 2 * margin)
-
-    picture = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(picture)
-    pen.font = ImageFont.load_default(16)
-    pen.text((margin, 20), title, "black")
-    pen.text((margin, height - 30), "milliseconds, forward + backward, against images B", "black")
-    for axis in (0, 1):
-        powers = range(math.floor(low[axis]), math.ceil(high[axis]) + 1)
-        for tick in (digit * 10.0**power for power in powers for digit in (1, 2, 5)):
-            if not low[axis] <= math.log10(tick) <= high[axis]:
-                continue
-            ends = [[10 ** low[0], 10 ** low[1]], [10 ** high[0], 10 ** high[1]]]
-            ends[0][axis] = ends[1][axis] = tick
-            start, end = place(ends[0]), place(ends[1])
-            pen.line([start, end], "#dddddd")
-            label = (start[0] - 8, height - margin + 6) if axis == 0 else (14, start[1] - 9)
-            pen.text(label, f"{tick:g}", "black")
-    colors = [
-        "#c62828",
-        "#ef8a62",
-        "#1565c0",
-        "#2e7d32",
-        "#6a1b9a",
-        "#00838f",
-        "#f9a825",
-        "#5d4037",
-    ]
-    for (name, line), color in zip(sorted(lines.items()), colors * 3):
-        color = "black" if name == "floor" else color
-        line = sorted(set(line))
-        pen.line([place(p) for p in line], color, width=1 if name == "floor" else 3)
-        pen.text((place(line[-1])[0] + 8, place(line[-1])[1] - 9), name, color)
-    picture.save(path)
-
-
-def environment(device):
-    """What the figures depend on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
     versions = dict(python=platform.python_version(), torch=torch.__version__)
-    if HAS_TRITON:
+    with contextlib.suppress(ImportError):
         import triton
 
         versions["triton"] = triton.__version__
-    return dict(device=name, commit=commit.stdout.strip() or None, **versions)
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    gpu = subprocess.run(query, capture_output=True, text=True) if device == "cuda" else None
+    emit(gpu=gpu.stdout.strip() if gpu else None, cores=os.cpu_count(), **versions, commit=commit)
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels.bench", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--shapes", nargs="*", help="B,R,D ... instead of the standard ones")
-    parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=["bf16", "fp32"])
-    parser.add_argument("--quick", action="store_true", help="two small shapes, a short sweep")
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/bench"), help="for bench.json, bench.png"
-    )
-    args = parser.parse_args(arguments)
+def exact(device, shape):
+    for dtype, target in itertools.product(("bf16", "fp32"), ("normalized", "softmax10")):
+        row = errors(ours, make_inputs(shape, dtype, dtype, device), target)
+        ok = all(error < LIMITS[dtype] for error in row.values())
+        emit(dtype=dtype, target=target, **row, ok=ok)
+
+
+def memcheck(device, shape):
+    """Forward and backward under compute-sanitizer."""
+    tool = shutil.which("compute-sanitizer")
+    if device != "cuda" or not tool:
+        return emit(skipped="needs a GPU and compute-sanitizer")
+    code = json.dumps(["exact", 60, shape])
+    command = [tool, "--tool", "memcheck", sys.executable, "-m", "kernels.bench", "--step", code]
+    run = subprocess.run(command, capture_output=True, text=True)
+    summary = [line for line in run.stdout.splitlines() if "ERROR SUMMARY" in line]
+    emit(summary=summary[-1].strip("= ") if summary else run.stderr[-200:], returncode=run.returncode)  # fmt: skip
+
+
+def speed(device, shape, x_dtype, p_dtype):
+    import torch
+
+    inputs = x, p, _, s = make_inputs(shape, x_dtype, p_dtype, device)
+    limit = max(LIMITS[x_dtype], LIMITS[p_dtype])
+    for name, (function, target) in ways(device).items():
+
+        def both(function=function, target=target):
+            return torch.autograd.grad(sum(function(*inputs, target)), (x, p, s))
+
+        row = dict(way=name)
+        try:
+            row["error"] = max(list(errors(function, inputs, target).values())[2:])
+            if name == "ours" and not row["error"] < limit:
+                raise ValueError(f"wrong by {row['error']:.1e}; not timed")
+            if device == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                both()
+                torch.cuda.synchronize()
+                row["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+                row["device_us"], row["launches"] = device_us(both)
+            row["wall_us"] = wall_us(both, device)
+            with torch.no_grad():
+                losses = functools.partial(function, *inputs, target)
+                row["forward_us"] = wall_us(losses, device, 0.25)
+            if device == "cuda":
+                row["graph_us"] = graph_us(both)
+        except Exception as problem:  # one way's limits are a row of the table, not the end of it
+            row["failed"] = f"{type(problem).__name__}: {problem}".split("\n")[0][:120]
+        emit(**row)
+
+
+def training_step(device, tower, B, R):
+    """Images to optimiser step: ours, and with all 77 tokens of every prompt and the loss as written."""
+    import torch
+
+    import clip_model
+    from ordinalclip import OrdinalCLIP, RankPrompts
+
+    torch.manual_seed(0)
+    text = dict(width=512, layers=12, quick_gelu=True)
+    if tower == "tiny":
+        clip = clip_model.tiny_clip()
+    elif tower == "RN50":
+        visual = clip_model.ModifiedResNet((3, 4, 6, 3), 1024, 224, width=64)
+        clip = clip_model.CLIP(visual, embed_dim=1024, **text)
+    else:
+        visual = clip_model.VisionTransformer(224, 16, 768, 12, 512)
+        clip = clip_model.CLIP(visual, embed_dim=512, **text)
+    clip, size = clip.to(device), clip.image_size
+    prompts = RankPrompts(clip, R, context=4 if tower == "tiny" else 10).to(device)
+    model = OrdinalCLIP(clip.visual, prompts, clip.logit_scale).to(device).train()
+    images = torch.randn(B, 3, size, size, device=device)
+    labels = torch.randint(R, (B,), device=device)
+    optimizer = torch.optim.RAdam([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+    def all_tokens():
+        shared, own, eot = prompts.prompt_embeds()
+        length = len(clip.positional_embedding)
+        padding = clip.token_embedding.weight[0].detach()
+        padding = padding.expand(R, length - len(shared) - own.shape[1], -1)
+        x = torch.cat([shared.expand(R, -1, -1), own, padding], 1) + clip.positional_embedding
+        x = clip.ln_final(clip.transformer(x))  # (R, 77, W)
+        return x[torch.arange(R, device=device), len(shared) + eot] @ clip.text_projection
+
+    def official():
+        features = model.image_encoder(images)
+        return sum(as_written(features.float(), all_tokens().float(), labels, model.logit_scale.exp()))  # fmt: skip
+
+    def run(loss, autocast):
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            total = loss()
+        total.backward()
+        optimizer.step()
+
+    losses = {"ours": lambda: model.loss(images, labels)[0], "77 tokens": official}
+    losses["image tower alone"] = lambda: model.image_encoder(images).float().square().mean()
+    features = model.image_encoder(images).detach()
+
+    def text_and_matching():
+        from kernels import matching_loss
+
+        return sum(matching_loss(features, prompts(), labels, model.logit_scale.exp()))
+
+    losses["ours, text and matching alone"] = text_and_matching
+    if device == "cuda":
+        losses["ours, compiled"] = torch.compile(losses["ours"])
+    step_seconds = 2 if device == "cuda" else 0.1
+    for (name, loss), precision in itertools.product(losses.items(), ("bf16", "fp32")):
+        row = dict(way=name, precision=precision)
+        step = functools.partial(run, loss, precision == "bf16")
+        try:
+            ms = wall_us(step, device, step_seconds) / 1e3
+            row |= dict(step_ms=ms, images_per_s=1000 * B / ms)
+        except Exception as problem:
+            row["failed"] = f"{type(problem).__name__}: {problem}".split("\n")[0][:120]
+        emit(**row)
+
+
+def gpu_tests(device):
+    """The tests of the kernels, on the GPU."""
+    if device != "cuda":
+        return emit(skipped="needs a GPU")
+    import importlib.util
+
+    root = Path(__file__).parents[1]
+    parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    files = sorted(map(str, root.glob("tests/test_kernels*.py")))
+    command = [sys.executable, "-m", "pytest", "-q", *parallel, *files]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    lines = run.stdout.strip().splitlines()
+    emit(result=lines[-1], failed=[line for line in lines if line.startswith("FAILED")])
+
+
+# --- the report ---
+
+
+def run_step(step, seconds, add_row):
+    """A step in a process of its own; each row goes to add_row as it comes. Returns what stopped it."""
+    command = [sys.executable, "-m", "kernels.bench", "--step", json.dumps(step)]
+    with tempfile.TemporaryFile("w+") as messages:
+        child = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=messages,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
+        timer = threading.Timer(seconds, child.kill)
+        timer.start()
+        for line in child.stdout:
+            if line.startswith("{"):
+                add_row(json.loads(line))
+        child.wait()
+        in_time = timer.is_alive()
+        timer.cancel()
+        messages.seek(0)
+        words = " ".join(messages.read().split())[-300:]
+    if not in_time:
+        return f"out of time after {seconds:.0f} s"
+    return words or f"exit status {child.returncode}" if child.returncode else None
+
+
+def cell(value):
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def markdown(records):
+    """Rows of one step are a table, its columns those of all its rows."""
+    lines = ["# Benchmark of the matching op", ""]
+    for record in records:
+        lines += [f"## {' '.join(map(cell, record['step']))}", ""]
+        rows = record["rows"]
+        if rows:
+            names = list(dict.fromkeys(name for row in rows for name in row))
+            lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+            lines += [f"| {' | '.join(cell(row.get(n, '')) for n in names)} |" for row in rows]
+        lines += ["", f"Stopped: {record['problem']}", ""] if record["problem"] else [""]
+    return "\n".join(lines)
+
+
+def report(folder: Path, minutes: float, device: str) -> list[dict]:
+    """Run all steps within `minutes`; rows.jsonl and report.md in `folder` grow with each row."""
+    folder.mkdir(parents=True, exist_ok=True)
+    end, records = time.monotonic() + 60 * minutes, []
+    with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
+        for name, limit, *arguments in steps(tiny=device == "cpu"):
+            record = dict(step=[name, *arguments], rows=[], problem=None)
+            records.append(record)
+
+            def add_row(row, record=record):
+                record["rows"].append(row)
+                print(json.dumps(dict(step=record["step"], **row)), file=file, flush=True)
+                (folder / "report.md").write_text(markdown(records), encoding="utf-8")
+
+            left = end - time.monotonic()
+            record["problem"] = "not begun: no time left"
+            if left > 5:
+                step = [name, limit, *arguments]
+                record["problem"] = run_step(step, min(left, limit), add_row)
+            (folder / "report.md").write_text(markdown(records), encoding="utf-8")
+            print(markdown([record]).split("\n", 2)[2], flush=True)
+    return records
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--report", type=Path, default=Path("out/bench"), help="folder to write to")
+    parser.add_argument("--minutes", type=float, default=6.0, help="for all steps together")
+    parser.add_argument("--step", help=argparse.SUPPRESS)
+    args = parser.parse_args(words)
+    import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    about = environment(device)
-    print(" | ".join(f"{key} {value}" for key, value in about.items()))
-    shapes, square, sweep = SHAPES, SQUARE, SWEEP
+    if args.step:
+        name, _, *arguments = json.loads(args.step)
+        globals()[name](device, *arguments)
+        return
     if device == "cpu":
-        print(
-            "No GPU: only the PyTorch path is timed, at the smaller shapes. Nothing here is a claim."
-        )
-        shapes, square, sweep = SHAPES[:3], [], SWEEP[:6]
-    if args.quick:
-        shapes, square, sweep = SHAPES[:2], [], SWEEP[:3]
-    if args.shapes:
-        shapes, square = [tuple(int(n) for n in shape.split(",")) for shape in args.shapes], []
-
-    rows = []
-    for dtype in args.dtypes:
-        for shape in shapes + square:
-            rows += compare(shape, dtype, device, about["device"], square=shape in square)
-    show(rows)
-    swept = []
-    for B in sweep:
-        swept += compare((B, 101, 512), args.dtypes[0], device, about["device"])
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "bench.json").write_text(
-        json.dumps(dict(environment=about, table=rows, sweep=swept), indent=1) + "\n"
-    )
-    draw(swept, args.out / "bench.png", f"{about['device']}, R=101, D=512, {args.dtypes[0]}")
-    print(f"\nwrote {args.out / 'bench.json'} and {args.out / 'bench.png'}")
-    return rows
+        print(CUDA_MISSING, file=sys.stderr)
+        os.environ["TRITON_INTERPRET"] = "1"
+    report(args.report, args.minutes, device)
+    print(f"wrote {args.report / 'report.md'} and {args.report / 'rows.jsonl'}")
 
 
 if __name__ == "__main__":

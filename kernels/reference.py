@@ -16,8 +16,14 @@ Text to image   t2i  = 1/|V| sum_{c in V} KL(q_c || softmax of column c),   V = 
                                        (the official code: softmax over the batch of 10 * one-hot,
                                        xk-huang/OrdinalCLIP@ca10a20 ordinalclip/runner/runner.py#L142-L158)
 
-A column needs four numbers only: lse_c, sum of its positives, sum of all, n_c. With a process group these
-are merged over the processes, so t2i runs over the global batch without gathering any feature.
+At a loss of 1e-8 the difference of two numbers near 100 would be all rounding, and so would a gradient
+exp(A - lse) - 1. So logits are taken relative to the maximum of their column, and
+
+    row      lse_i - A_i,y_i = softplus(lse of the other ranks - A_i,y_i)
+    column   lse_c = lse_in + softplus(lse_out - lse_in),   in: the images of rank c, out: all others
+
+A column needs a few numbers only. With a process group these are merged over the processes, so t2i runs
+over the global batch without gathering any feature.
 
 Everything is computed in float32 (float64 for float64 input), also under autocast: at s = 100 a bfloat16
 logit is off by up to 0.25. A zero vector has similarity 0 to everything and gets gradient 0, where
@@ -30,6 +36,7 @@ import math
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 EPS = 1e-12  # a vector shorter than this counts as zero, as in F.normalize
 
@@ -46,21 +53,16 @@ def matching_loss(image_features, prototypes, labels, scale, *, target="normaliz
     torch._assert_async(inside, f"labels outside 0..{len(prototypes) - 1}")
     logits = similarity(image_features, prototypes, scale)  # (B, R)
     hit = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)  # (B, R)
-    positives = torch.where(hit, logits, 0.0)  # (B, R)
-    row_loss = logits.logsumexp(1) - positives.sum(1)  # (B,)
-    columns = torch.stack(
-        [logits.logsumexp(0), positives.sum(0), logits.sum(0), hit.sum(0).to(logits.dtype)]
-    )  # (4, R)
+    own = torch.where(hit, logits, 0.0).sum(1)  # (B,)
+    others = torch.where(hit, -torch.inf, logits).logsumexp(1)  # (B,)
+    row_loss = F.softplus(others - own, threshold=40)  # (B,); beyond 40, log1p(e^x) is x
+    columns = _column_statistics(logits, hit)  # (7, R)
     rows = torch.stack([row_loss.sum(), logits.new_tensor(float(len(logits)))])  # (2,)
-    merged = _all_processes(torch.cat([columns.flatten(), rows]), group)  # (P, 4R + 2)
+    merged = _all_processes(torch.cat([columns.flatten(), rows]), group)  # (P, 7R + 2)
 
     row_sum, num_images = merged[:, -2:].sum(0)
-    lse, positive, total, count = (
-        merged[:, :-2].unflatten(1, columns.shape).unbind(1)
-    )  # (P, R) each
-    t2i = column_loss(
-        lse.logsumexp(0), positive.sum(0), total.sum(0), count.sum(0), num_images, target
-    )
+    columns = merged[:, :-2].unflatten(1, columns.shape)  # (P, 7, R)
+    t2i = _column_loss(columns, merged[:, -1], target)
     return row_sum / num_images.clamp_min(1), t2i
 
 
@@ -77,7 +79,9 @@ def match(image_features, prototypes, scale):
 def similarity(image_features, prototypes, scale):
     """Scaled cosine similarity: (B, D) x (R, D) -> logits (B, R), float32 (or float64)."""
     with torch.autocast(image_features.device.type, enabled=False):
-        return scale * (unit(image_features) @ unit(prototypes).T)  # (B, D) x (D, R) -> (B, R)
+        x, p = unit(image_features), unit(prototypes)
+        dtype = torch.promote_types(x.dtype, p.dtype)
+        return scale * (x.to(dtype) @ p.to(dtype).T)  # (B, D) x (D, R) -> (B, R)
 
 
 def unit(vectors):
@@ -87,17 +91,39 @@ def unit(vectors):
     return vectors * torch.where(square > EPS**2, square.clamp_min(EPS**2).rsqrt(), 0.0)
 
 
-def column_loss(lse, positive, total, count, num_images, target):
-    """t2i from the four statistics of each column (R,) and the number of images in the batch."""
+def _column_statistics(logits, hit):
+    """(B, R) -> (7, R): column maximum and, relative to it, what `_column_loss` needs; n_c."""
+    # the loss does not depend on what is subtracted, so the maximum needs no gradient
+    top = logits.detach().amax(0) if len(logits) else torch.zeros_like(logits).sum(0)  # (R,)
+    below = logits - top
+    out = torch.where(hit, -torch.inf, below).logsumexp(0)
+    margin = torch.where(hit, below, -torch.inf).logsumexp(0)
+    total, count = below.sum(0), hit.sum(0).to(top.dtype)
+    # The same number as `margin`. In the backward pass, what is computed last comes first: so the
+    # 1/n of this one meets the -1/n of `positive` before something small beside them is added.
+    inside = torch.where(hit, below, -torch.inf).logsumexp(0)
+    positive = torch.where(hit, below, 0.0).sum(0)
+    return torch.stack([top, out, margin, inside, positive, total, count])
+
+
+def _column_loss(columns, num_images, target):
+    """t2i from the statistics (P, 7, R) and the numbers of images (P,) of P processes."""
+    top, out, margin, inside, positive, total, count = columns.unbind(1)  # (P, R) each
+    shift = top.detach() - top.detach().amax(0)  # (P, R), to the maximum over the processes
+    out, margin, inside = ((lse + shift).logsumexp(0) for lse in (out, margin, inside))  # (R,)
+    positive = (positive + count * shift).sum(0)
+    total = (total + num_images[:, None] * shift).sum(0)
+    count, num_images = count.sum(0), num_images.sum()
     present = count > 0
     n = count.clamp_min(1)  # absent ranks are masked below; 1 keeps them finite
     if target == "normalized":
-        loss = lse - n.log() - positive / n
+        entropy, hi, lo = -n.log(), 1 / n, 0.0
     else:
         z = n * math.exp(10) + (num_images - n)
         hi, lo = math.exp(10) / z, 1 / z
         entropy = n * hi * hi.log() + (num_images - n) * lo * lo.log()
-        loss = entropy - (hi - lo) * positive - lo * total + lse
+    among_positives = inside + (entropy - (hi - lo) * positive - lo * total)
+    loss = among_positives + F.softplus(out - margin, threshold=40)
     return torch.where(present, loss, 0.0).sum() / present.sum().clamp_min(1)
 
 

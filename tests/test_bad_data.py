@@ -15,7 +15,7 @@ TEXTS = dict(  # what several messages have in common
     "table (.csv, .tsv) with the columns path and label",
     dates="; labels are ranks, counted from 0: if these are dates or ids, write the rank in their "
     "place",
-    ranks="; labels are ranks, counted from 0",
+    ranks="; labels are ranks, counted from 0 (own images: see --ranks, --bins)",
     mind="mind case, suffix, accents",
     utf8="this is not UTF-8 text; save the file as UTF-8",
     missing="images are not under {root}, the first:",
@@ -281,7 +281,7 @@ OPTIONS = [  # (dataset, options, message)
     ("morph2", dict(split="rand"), "morph2 has no split 'rand'; give random or subject-exclusive"),
     ("morph", {}, "there is no dataset or folder 'morph'; give adience, aesthetics, demo, hci, morph2 or "
      "a folder of own data"),
-    ("/", dict(split="subject-exclusive"), "{root} has no split 'subject-exclusive'; give random"),
+    ("/", dict(split="subject-exclusive"), "{root} has no split 'subject-exclusive'; give random or leave-one-group-out"),
     ("/", dict(category="all"), "{root} has no category, got 'all'; leave it out"),
     ("demo", dict(lists=("a.txt", None, None)),
      "the demo has lists of its own; leave yours out, or load its folder"),

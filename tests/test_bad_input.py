@@ -106,13 +106,14 @@ NO_EFFECT = [  # flags that go together with no other of the command
     ("--image-weights none", "--image-weights has no effect with --image-encoder clip; remove it"),
     ("--quick-gelu",
         "--quick-gelu has no effect with --clip tiny and --method ordinalclip; remove it"),
-    ("--train-list x.txt --fold all",
+    ("--train-list x.txt --val-list y.txt --fold all",
         "--fold has no effect with --data {data} and its lists; remove it"),
     ("--val-list x.txt", "--val-list and --test-list need a --train-list"),
     ("--category each", "--category each: {data} has no categories; leave it out"),
     ("--category nature", "train.py: {data} has no category, got 'nature'; leave it out"),
     ("--label-rule x", "train.py: {data} has no label_rule, got 'x'; leave it out"),
-    ("--split x", "train.py: {data} has no split 'x'; give random"),
+    ("--split x", "train.py: {data} has no split 'x'; give random or "
+        "leave-one-group-out"),
 ]  # fmt: skip
 FILES = [  # names of things that are not there
     ("--report none", "no finished run in none; give folders of runs"),
@@ -121,6 +122,7 @@ FILES = [  # names of things that are not there
     ("--eval {data}", "no checkpoint at {data}/best.pt"),
     ("--resume {data}", "no checkpoint at {data}/last.pt"),
     ("--init none", "no checkpoint at none"),
+    ("--data-root none", "train.py: there is no folder none, given as the data root; mend the path"),
     ("--data none", "train.py: there is no dataset or folder 'none'; give adience, aesthetics, "
         "demo, hci, morph2 or a folder of own data"),
     ("--data adience --fold 9", "train.py: adience has no fold 9; give 0 .. 4"),

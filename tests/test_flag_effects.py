@@ -129,6 +129,7 @@ def test_a_flag_changes_the_run_or_is_refused(
 def test_every_flag_with_conditions_is_tried():
     untested = {"clip", "quick_gelu", "trust_torchscript", "save_every", "profile", "split"}
     untested |= {"accumulate", "ema", "patience"}  # test_optim.py
+    untested |= {"label_pattern", "ranks", "bins", "group"}  # test_data_labels.py
     assert set(options.HAS_EFFECT) - set(VALUES) == untested
 
 
@@ -144,6 +145,14 @@ def test_every_flag_with_conditions_is_tried():
     (["--method", "zeroshot", "--image-encoder", "clip", "--profile"],
      "--profile has no effect with --method zeroshot; remove it"),
     (["--data", "demo", "--split", "random"], "--split has no effect with --data demo"),
+    (["--data", "demo", "--label-pattern", "x"], "--label-pattern has no effect with --data demo"),
+    (["--data", "demo", "--ranks", "1-9"], "--ranks has no effect with --data demo; remove it"),
+    (["--data", "hci", "--bins", "3"], "--bins has no effect with --data hci; remove it"),
+    (["--data", "morph2", "--group", "x"], "--group has no effect with --data morph2; remove it"),
+    (["--data", ".", "--label-pattern", "x", "--train-list", "y"],
+     "--label-pattern has no effect with --data . and its lists; remove it"),
+    (["--data", ".", "--split", "random", "--train-list", "y", "--test-list", "z"],
+     "--split has no effect with --data . and its lists; remove it"),
     (["--data", "demo", "--fold", "1"], "--fold has no effect with --data demo"),
     (["--data", "demo", "--split-seed", "2"], "--split-seed has no effect with --data demo"),
 ])  # fmt: skip

@@ -31,7 +31,6 @@ def module_id(path: Path) -> str:
 CLIP = {"clip_model", "clip_weights", "tokenizer"}
 BELOW_TRAINING = {"ordinalclip", "regression", "backbones", "kernels", "data"} | CLIP
 OPTIONAL = {"timm", "torchvision"}
-BENCH_PEERS = {"inf_cl", "cut_cross_entropy", "memeff", "open_clip", "liger_kernel"}
 ARROWS = {  # file or folder: (modules of ours, third-party packages) it may import
     "tokenizer.py": (set(), {"torch", "ftfy", "regex"}),
     "clip_model.py": ({"clip_weights"}, {"torch"}),
@@ -39,8 +38,8 @@ ARROWS = {  # file or folder: (modules of ours, third-party packages) it may imp
     "ordinalclip.py": ({"kernels"}, {"torch"}),
     "regression.py": (set(), {"torch"}),
     "backbones.py": (set(), {"torch"} | OPTIONAL),
-    "kernels": ({"kernels"}, {"torch", "triton", "PIL", "numpy"}),
-    "kernels/bench.py": ({"kernels"}, {"torch", "triton", "PIL", "numpy"} | BENCH_PEERS),
+    "kernels": ({"kernels"}, {"torch", "triton"}),
+    "kernels/bench.py": ({"kernels", "clip_model", "ordinalclip"}, {"torch", "triton"}),
     "data": ({"data"}, {"torch", "numpy", "PIL"}),
     "training": ({"training"} | BELOW_TRAINING, {"torch"}),
     "evaluation": ({"evaluation", "training"} | BELOW_TRAINING, {"torch"}),
@@ -99,8 +98,7 @@ def test_nothing_is_unpickled_freely():
 
 # --- sizes ---
 
-MAX_LINES, MAX_LINES_IN_ALL, MAX_COLUMNS = 450, 7400, 100
-LONGER = {"kernels/matching_triton.py"}  # to be shortened: the one exception
+MAX_LINES, MAX_LINES_IN_ALL, MAX_COLUMNS = 450, 8150, 100
 
 
 def num_lines(path: Path) -> int:
@@ -109,7 +107,7 @@ def num_lines(path: Path) -> int:
 
 @pytest.mark.parametrize("path", MODULES, ids=module_id)
 def test_a_module_has_at_most_450_lines(path):
-    assert num_lines(path) <= MAX_LINES or module_id(path) in LONGER
+    assert num_lines(path) <= MAX_LINES
 
 
 def test_modules_without_kernels_stay_short_in_all():

@@ -14,6 +14,7 @@ from torch import nn
 
 import data
 import train
+from evaluation.metrics import compute_metrics
 from training import loaders
 from training.checkpoints import TrainingState
 from training.loaders import EpochSampler, rank_weights
@@ -117,8 +118,8 @@ def test_epochs_without_progress():
 
 
 def test_a_run_without_progress_stops(gray, tmp_path, monkeypatch):
-    fixed = dict.fromkeys(train.compute_metrics(torch.eye(4), torch.arange(4)), 0.5)
-    monkeypatch.setattr(train, "compute_metrics", lambda probs, labels: fixed)
+    fixed = dict.fromkeys(compute_metrics(torch.eye(4), torch.arange(4)), 0.5)
+    monkeypatch.setattr(train, "part_metrics", lambda task, part, probs, labels: fixed)
     argv = ["--data", str(gray), *TINY, "--epochs", "6", "--out", str(tmp_path / "run")]
     train.main([*argv, "--patience", "2"])
     assert len(train.torch.load(tmp_path / "run" / "last.pt")["log"]) == 3

@@ -11,81 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from matching_cases import (
+    TARGETS,
+    exact_gradients,
+    exact_logits,
+    gradients,
+    make_case,
+    make_confident_case,
+    relative,
+)
 
 import kernels
 from kernels import match, matching_loss, reference, which_impl
 
-TARGETS = ["normalized", "softmax10"]
 ROOT = Path(__file__).parents[1]
-
-
-# --- the formulas, independently of kernels/reference.py ------------------------------------------
-
-
-def exact_logits(features, prototypes, scale):
-    """Cosines times scale in float64; a zero vector has cosine 0 to everything."""
-
-    def direction(v):
-        length = v.norm(dim=1, keepdim=True)
-        return torch.where(length > 0, v / length.clamp_min(1e-300), 0.0)
-
-    return scale * direction(features) @ direction(prototypes).T
-
-
-def exact_loss(features, prototypes, labels, scale, target="normalized"):
-    """(i2t, t2i) rank by rank from the definition of the Kullback-Leibler divergence."""
-    logits = exact_logits(features, prototypes, scale)
-    divergences = []
-    for rank in labels.unique().tolist():
-        one_hot = (labels == rank).double()
-        q = one_hot / one_hot.sum() if target == "normalized" else (10 * one_hot).softmax(0)
-        log_p = logits[:, rank].log_softmax(0)
-        divergences.append((torch.xlogy(q, q) - q * log_p).sum())
-    return F.cross_entropy(logits, labels.long()), torch.stack(divergences).mean()
-
-
-def exact_gradients(case, target="normalized", weights=(1.0, 1.0)):
-    """Losses and the gradients of weights[0] * i2t + weights[1] * t2i, all float64."""
-    features, prototypes, labels, scale = case
-    leaves = [t.detach().double().cpu().requires_grad_() for t in (features, prototypes, scale)]
-    losses = exact_loss(leaves[0], leaves[1], labels.cpu(), leaves[2], target)
-    total = weights[0] * losses[0] + weights[1] * losses[1]
-    return torch.stack(losses).detach(), torch.autograd.grad(total, leaves)
-
-
-def gradients(case, target="normalized", weights=(1.0, 1.0), autocast=None, **options):
-    """The same through the library, in whatever dtype the case has."""
-    features, prototypes, labels, scale = case
-    leaves = [t.detach().requires_grad_() for t in (features, prototypes, scale)]
-    with torch.autocast(features.device.type, dtype=autocast, enabled=autocast is not None):
-        losses = matching_loss(leaves[0], leaves[1], labels, leaves[2], target=target, **options)
-    total = weights[0] * losses[0] + weights[1] * losses[1]
-    return torch.stack(losses).detach(), torch.autograd.grad(total, leaves)
-
-
-def relative(ours, exact):
-    """|ours - exact| / |exact|, norms over the whole tensor: an all-zero `ours` scores 1."""
-    difference = ours.detach().double().cpu() - exact
-    return float(difference.norm() / exact.norm().clamp_min(1e-300))
-
-
-def make_case(
-    num_images, num_ranks, dim, scale=100.0, labels="uniform", dtype=torch.float32, seed=0
-):
-    """Random features near their prototype: beyond chance, yet not so sure that gradients vanish."""
-    random = torch.Generator().manual_seed(seed)
-    prototypes = torch.randn(num_ranks, dim, generator=random)
-    picked = {
-        "uniform": torch.randint(num_ranks, (num_images,), generator=random),
-        "one": torch.full((num_images,), num_ranks // 2),
-        "half": torch.randint((num_ranks + 1) // 2, (num_images,), generator=random)
-        * 2
-        % num_ranks,
-    }[labels]
-    noise = torch.randn(num_images, dim, generator=random)
-    features = 3 * (noise + min(0.5, 5 / scale) * prototypes[picked])
-    return features.to(dtype), prototypes.to(dtype), picked, torch.tensor(scale)
 
 
 # --- values and gradients -------------------------------------------------------------------------
@@ -173,6 +112,19 @@ def test_length_of_features_does_not_matter():
     torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("scale", [30.0, 100.0])
+@pytest.mark.parametrize("loss", [1e-8, 1e-6, 1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("per_rank,weights", [(1, (1.0, 0.0)), (3, (1.0, 0.0)), (1, (0.0, 1.0))])
+def test_confident_images_keep_their_precision(loss, scale, per_rank, weights):
+    """With several images of a rank its column is exact to 1e-7 of a probability only."""
+    case = make_confident_case(loss, scale, per_rank)
+    losses, grads = gradients(case, weights=weights, impl="torch")
+    exact_losses, exact_grads = exact_gradients(case, weights=weights)
+    term = weights.index(1.0)
+    assert abs(losses[term] - exact_losses[term]) < 2e-5 * exact_losses[term]
+    assert all(relative(ours, exact) < 5e-5 for ours, exact in zip(grads, exact_grads))
+
+
 def test_empty_batch_gives_zero():
     features, prototypes = torch.zeros(0, 8), torch.randn(5, 8, requires_grad=True)
     i2t, t2i = matching_loss(features, prototypes, torch.zeros(0, dtype=torch.long), 100.0)
@@ -240,7 +192,10 @@ MISTAKES = [
     (dict(labels=Y - 1), r"labels run from -1 to -1; expected rank indices 0..2"),
     (dict(labels=Y + 3), r"labels run from 3 to 3; expected rank indices 0..2"),
     (dict(scale=torch.ones(2)), r"scale has shape \(2,\); expected a number or a 0-dim tensor"),
-    (dict(features=X.double(), impl="triton"), "impl='triton' computes in float32"),
+    (
+        dict(features=X.double(), impl="triton"),
+        "impl='triton': the fused kernels compute in float32, this is float64",
+    ),
 ]
 
 
@@ -268,9 +223,9 @@ def test_labels_are_asserted_where_the_wrapper_cannot_look():
 
 
 def test_which_impl(monkeypatch):
-    gpu = types.SimpleNamespace(gpu_generation=lambda device: 8)
+    gpu = types.SimpleNamespace(gpu_generation=lambda device: 8, float32_dots=lambda: "tf32")
     monkeypatch.setattr(kernels, "matching_triton", gpu, raising=False)
-    monkeypatch.setattr(kernels, "NO_TRITON", "")
+    monkeypatch.setattr(kernels, "TRITON_UNAVAILABLE", "")
     assert which_impl("cpu")[0] == "torch" and "cpu" in which_impl("cpu")[1]
     assert which_impl("cpu", "triton") == ("triton", "asked for")
     assert which_impl("cuda") == ("triton", "fused kernels on CUDA")
@@ -287,7 +242,7 @@ def test_which_impl(monkeypatch):
 
 
 def test_auto_says_once_which_and_why(monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "_said", set())
+    monkeypatch.setattr(kernels, "_logged", set())
     for _ in range(3):
         matching_loss(X, P, Y, 1.0)
         match(X, P, 1.0)
@@ -300,7 +255,7 @@ def test_auto_says_once_which_and_why(monkeypatch, capsys):
 
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(kernels, "HAS_TRITON", False)
-    monkeypatch.setattr(kernels, "NO_TRITON", "triton is not installed")
+    monkeypatch.setattr(kernels, "TRITON_UNAVAILABLE", "triton is not installed")
     assert which_impl("cuda") == ("torch", "triton is not installed")
     with pytest.raises(
         ImportError, match="impl='triton': triton is not installed; pip install 'triton>=3.6'"

@@ -24,7 +24,7 @@ from training.distributed import main_process_first, world_size
 from training.options import PRECISIONS
 from training.progress import ProgressLine
 from training.run_folder import check_run_dir, join_values, load_json, split_digests
-from training.sweep import has_sweep_values
+from training.sweep import expand_runs, has_sweep_values
 
 
 @contextlib.contextmanager
@@ -49,8 +49,10 @@ def load_task(args: Namespace) -> data.Task:
         lists = None  # the demo has one split
     elif lists[0] is None:
         raise SystemExit("--val-list and --test-list need a --train-list")
-    options = dict(split=args.split, lists=lists)
-    options |= dict(category=args.category, label_rule=args.label_rule)
+    options = dict(lists=lists, category=args.category, label_rule=args.label_rule)
+    if not run_exists:  # else its lists have the split, the ranks and the labels
+        names = ("split", "label_pattern", "ranks", "bins", "group")
+        options |= {name: getattr(args, name) for name in names}
     fold = dict(fold=args.fold, seed=args.split_seed)
     with main_process_first(), exit_on_user_error():  # it draws the demo, the others find it
         task = data.load(args.data, args.data_root, **fold, **options)
@@ -71,6 +73,15 @@ def load_task(args: Namespace) -> data.Task:
             config = load_json(Path(args.out) / "config.json", "settings")
             task = replace(task, protocol=str(config.get("protocol")))
     return task
+
+
+def expand_all_folds(args: Namespace) -> list[Namespace]:
+    """The runs of a command, as expand_runs; --fold all leaves out each group in turn, if asked."""
+    if args.fold == "all" and args.split == data.LEAVE_ONE_OUT:
+        first = copy.copy(args)
+        first.fold = 0
+        return expand_runs(args, load_task(first).num_groups)
+    return expand_runs(args)
 
 
 def check_sweep(args: Namespace, runs: list[Namespace]) -> None:

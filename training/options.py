@@ -66,10 +66,15 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add("--val-list", help="list file of validation images (default: a tenth of the training ones)")
     add("--test-list", help="list file of test images")
     add("--skip-bad", action="store_true", help="leave out images that cannot be read")
+    group = parser.add_argument_group("labels of your own images: docs/datasets.md")
+    add = group.add_argument
+    for flag, help in data.LABEL_OPTIONS.items():
+        add(flag, help=help)
 
     group = parser.add_argument_group("protocol")
     add = group.add_argument
-    add("--split", help="morph2: random, subject-exclusive (default: the dataset's first)")
+    add("--split", help="morph2: random, subject-exclusive; own images: random, "
+        "leave-one-group-out (default: the first)")  # fmt: skip
     add(
         "--fold",
         type=fold_number,
@@ -266,7 +271,13 @@ def interpolates(args: Namespace) -> bool:
     return args.method == "ordinalclip"
 
 
+def has_own_images(args: Namespace) -> bool:
+    return args.data not in data.DATASETS
+
+
 def has_generated_split(args: Namespace) -> bool:
+    if has_own_images(args):
+        return not args.val_list and not args.test_list
     return not args.train_list and args.data != "demo"
 
 
@@ -306,6 +317,13 @@ HAS_EFFECT: dict[str, tuple[Callable[[Namespace], bool], str]] = {
     "shots": (trains, BY_METHOD),
     "shift": (trains, BY_METHOD),
     "seeds": (trains, BY_METHOD),
+    "label_pattern": (
+        lambda a: has_own_images(a) and not a.train_list,
+        "--data {data} and its lists",
+    ),
+    "ranks": (has_own_images, "--data {data}"),
+    "bins": (has_own_images, "--data {data}"),
+    "group": (has_own_images, "--data {data}"),
     "split": (has_generated_split, "--data {data} and its lists"),
     "fold": (has_generated_split, "--data {data} and its lists"),
     "split_seed": (has_generated_split, "--data {data} and its lists"),

@@ -30,11 +30,11 @@ def categories(dataset: str) -> list[str | None]:
     return [name for name in names if name != "all"]
 
 
-def expand_runs(args: Namespace) -> list[Namespace]:
+def expand_runs(args: Namespace, own_folds: int | None = None) -> list[Namespace]:
     """The settings of each run: folds x categories x values of SWEEP_FLAGS x seeds."""
     if not is_sweep(args):
         return [args]
-    num_folds = data.DATASETS.get(args.data, {}).get("folds", OWN_DATA_FOLDS)
+    num_folds = data.DATASETS.get(args.data, {}).get("folds", own_folds or OWN_DATA_FOLDS)
     folds = range(num_folds) if args.fold == "all" else [args.fold]
     names = categories(args.data) if args.category == "each" else [args.category]
     if names == [None] and args.category:

@@ -1,0 +1,61 @@
+"""`python -m kernels.bench`: without a GPU, a small version through Triton's interpreter.
+
+pytest tests/test_bench.py
+"""
+
+import json
+
+import pytest
+
+pytest.importorskip("triton")
+
+from kernels import bench
+
+
+def test_the_steps_run_and_are_right(tmp_path, monkeypatch, capsys):
+    if bench_on_gpu():
+        pytest.skip("the whole benchmark would run")
+    plan = [["machine", 60], ["exact", 60, [3, 5, 16]], ["exact", 60, [3, 129, 16]]]
+    monkeypatch.setattr(bench, "steps", lambda tiny: plan)
+    bench.main(["--report", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["step"][0] for row in rows] == ["machine", *["exact"] * 4]
+    assert rows[0]["torch"] and rows[0]["gpu"] is None
+    assert all(row["ok"] and 0 < row["dX"] < 2e-2 for row in rows if row["step"][0] == "exact")
+    table = (tmp_path / "report.md").read_text()
+    assert "| dtype | target | i2t | t2i | dX | dP | ds | ok |" in table
+    assert "Stopped: " in table and "up to 128 ranks" in table  # a step that fails costs itself
+    assert "through the interpreter" in capsys.readouterr().err
+
+
+def test_speed_and_training_step(capsys):
+    bench.speed("cpu", [2, 3, 4], "fp32", "fp32")
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["way"] for row in rows] == [*bench.ways("cpu")]
+    assert all(row["wall_us"] > 0 and row["error"] < 2e-2 for row in rows)
+    bench.memcheck("cpu", [3, 5, 16]), bench.gpu_tests("cpu")
+    assert capsys.readouterr().out.count("needs a GPU") == 2
+    bench.training_step("cpu", "tiny", 2, 3)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 8 and all(row["images_per_s"] > 0 for row in rows)
+
+
+def test_a_wrong_way_is_not_timed(monkeypatch, capsys):
+    double = lambda x, p, y, s, target: [2 * v for v in bench.as_written(x, p, y, s)]  # noqa: E731
+    monkeypatch.setattr(bench, "ways", lambda device: {"ours": (double, "normalized")})
+    bench.speed("cpu", [2, 3, 4], "fp32", "fp32")
+    row = json.loads(capsys.readouterr().out)
+    assert "not timed" in row["failed"] and "wall_us" not in row
+
+
+def test_no_time_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "steps", lambda tiny: [["machine", 60]])
+    (record,) = bench.report(tmp_path, 0.0, "cpu")
+    assert record["problem"] == "not begun: no time left"
+    assert "not begun" in (tmp_path / "report.md").read_text()
+
+
+def bench_on_gpu():
+    import torch
+
+    return torch.cuda.is_available()
