@@ -30,7 +30,8 @@ EXPORTED = dict(  # the entries of an exported file, and what each must be
     state_dict="tensors by name",
     rank_names="a list of texts",
     rank_values="a list of finite numbers",
-    preprocess="image_size (an integer), mean and std (3 numbers each), perhaps squash, resample",
+    preprocess="image_size (an integer), mean and std (3 numbers each), perhaps squash, resample, "
+    "draft",
 )
 PROTOTYPES = dict(
     prototypes="a tensor",
@@ -158,7 +159,8 @@ def _is_preprocess(value):
     is_right = type(size) is int and 0 < size < 10_000 and _are_numbers(mean)
     is_right = is_right and _are_numbers(std, 0) and len(mean) == len(std) == 3
     is_filter = value.get("resample", "bicubic") in ("bicubic", "bilinear")
-    return is_right and is_filter and type(value.get("squash", False)) is bool
+    are_bool = all(type(value.get(key, False)) is bool for key in ("squash", "draft"))
+    return is_right and is_filter and are_bool
 
 
 IS_RIGHT = {  # what an entry must be, in words and in code

@@ -57,7 +57,7 @@ class Predictor:
     model: OrdinalCLIP | Regression  # in evaluation mode, on `device`
     rank_names: list[str]  # [R]
     rank_values: list[float]  # [R], an age, say
-    preprocess: dict[str, Any]  # image_size, mean, std; also squash, resample if not the default
+    preprocess: dict[str, Any]  # image_size, mean, std; perhaps squash, resample, draft
     device: str | torch.device = "cpu"
 
     def __post_init__(self) -> None:
@@ -307,7 +307,7 @@ def _read_pixels(preprocess, image):
     """A path or PIL image -> uint8 (3, S, S), as the evaluation prepares it."""
     import data
 
-    names = ("image_size", "squash", "resample")
+    names = ("image_size", "squash", "resample", "draft")
     options = {name: preprocess[name] for name in names if name in preprocess}
     images = data.ImageList([(image, 0)], "", **options)
     if isinstance(image, (str, os.PathLike)):

@@ -38,7 +38,7 @@ from .images import (
     read_image,
     to_rgb,
 )
-from .lists import LABEL_COLUMNS, PATH_COLUMNS, Sample, read_list, read_paths
+from .lists import LABEL_COLUMNS, PATH_COLUMNS, Sample, Samples, read_list, read_paths
 from .task import PARTS, Options, Task, distribution_shift, few_shot
 
 LABEL_OPTIONS = {  # flags of train.py and `python -m data`, for own images

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from .files import raise_if_any
-from .lists import Sample, read_table, resolve_paths
+from .lists import Sample, Samples, read_table, resolve_paths
 from .task import Options, Task, conflict_warning, count_warning, find_path, hold_out, make_task
 
 PRESET = dict(
@@ -48,7 +48,7 @@ def load(root: Path, options: Options) -> Task:
     else:
         rows = _read_release(root, image_dir)
         folds, samples, notes = _label(rows, options.label_rule)
-        samples = resolve_paths(image_dir, samples, root, options.allow_missing)
+        samples = Samples(resolve_paths(image_dir, samples, root, options.allow_missing))
         test = [sample for fold, sample in zip(folds, samples) if fold == options.fold]
         rest = [sample for fold, sample in zip(folds, samples) if fold != options.fold]
         parts = [*hold_out(rest, 0.1, f"val/{options.salt}", stratify=False), test]  # by image

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from .files import atomic_write
 from .images import read_image
+from .lists import Sample, Samples
 from .task import PARTS, Task
 
 MIN_IMAGES_FOR_WORKERS = 400  # fewer are opened before workers have started
@@ -43,7 +44,7 @@ def check_images(
     cache = _read_cache(cache_path)  # {path: [[size, date], digest, peak]}
     good = {path: cache[path] for path in paths if path in cache}
     good = {path: entry for path, entry in good.items() if entry[0] == _stat(task.root / path)}
-    new, errors = [path for path in paths if path not in good], {}
+    new, errors = Samples((path, 0) for path in paths if path not in good), {}
     loader = DataLoader(
         new,
         batch_size=16,
@@ -99,12 +100,12 @@ def _stat(path: Path) -> list[int] | None:
     return None
 
 
-def _open_images(root: Path, paths: list[str]) -> list[tuple[str, list, str | None]]:
+def _open_images(root: Path, samples: list[Sample]) -> list[tuple[str, list, str | None]]:
     """[(path, its entry in the cache, error)]"""
     results = []
-    for path in paths:
+    for path, _ in samples:
         try:
-            read_image(root / path)
+            read_image(root / path, draft=1)  # all its bytes, at 1/8 of its size
             digest = hashlib.blake2b((root / path).read_bytes(), digest_size=16).hexdigest()
             entry, error = [_stat(root / path), digest, _brightest_of_16_bits(root / path)], None
         except (ValueError, OSError) as why:

@@ -5,9 +5,10 @@
 Read first. Copy together with: nothing; needs pillow.
 """
 
+import io
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from PIL import Image, ImageFile
@@ -72,24 +73,29 @@ def find_images(folder: str | Path) -> tuple[list[Path], Counter[str]]:
     return sorted(images), other_types
 
 
-def read_lines(path: str | Path, comment: str | None = "#") -> list[tuple[int, str]]:
-    """[(line number, line)] of a UTF-8 text file, without blank lines and comments."""
+def read_lines(path: str | Path, comment: str | None = "#") -> Iterator[tuple[int, str]]:
+    """(line number, line) of a UTF-8 text file, without blank lines and comments."""
     content = Path(path).read_bytes()
     try:
-        text, nul = content.decode("utf-8-sig"), content.find(b"\0")  # drops a BOM
+        content.decode()
+        nul = content.find(b"\0")
     except UnicodeDecodeError as error:
         nul = error.start
     if nul >= 0:
         line = content.count(b"\n", 0, nul) + 1
         raise ValueError(f"{path}:{line}: this is not UTF-8 text; save the file as UTF-8")
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    lines = [(number, line.strip()) for number, line in enumerate(lines, 1)]
-    return [(n, line) for n, line in lines if line and not (comment and line.startswith(comment))]
+    for number, line in enumerate(io.TextIOWrapper(io.BytesIO(content), "utf-8-sig"), 1):  # no BOM
+        line = line.strip()
+        if line and not (comment and line.startswith(comment)):
+            yield number, line
 
 
 def write_lines(path: str | Path, lines: Iterable[object]) -> None:
-    text = "".join(f"{line}\n" for line in lines)
-    atomic_write(path, lambda tmp_path: tmp_path.write_text(text, "utf-8"))
+    def save(tmp_path):
+        with open(tmp_path, "w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+
+    atomic_write(path, save)
 
 
 def atomic_write(path: str | Path, save: Callable[[Path], object]) -> None:

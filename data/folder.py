@@ -78,7 +78,7 @@ def load(folder: Path, root: Path, options: Options) -> Task:
         ranks = set(order or ())
         if any(lists):
             rows = [path and read_texts(path, root, None, options.allow_missing) for path in lists]
-            check_labels((str(path), s) for path, part in zip(lists, rows) for s in part or ())
+            check_labels(rows, lambda part, _: str(lists[part]))
             ranks |= {name for part in rows for _, name in part or ()}
         else:
             part_dirs, description = _find_part_dirs(folder, folders, options, notes)
@@ -116,9 +116,9 @@ def _read_rank_lists(
 ) -> tuple[list[str], list[list[Sample] | None]]:
     """(names of ranks, parts) of lists whose labels are rank indices."""
     parts = options.read_lists(root, order and len(order))
-    samples = [sample for part in parts for sample in part or ()]
-    highest = max(sample.label for sample in samples)
-    _check_num_ranks(folder, len(order or ()) or highest + 1, len(order or samples))
+    highest = max(max(part.labels) for part in parts if part)
+    num_images = sum(len(part or ()) for part in parts)
+    _check_num_ranks(folder, len(order or ()) or highest + 1, len(order or ()) or num_images)
     return order or [str(rank) for rank in range(highest + 1)], parts
 
 

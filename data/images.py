@@ -38,22 +38,37 @@ TRANSPOSE = {  # to the upright image, by the value of that tag
 warnings.filterwarnings("ignore", module="PIL")
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: str | Path, draft: int | None = None) -> Image.Image:
     """An image of any mode as a person sees it, in RGB.
 
-    Upright by its EXIF tag, first frame, transparency on white, 16 bits scaled to 8. Raises
-    ValueError for unreadable files, and where white is unknown: floating point, and 32-bit integers
-    beyond 0 .. 65535.
+    Upright by its EXIF tag, first frame, transparency on white, 16 bits scaled to 8. draft: a JPEG
+    with more than twice as many pixels on its shorter side is decoded at 1/2, 1/4 or 1/8 of its
+    size, so that at least that many remain. Raises ValueError for unreadable files, and where white
+    is unknown: floating point, and 32-bit integers beyond 0 .. 65535.
     """
     try:
         with Image.open(path) as image:
+            as_draft = draft and image.draft(None, (draft, draft))
             image.load()
-            rgb, method = to_rgb(image), TRANSPOSE.get(_orientation(image))
-            return rgb if method is None else rgb.transpose(method)
+            rgb, tag = to_rgb(image), _orientation(image)
+            upright = rgb.transpose(TRANSPOSE[tag]) if tag in TRANSPOSE else rgb
+            if as_draft:
+                upright.info["draft_box"] = _upright_box(*as_draft[1][2:], upright.size, tag)
+            return upright
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such image") from None
     except Exception as error:  # decoders raise many types
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def _upright_box(
+    width: float, height: float, size: tuple[int, int], tag: int | None
+) -> tuple[float, float, float, float]:
+    """Where the image is in its draft: the last row and column hold parts of a pixel."""
+    width, height = (height, width) if tag in (5, 6, 7, 8) else (width, height)
+    left = size[0] - width if tag in (2, 3, 6, 7) else 0
+    top = size[1] - height if tag in (3, 4, 7, 8) else 0
+    return left, top, left + width, top + height
 
 
 def _orientation(image: Image.Image) -> int | None:
@@ -104,6 +119,7 @@ class ImageList(torch.utils.data.Dataset):
 
     The shorter side becomes round(S * 256 / 224); with squash both do, as in the official code.
     train: crop at random and, with flip, mirror half the time; otherwise the crop is the centre.
+    draft: decode large JPEGs at least twice as large as they become, not in full; much faster.
     Random numbers are torch's, so the seeds of a DataLoader govern them.
     """
 
@@ -117,12 +133,14 @@ class ImageList(torch.utils.data.Dataset):
         flip: bool = True,
         squash: bool = False,
         resample: str = "bicubic",
+        draft: bool = False,
     ) -> None:
         if resample not in ("bicubic", "bilinear"):
             raise ValueError(f"resample={resample!r}; give bicubic or bilinear")
-        self.samples, self.root = list(samples), Path(root)
-        self.image_size, self.train, self.squash = image_size, train, squash
-        self.flip = flip
+        self.samples, self.root = samples, Path(root)  # no copy: workers share Samples
+        self.image_size, self.side = image_size, round(image_size * 256 / 224)
+        self.train, self.flip, self.squash = train, flip, squash
+        self.draft = 2 * self.side if draft else None
         self.resample = Image.Resampling[resample.upper()]
 
     def __len__(self) -> int:
@@ -130,12 +148,13 @@ class ImageList(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        return self.prepare(read_image(self.root / path)), label
+        return self.prepare(read_image(self.root / path, self.draft)), label
 
     def prepare(self, image: Image.Image) -> Tensor:
         """An RGB image of any size -> uint8 (3, S, S)."""
-        side, short = round(self.image_size * 256 / 224), min(image.size)
-        size = (side, side) if self.squash else tuple(side * edge // short for edge in image.size)
+        x0, y0, x1, y1 = whole = image.info.get("draft_box", (0, 0, *image.size))
+        side, edges = self.side, (x1 - x0, y1 - y0)
+        size = [side if self.squash else int(side * edge // min(edges)) for edge in edges]
         margin = [edge - self.image_size for edge in size]  # beyond the crop
         if self.train:
             left, top = (int(torch.randint(edge + 1, ())) for edge in margin)
@@ -143,10 +162,10 @@ class ImageList(torch.utils.data.Dataset):
             left, top = (round(edge / 2) for edge in margin)
         right, bottom = left + self.image_size, top + self.image_size
         if max(size) <= MAX_ASPECT_RATIO * side:
-            image = image.resize(size, self.resample).crop((left, top, right, bottom))
+            image = image.resize(size, self.resample, whole).crop((left, top, right, bottom))
         else:
-            x, y = image.width / size[0], image.height / size[1]  # pixels of the file per pixel
-            box = (left * x, top * y, right * x, bottom * y)
+            x, y = edges[0] / size[0], edges[1] / size[1]  # pixels of the file per pixel
+            box = (x0 + left * x, y0 + top * y, x0 + right * x, y0 + bottom * y)
             image = image.resize((self.image_size,) * 2, self.resample, box)
         if self.train and self.flip and torch.rand(()) < 0.5:
             image = ImageOps.mirror(image)

@@ -8,14 +8,19 @@ A list is a .txt with lines `path label` (the label is the last word, so paths m
 """
 
 import csv
+import functools
 import math
 import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from .files import IMAGE_TYPES, read_lines, write_lines
 
@@ -28,13 +33,73 @@ class Sample(NamedTuple):
     label: int  # rank index, 0 .. R-1
 
 
+class Samples(Sequence[Sample]):
+    """Samples in three buffers: a million take 60 MB, which processes share as they read them.
+
+    As Python objects they would take three times that, and again in each process, since reading an
+    object counts a reference in its memory. Slices are tuples.
+    """
+
+    def __init__(self, samples: Iterable[tuple[str, int]] = ()) -> None:
+        if isinstance(samples, Samples):
+            vars(self).update(vars(samples))
+            return
+        paths, self.ends, self.labels = bytearray(), array("q", [0]), array("q")
+        for path, label in samples:
+            paths += path.encode("utf-8", "surrogatepass")
+            self.ends.append(len(paths))
+            self.labels.append(label)
+        self.paths = bytes(paths)  # UTF-8, one after the other
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int | slice) -> Sample | tuple[Sample, ...]:
+        index = range(len(self))[index]
+        if isinstance(index, range):
+            return tuple(self[i] for i in index)
+        path = self.paths[self.ends[index] : self.ends[index + 1]]
+        return Sample(path.decode("utf-8", "surrogatepass"), self.labels[index])
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(Sample, self.iterate_paths(), self.labels)
+
+    def __eq__(self, other: object) -> bool:
+        is_as_long = isinstance(other, Sequence) and len(self) == len(other)
+        return is_as_long and all(a == b for a, b in zip(self, other))
+
+    def __hash__(self) -> int:
+        return hash((self.paths, bytes(self.labels)))
+
+    def __add__(self, other: Iterable[Sample]) -> "Samples":
+        return Samples(chain(self, other))
+
+    def encoded_paths(self) -> Iterator[bytes]:
+        return map(self.paths.__getitem__, map(slice, self.ends, islice(self.ends, 1, None)))
+
+    def iterate_paths(self) -> Iterator[str]:
+        return (path.decode("utf-8", "surrogatepass") for path in self.encoded_paths())
+
+    def select(self, mask: np.ndarray) -> "Samples":
+        """The samples where mask (M,) is True."""
+        lengths, selected = np.diff(self.ends), Samples()
+        selected.paths = np.frombuffer(self.paths, np.uint8)[np.repeat(mask, lengths)].tobytes()
+        selected.ends.frombytes(lengths[mask].cumsum().tobytes())
+        selected.labels.frombytes(np.array(self.labels)[mask].tobytes())
+        return selected
+
+    def keys(self) -> np.ndarray:
+        """64-bit hashes (M,) of the paths, the same ones within a process and its workers."""
+        return np.fromiter(map(hash, self.encoded_paths()), np.int64, len(self))
+
+
 def read_list(
     path: str | Path,
     root: str | Path,
     num_ranks: int | None = None,
     allow_missing: bool = False,
     allow_conflicts: bool = False,
-) -> list[Sample]:
+) -> Samples:
     """The samples of a list file, with paths relative to `root` as they are spelled on disk.
 
     A header is recognised by its names (PATH_COLUMNS, LABEL_COLUMNS) and selects the columns, also
@@ -42,38 +107,52 @@ def read_list(
     (unless allow_conflicts) two labels of one image, FileNotFoundError for images that are not
     under `root`, unless allow_missing.
     """
-    rows = parse_list(path)
-    for line, _, label in rows:
-        if label < 0 or num_ranks is not None and label >= num_ranks:
-            highest = "" if num_ranks is None else f" .. {num_ranks - 1} ({num_ranks} ranks)"
-            raise ValueError(f"{path}:{line}: label {label}, but ranks are counted 0{highest}")
-    samples = [Sample(image, label) for _, image, label in rows]
-    samples = resolve_paths(root, samples, path, allow_missing)
+    lines = array("q")
+
+    def rows():
+        for line, image, label in parse_list(path):
+            if not 0 <= label < (2**63 if num_ranks is None else num_ranks):
+                highest = "" if num_ranks is None else f" .. {num_ranks - 1} ({num_ranks} ranks)"
+                raise ValueError(f"{path}:{line}: label {label}, but ranks are counted 0{highest}")
+            lines.append(line)
+            yield image, label
+
+    samples = Samples(resolve_paths(root, rows(), path, allow_missing))
     if not allow_conflicts:
-        check_labels((f"{path}:{row[0]}", sample) for row, sample in zip(rows, samples))
+        check_labels([samples], lambda _, i: f"{path}:{lines[i]}")
     return samples
 
 
-def check_labels(samples: Iterable[tuple[str, Sample]]) -> None:
-    """ValueError if an image has two labels; samples: (where it is listed, Sample)."""
-    first = {}
-    for where, (image, label) in samples:
-        other, other_label = first.setdefault(image, (where, label))
+def check_labels(
+    parts: Sequence[Sequence[tuple[str, Any]] | None], where: Callable[[int, int], str]
+) -> None:
+    """ValueError if an image has two labels; where(part, i): where sample i of it is listed."""
+    parts, first = [part or () for part in parts], {}
+    starts = np.cumsum([0, *map(len, parts)])
+    paths = (path for part in parts for path, _ in part)
+    keys = np.fromiter(map(hash, paths), np.int64, starts[-1])
+    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    for row in np.flatnonzero(counts[inverse] > 1):  # few, so that this takes little memory
+        part = int(np.searchsorted(starts, row, "right")) - 1
+        i = int(row - starts[part])
+        image, label = parts[part][i]
+        other_label, *other = first.setdefault(image, (label, part, i))
         if label != other_label:
-            raise ValueError(f"{where}: {image} has label {label}, but {other} says {other_label}")
+            raise ValueError(
+                f"{where(part, i)}: {image} has label {label}, but {where(*other)} says "
+                f"{other_label}"
+            )
 
 
-def parse_list(path: str | Path) -> list[tuple[int, str, int]]:
-    """[(line number, image path, label)] of a list file, with any whole number as label."""
-    rows = []
+def parse_list(path: str | Path) -> Iterator[tuple[int, str, int]]:
+    """(line number, image path, label) of a list file, with any whole number as label."""
     for number, image, text in parse_rows(path):
         label = parse_integer(text)
         if label is None:
             what = f"label {text[:99]!r} is no whole number"
             advice = "labels are ranks, counted from 0 (own images: see --ranks, --bins)"
             raise ValueError(f"{path}:{number}: {what}; {advice}")
-        rows.append((number, image, label))
-    return rows
+        yield number, image, label
 
 
 def read_texts(
@@ -83,33 +162,36 @@ def read_texts(
 
     Errors: those of read_list, but for the values of labels.
     """
-    rows = parse_rows(path, column)
+    rows = [*parse_rows(path, column)]
     integers = [None if column else parse_integer(text) for _, _, text in rows]
     texts = [text if n is None else str(n) for (_, _, text), n in zip(rows, integers)]
-    samples = [Sample(image, text) for (_, image, _), text in zip(rows, texts)]
-    samples = resolve_paths(root, samples, path, allow_missing)
-    check_labels((f"{path}:{line}", sample) for (line, _, _), sample in zip(rows, samples))
+    samples = zip((image for _, image, _ in rows), texts)
+    samples = [Sample(*row) for row in resolve_paths(root, samples, path, allow_missing)]
+    check_labels([samples], lambda _, i: f"{path}:{rows[i][0]}")
     return samples
 
 
-def parse_rows(path: str | Path, column: str | None = None) -> list[tuple[int, str, str]]:
-    """[(line number, image path, label as written)] of a list file; or a column for the label."""
-    lines, rows = read_lines(path), []
-    first_line = lines[0][1] if lines else ""
+def parse_rows(path: str | Path, column: str | None = None) -> Iterator[tuple[int, str, str]]:
+    """(line number, image path, label as written) of a list file; or a column for the label."""
+    lines, number = read_lines(path), None
+    first = [*islice(lines, 1)]
+    first_line = first[0][1] if first else ""
     delimiter, image, label, header = _columns(path, first_line, column)
-    width = len(_cells(first_line, delimiter))
-    if not lines[header:]:
-        raise ValueError(f"{path} lists no image; expected lines `path label`")
-    for number, line in lines[header:]:
+    width, last = len(_cells(first_line, delimiter)), max(image, label)
+    for number, line in chain(first[header:], lines):
         cells = _cells(line, delimiter)
-        is_short = max(image, label) >= len(cells) or not cells[image] or not cells[label]
+        is_short = last >= len(cells) or not cells[image] or not cells[label]
         if is_short or any(cells[width:]):  # an unquoted path or number with a comma
             got = repr(line[:200])
             raise ValueError(
                 f"{path}:{number}: expected an image path and a {column or 'label'}, got {got}"
             )
-        rows.append((number, str(Path(cells[image])), cells[label]))
-    return rows
+        name = cells[image]
+        if name[0] == "." or name[-1] == "/" or "/." in name or "//" in name:
+            name = str(Path(name))  # a/b of ./a//b/, which takes longer than all the rest
+        yield number, name, cells[label]
+    if number is None:
+        raise ValueError(f"{path} lists no image; expected lines `path label`")
 
 
 def _columns(
@@ -155,7 +237,7 @@ def read_table(
     path: str | Path, delimiter: str, columns: Iterable[str]
 ) -> list[tuple[int, dict[str, str]]]:
     """[(line number, {column: cell})] of a table; ValueError if its header lacks one of columns."""
-    (_, first), *lines = read_lines(path, comment=None) or [(1, "")]
+    (_, first), *lines = [*read_lines(path, comment=None)] or [(1, "")]
     header = [cell.lower() for cell in _cells(first.lstrip("#"), delimiter)]  # #flickr_photo_id
     if missing := set(columns) - set(header):
         raise ValueError(
@@ -168,6 +250,7 @@ def read_table(
     ]
 
 
+@functools.lru_cache
 def parse_integer(text: str) -> int | None:
     """3 for '3' and '3.0', None for anything that is not a whole number."""
     return int(text.split(".")[0]) if re.fullmatch(r"[-+]?\d{1,99}(\.0*)?", text) else None
@@ -180,29 +263,36 @@ def parse_number(text: str) -> float | None:
 
 
 def resolve_paths(
-    root: str | Path, samples: Iterable[Sample], source: str | Path, allow_missing: bool = False
-) -> list[Sample]:
+    root: str | Path,
+    samples: Iterable[tuple[str, Any]],
+    source: str | Path,
+    allow_missing: bool = False,
+) -> Iterator[tuple[str, Any]]:
     """The samples with paths as on disk: .JPG may be .jpg, accents decomposed, and a/../b is b.
 
-    One FileNotFoundError names `source` and all missing images, unless allow_missing.
+    One FileNotFoundError at the end names `source` and all missing images, unless allow_missing.
     """
-    samples, folders, resolved, missing = list(samples), {}, [], {}
+    folders, keys, missing = {}, array("q"), {}
     for path, label in samples:
         folder, name = os.path.split(path)
         if folder not in folders:
-            folders[folder] = _open_folder(root, folder, source)
-        spelled, names = folders[folder]
-        entry = names.get(name) or names.get(_loosely(name))
-        resolved.append(Sample(os.path.join(spelled, entry or name), label))
-        if not entry:
+            folders[folder] = [*_open_folder(root, folder, source), None]
+        prefix, names, loose_names = folders[folder]
+        if (entry := name) not in names:
+            if loose_names is None:  # most lists need none
+                loose_names = {_loosely(name): name for name in names} | {n: n for n in names}
+                folders[folder][2] = loose_names
+            entry = loose_names.get(_loosely(name))
+        if not (entry or allow_missing):
             missing[path] = None
-    if missing and not allow_missing:
-        total, names = len({path for path, _ in samples}), [name[:200] for name in missing]
+        keys.append(hash(path))
+        yield prefix + (entry or name), label
+    if missing:
+        total, names = len(set(keys)), [name[:200] for name in missing]
         raise FileNotFoundError(
             f"{source}: {len(missing)} of {total} images are not under {root}, the first: "
             f"{', '.join(map(ascii, names[:3]))} ({_why_missing(str(root), names[0])})"
         )
-    return resolved
 
 
 def _loosely(name: str) -> str:
@@ -210,8 +300,8 @@ def _loosely(name: str) -> str:
     return stem + extension.lower()
 
 
-def _open_folder(root: str | Path, folder: str, source: str | Path) -> tuple[str, dict[str, str]]:
-    """(folder relative to root, in one spelling, {name as it may be written: name on disk})."""
+def _open_folder(root: str | Path, folder: str, source: str | Path) -> tuple[str, set[str]]:
+    """(folder relative to root, in one spelling, with a slash; the names in it)."""
     base, path = os.path.abspath(root), os.path.join(os.path.abspath(root), folder)
     try:
         names = os.listdir(path) if os.path.isdir(path) else []
@@ -222,7 +312,7 @@ def _open_folder(root: str | Path, folder: str, source: str | Path) -> tuple[str
         is_inside = os.path.join(simple, "").startswith(os.path.join(base, ""))
         folder = os.path.relpath(simple, base) if is_inside else os.path.normpath(folder)
         folder = "" if folder == "." else folder
-    return folder, {_loosely(name): name for name in names} | dict(zip(names, names))
+    return os.path.join(folder, ""), set(names)
 
 
 def _why_missing(folder: str, path: str) -> str:
@@ -258,6 +348,8 @@ def check_names(paths: Iterable[str]) -> None:
         "[\ud800-\udfff]" if is_utf8 else "[^\0-\x7f]": "is not UTF-8 text",
     }
     for path in paths:
+        if path.isprintable() and path == path.strip() and (is_utf8 or path.isascii()):
+            continue  # nearly all; four times as fast
         for pattern, fault in faults.items():
             if re.search(pattern, path):
                 advice = "rename the file"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .files import raise_if_any
-from .lists import Sample, parse_integer, parse_list, read_table, resolve_paths
+from .lists import Sample, Samples, parse_integer, parse_list, read_table, resolve_paths
 from .task import Options, Task, find_path, hold_out, make_task, shuffled
 
 PRESET = dict(
@@ -44,7 +44,8 @@ def load(root: Path, options: Options) -> Task:
     if len(ages) != NUM_ROWS:
         description += f", release of {len(ages):,} images where {NUM_ROWS:,} are expected"
     parts = [
-        samples and resolve_paths(root, samples, table, options.allow_missing) for samples in parts
+        samples and Samples(resolve_paths(root, samples, table, options.allow_missing))
+        for samples in parts
     ]
     return make_task("morph2", PRESET, root, parts, options, description, notes)
 

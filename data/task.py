@@ -9,15 +9,17 @@ Copy together with: lists.py.
 """
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .files import write_lines
-from .lists import Sample, check_labels, check_names, parse_number, read_list, write_list
+from .lists import Sample, Samples, check_labels, check_names, parse_number, read_list, write_list
 
 PARTS = ("train", "val", "test")
 REAL_LABELS = "real_labels.txt"
@@ -33,13 +35,17 @@ class Task:
     rank_names: tuple[str, ...]  # R, lowest rank first
     rank_values: tuple[float, ...]  # R, what a rank is worth: age 16.0; or its index
     context: str  # the words before the rank in the prompt
-    train: tuple[Sample, ...]
-    val: tuple[Sample, ...]
-    test: tuple[Sample, ...]
+    train: Sequence[Sample]  # becomes Samples, which workers share
+    val: Sequence[Sample]
+    test: Sequence[Sample]
     val_is_test: bool = False
     notes: tuple[str, ...] = ()  # where the release differs from what is published or from itself
     real_labels: dict[str, float] = field(default_factory=dict, hash=False)  # {path: label} of bins
     num_groups: int = 0  # persons, say, of whom none is in two parts
+
+    def __post_init__(self) -> None:
+        for part in PARTS:
+            object.__setattr__(self, part, Samples(getattr(self, part)))
 
     @property
     def num_ranks(self) -> int:
@@ -99,13 +105,13 @@ class Options:
 
     def read_lists(
         self, root: Path, num_ranks: int | None, allow_conflicts: bool = False
-    ) -> list[list[Sample] | None]:
+    ) -> list[Samples | None]:
         """The samples of each list file, None for a list that is None."""
         lists = [path and Path(path) for path in self.lists]
         options = num_ranks, self.allow_missing, allow_conflicts
         parts = [path and read_list(path, root, *options) for path in lists]
-        if not allow_conflicts:
-            check_labels((str(path), s) for path, part in zip(lists, parts) for s in part or ())
+        if not allow_conflicts and sum(map(bool, parts)) > 1:
+            check_labels(parts, lambda part, _: str(lists[part]))
         return parts
 
 
@@ -125,10 +131,11 @@ def make_task(
     Raises ValueError if there are no training images, if a part is empty, or for a file name that
     no list can hold.
     """
-    train, val, test = parts
-    if train is None:
+    if parts[0] is None:
         raise ValueError(f"{name}: there is no list or folder of training images; give one")
-    check_names(path for part in parts for path, _ in part or ())
+    parts = [part if part is None else Samples(part) for part in parts]
+    train, val, test = parts
+    check_names(chain.from_iterable(part.iterate_paths() for part in parts if part))
     repeats = [*_repeats(parts)] if options.lists else []
     if val is None and test is None:
         train, test = hold_out(train, 0.1, f"test/{options.salt}")
@@ -139,17 +146,17 @@ def make_task(
     counts = f"{len(train):,} train / {len(val):,} val / {len(test):,} test images"
     if not (train and val and test):
         raise ValueError(f"{name}: {counts}, and none may be empty; give more images or lists")
-    names, samples = tuple(preset["rank_names"]), [tuple(part) for part in (train, val, test)]
+    names, samples = tuple(preset["rank_names"]), [train, val, test]
     values = tuple(map(rank_value, names))
     values = tuple(map(float, range(len(names)))) if None in values else values
     values = preset.get("rank_values", values)
-    paths = [{path for path, _ in part} for part in samples]
-    untrained = sorted(set(range(len(names))) - {sample.label for sample in train})
-    warnings = split_warnings(*paths, [names[rank] for rank in untrained], len(names))
+    keys = [np.unique(part.keys(), return_index=True)[0] for part in samples]  # by sorting
+    untrained = sorted(set(range(len(names))) - set(train.labels))
+    warnings = split_warnings(*keys, [names[rank] for rank in untrained], len(names))
     protocol = "; ".join(
         [f"{name}: {description or options.describe()}: {counts}", *repeats, *warnings]
     )
-    context, val_is_test = preset["context"], paths[1] == paths[2]
+    context, val_is_test = preset["context"], np.array_equal(keys[1], keys[2])
     return Task(name, protocol, root, names, values, context, *samples, val_is_test, tuple(notes))
 
 
@@ -159,24 +166,24 @@ def rank_value(name: str) -> float | None:
     return None if None in ends or len(ends) > 2 else sum(ends) / len(ends)
 
 
-def _repeats(parts: Sequence[Sequence[Sample] | None]) -> Iterator[str]:
+def _repeats(parts: Sequence[Samples | None]) -> Iterator[str]:
     """How many lines of each list repeat an image."""
     for part, samples in zip(PARTS, parts):
-        if repeats := len(samples or ()) - len({path for path, _ in samples or ()}):
+        if samples and (repeats := np.count_nonzero(np.diff(np.sort(samples.keys())) == 0)):
             yield f"{repeats:,} of {len(samples):,} lines of the {part} list repeat an image"
 
 
 def split_warnings(
-    train: set[str], val: set[str], test: set[str], untrained: list[str], num_ranks: int
+    train: np.ndarray, val: np.ndarray, test: np.ndarray, untrained: list[str], num_ranks: int
 ) -> Iterator[str]:
-    """Overlaps between the paths of the three parts, and the names of ranks without training."""
-    if val == test:
+    """Overlaps of the parts, given by unique keys, and the names of ranks without training."""
+    if np.array_equal(val, test):
         yield "VAL IS TEST: the validation images are the test images"
-    elif val & test:
-        yield f"{len(val & test):,} images are in both val and test"
+    elif count := len(np.intersect1d(val, test, assume_unique=True)):
+        yield f"{count:,} images are in both val and test"
     for part, others in (("val", val), ("test", test)):
-        if train & others:
-            yield f"{len(train & others):,} images are in both train and {part}"
+        if count := len(np.intersect1d(train, others, assume_unique=True)):
+            yield f"{count:,} images are in both train and {part}"
     if untrained:
         some = ", ".join(untrained[:3] + ["..."] * (len(untrained) > 3))
         yield f"{len(untrained)} of {num_ranks} ranks have no training image ({some})"
@@ -190,7 +197,7 @@ def few_shot(task: Task, shots: int, seed: int = 0) -> Task:
     """
     if shots < 1:
         raise ValueError(f"shots={shots}: expected at least 1 image of each rank")
-    counts = Counter(sample.label for sample in task.train)
+    counts = Counter(task.train.labels)
     num_smaller = sum(counts[rank] < shots for rank in range(task.num_ranks))
     smaller = f" (all of the {num_smaller} that have fewer)" * bool(num_smaller)
     description = f"few-shot: {shots} of each rank{smaller}, drawn by seed {seed}"
@@ -209,7 +216,7 @@ def distribution_shift(task: Task, ranks: int, keep: float, seed: int = 0) -> Ta
             f"shift of {ranks} ranks to {keep}: expected 1 .. {task.num_ranks} ranks and "
             "a share above 0, at most 1"
         )
-    counts = Counter(sample.label for sample in task.train)
+    counts = Counter(task.train.labels)
     most_frequent = sorted(range(task.num_ranks), key=lambda rank: -counts[rank])[:ranks]
     description = f"shift: {keep:g} of the {ranks} most frequent ranks kept, drawn by seed {seed}"
     quota = {rank: max(1, int(counts[rank] * keep)) for rank in most_frequent}
@@ -220,40 +227,49 @@ def _subsample_train(task: Task, quota: dict[int, int], salt: str, description: 
     """The task with at most quota[rank] training images of those ranks, in their old order."""
     remaining, kept_indices = dict(quota), set()
     for i in shuffled(range(len(task.train)), salt):
-        rank = task.train[i].label
+        rank = task.train.labels[i]
         remaining[rank] = remaining.get(rank, len(task.train)) - 1
         if remaining[rank] >= 0:
             kept_indices.add(i)
-    train = tuple(sample for i, sample in enumerate(task.train) if i in kept_indices)
+    train = Samples(sample for i, sample in enumerate(task.train) if i in kept_indices)
     protocol = f"{task.protocol}; {description}: {len(train):,} train images"
     return replace(task, train=train, protocol=protocol)
 
 
 def hold_out(
     samples: Sequence[Sample], share: float, salt: str, group: Callable = str, stratify: bool = True
-) -> tuple[list[Sample], list[Sample]]:
+) -> tuple[Samples, Samples]:
     """(rest, held-out samples): every 1/share-th group, in an order hashed from (salt, group).
 
     group: path -> str; samples of one group stay together, by default each is its own.
     stratify: from all ranks in proportion; otherwise blind to them.
     """
-    groups = {}
-    for sample in samples:
-        groups.setdefault(group(sample.path), []).append(sample)
-    order = shuffled(groups, salt)
-    if stratify:
-        order.sort(key=lambda name: groups[name][0].label)  # stable: hashed within a rank
-    cuts = [math.floor(i * share + 0.5) for i in range(len(order) + 1)]
-    held_out = {name for name, before, after in zip(order, cuts, cuts[1:]) if after > before}
-    parts = [], []
-    for sample in samples:
-        parts[group(sample.path) in held_out].append(sample)
-    return parts
+    samples = Samples(samples)
+    names = samples if group is str else Samples((group(path), 0) for path, _ in samples)
+    _, first, groups = np.unique(names.keys(), return_index=True, return_inverse=True)
+    by_digest = _digests(names.encoded_paths(), salt)[first].argsort(kind="stable")
+    if stratify:  # stable: hashed within a rank
+        by_digest = by_digest[np.array(samples.labels)[first[by_digest]].argsort(kind="stable")]
+    is_held_out = np.zeros(len(first), bool)
+    is_held_out[by_digest] = np.diff(np.floor(np.arange(len(first) + 1) * share + 0.5)) > 0
+    mask = is_held_out[groups]
+    return samples.select(~mask), samples.select(mask)
+
+
+def _digests(names: Iterable[bytes], salt: str) -> np.ndarray:
+    """sha256 of salt/name, (M,) of bytes."""
+    digests, salted = bytearray(), hashlib.sha256(f"{salt}/".encode())
+    for name in names:
+        digest = salted.copy()
+        digest.update(name)
+        digests += digest.digest()
+    return np.frombuffer(digests, "S32")
 
 
 def shuffled(names: Iterable[Any], salt: str) -> list[Any]:
     """The names in the order of their hashes with the salt."""
-    return sorted(names, key=lambda name: hashlib.sha256(f"{salt}/{name}".encode()).digest())
+    names = list(names)
+    return [names[i] for i in _digests((str(n).encode() for n in names), salt).argsort()]
 
 
 def split_counts(names: Iterable[str], num_val: int, num_test: int, salt: str) -> list[list[str]]:

@@ -62,7 +62,9 @@ def replaced(content, key, value):
 
 # --- exported files ---
 
-PREPROCESS = "image_size (an integer), mean and std (3 numbers each), perhaps squash, resample"
+PREPROCESS = (
+    "image_size (an integer), mean and std (3 numbers each), perhaps squash, resample, draft"
+)
 CONV = "state_dict/image_encoder.conv1.weight"
 EXPORTED = [  # entry, its new value, the message
     ("format", "DEL", "{path} is another file: got format None with image_encoder, quick_gelu, "
@@ -136,7 +138,7 @@ EXPORTED = [  # entry, its new value, the message
 for entry, value in (
     ("image_size", "DEL"), ("image_size", 0), ("image_size", 64.0), ("mean", [0.5]),
     ("mean", "abc"), ("std", (0.2, 0.2, 0.0)), ("std", (0.2, 0.2, NAN)), ("squash", 1),
-    ("resample", "nearest"),
+    ("draft", 512), ("resample", "nearest"),
 ):  # fmt: skip
     EXPORTED.append((f"preprocess/{entry}", value, None))
 

@@ -1,5 +1,6 @@
 """pytest tests/test_data_images.py -- every image mode has the colours a person sees; ImageList."""
 
+import itertools
 import struct
 import zlib
 from pathlib import Path
@@ -311,3 +312,87 @@ def test_normalize():
         half = normalize(images, mean, std, torch.bfloat16)
         assert half.dtype == torch.bfloat16 and half.equal(out.bfloat16())
     assert images.equal(copy)
+
+
+# ------------------------------------------------------------------------- large JPEGs, draft mode
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """JPEGs with detail of all sizes: 1.9 megapixels, gray, CMYK, turned by EXIF."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    pixels = np.zeros((1200, 1600, 3), np.float32)
+    for cells in (4, 16, 64, 256):
+        noise = rng.normal(0, 60, (cells, cells, 3)).clip(-120, 120) + 128
+        noise = Image.fromarray(noise.astype(np.uint8)).resize((1600, 1200), Image.BICUBIC)
+        pixels += np.asarray(noise) / 4
+    photo = Image.fromarray(pixels.astype(np.uint8))
+    for mode in ("RGB", "L", "CMYK"):
+        photo.convert(mode).save(folder / f"{mode}.jpg", quality=92)
+    photo.save(folder / "progressive.jpg", quality=92, progressive=True)
+    photo.crop((0, 0, 1600, 80)).save(folder / "strip.jpg", quality=92)
+    for tag in range(1, 9):  # sides of no multiple of 8: the last pixels of a draft are partial
+        exif = Image.Exif()
+        exif[0x112] = tag
+        photo.crop((0, 0, 1597, 1195)).save(folder / f"turned{tag}.jpg", quality=92, exif=exif)
+    return folder
+
+
+def mean_difference(image, other):
+    return (image.float() - other.float()).abs().mean().item()
+
+
+def exact_and_draft(path, **options):
+    samples = [Sample(path.name, 0)]
+    for draft in (False, True):
+        torch.manual_seed(0)
+        yield ImageList(samples, path.parent, draft=draft, **options)[0][0]
+
+
+@pytest.mark.parametrize(
+    "name", ["RGB", "L", "CMYK", "progressive", *map("turned{}".format, range(1, 9))]
+)
+def test_draft_is_close_to_the_image_in_full(photos, name):
+    """Measured: 0.2 to 0.6 gray levels of 255; moved by one pixel: 5 or more."""
+    for size, options in itertools.product(
+        (56, 112, 224), ({}, dict(squash=True), dict(train=True))
+    ):
+        exact, draft = exact_and_draft(photos / f"{name}.jpg", image_size=size, **options)
+        assert 0 < mean_difference(exact, draft) < 0.7
+        assert min(mean_difference(exact, draft.roll(1, axis)) for axis in (1, 2)) > 4
+
+
+def test_draft_of_a_strip_is_resized_in_the_crop_only(photos):
+    for train in (False, True):
+        exact, draft = exact_and_draft(photos / "strip.jpg", image_size=14, train=train)
+        assert 0 < mean_difference(exact, draft) < 0.7
+
+
+def test_draft_keeps_at_least_twice_the_size(photos):
+    sizes = {
+        draft: read_image(photos / "RGB.jpg", draft).size for draft in (None, 601, 600, 299, 1)
+    }
+    assert sizes == {
+        None: (1600, 1200), 601: (1600, 1200), 600: (800, 600), 299: (400, 300), 1: (200, 150)
+    }  # fmt: skip
+    assert read_image(photos / "turned6.jpg", 298).size == (299, 400)
+    assert ImageList([], photos, draft=True).draft == 512 and ImageList([], photos).draft is None
+
+
+def test_draft_changes_no_other_file(photos, tmp_path):
+    image = read_image(photos / "RGB.jpg")
+    image.save(tmp_path / "x.png")
+    image.resize((400, 300)).save(tmp_path / "small.jpg")
+    for name in ("x.png", "small.jpg"):
+        exact, draft = exact_and_draft(tmp_path / name)
+        assert exact.equal(draft)
+
+
+@pytest.mark.parametrize("name", ["RGB", "progressive"])
+def test_draft_finds_what_is_cut_off(photos, tmp_path, name):
+    content = (photos / f"{name}.jpg").read_bytes()
+    for share in (0.02, 0.3, 0.9, 0.999):
+        (tmp_path / "cut.jpg").write_bytes(content[: int(len(content) * share)])
+        for draft in (None, 299, 1):
+            with pytest.raises(ValueError, match="cut.jpg cannot be read as an image"):
+                read_image(tmp_path / "cut.jpg", draft)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
 import data
 from training.distributed import main_process_first, world_size
@@ -137,11 +137,13 @@ def make_loaders(
             images = SeededImages(images, args.seed)
         elif dist.is_initialized():
             images = Subset(images, range(dist.get_rank(), len(images), world_size()))
+        workers = 0 if args.freeze_image else args.workers
         loader = DataLoader(
             images,
             args.batch_size // world_size(),
             sampler=sampler,
-            num_workers=0 if args.freeze_image else args.workers,
+            num_workers=workers,
+            persistent_workers=workers > 0 and part != "test",  # which is read once
             pin_memory=args.device.startswith("cuda"),
             generator=torch.Generator(),  # its draws would move the seed of what the model draws
         )
@@ -179,14 +181,15 @@ class EpochSampler(Sampler[int]):
 
 def rank_weights(task: data.Task) -> Tensor:
     """Weights (M,) of the training images under which all ranks are equally likely."""
-    labels = torch.tensor([sample.label for sample in task.train])
+    labels = torch.tensor(task.train.labels)
     return labels.bincount().double().reciprocal()[labels]
 
 
 class SeededImages(Dataset):
     """Images by keys of EpochSampler: their augmentation follows from seed, epoch and index.
 
-    So neither the number of workers nor an interruption changes what an image looks like.
+    So neither the number of workers nor an interruption changes what an image looks like, and
+    workers that stay for all epochs need not be told which one it is.
     """
 
     def __init__(self, images: Dataset, seed: int) -> None:
@@ -211,7 +214,7 @@ def mix_seed(*numbers: int) -> int:
 def make_images(
     task: data.Task, part: str, preprocess: dict[str, Any], augment: bool = False, flip: bool = True
 ) -> data.ImageList:
-    options = {key: preprocess[key] for key in ("squash", "resample") if key in preprocess}
+    options = {key: preprocess[key] for key in ("squash", "resample", "draft") if key in preprocess}
     options |= dict(image_size=preprocess["image_size"], train=augment, flip=flip)
     return data.ImageList(getattr(task, part), task.root, **options)
 
@@ -256,7 +259,7 @@ def cached_features(
             path.parent.mkdir(parents=True, exist_ok=True)
             features = compute_features(args, images, preprocess, encoder)
             data.atomic_write(path, lambda tmp_path: torch.save(features, tmp_path))
-    return list(zip(features, (sample.label for sample in images.samples)))
+    return TensorDataset(features, torch.tensor(images.samples.labels, dtype=torch.long))
 
 
 def load_features(path: Path, num_images: int) -> Tensor | None:

@@ -120,6 +120,7 @@ def build_model(args: Namespace, task: data.Task) -> tuple[nn.Module, dict[str, 
     if args.official:  # xk-huang/OrdinalCLIP@ca10a20 ordinalclip/runner/utils.py#L370-L400
         preprocess |= dict(mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD)
         preprocess |= dict(squash=True, resample="bilinear")
+    preprocess["draft"] = not args.no_draft
     if args.freeze_image:
         encoder.requires_grad_(False)
     if args.compile:

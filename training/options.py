@@ -145,6 +145,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add("--patience", type=int, metavar="N", help="stop after N epochs without a lower validation "
         "MAE")  # fmt: skip
     add("--no-flip", action="store_true", help="do not mirror images: digits, text, left and right")
+    add("--no-draft", action="store_true", help="decode large JPEGs in full, as --official does")
     add("--balanced", action="store_true", help="draw images of all ranks equally often")
     add("--seed", type=int, default=1, help="of weights, order, augmentation, --shots and --shift")
     add("--seeds", type=int, nargs="+", help="a run for each (paper: 1 27 42 128 114514)")
@@ -218,6 +219,7 @@ def resolve_defaults(args: Namespace, explicit_flags: set[str]) -> Namespace:
     if args.method == "ordinalclip" and args.interp == "none":
         args.method = "coop"
     check_unused_flags(args, explicit_flags)
+    args.no_draft |= args.official
     if args.method == "coop":
         args.interp = "none"
     if args.method == "zeroshot":
@@ -308,6 +310,7 @@ HAS_EFFECT: dict[str, tuple[Callable[[Namespace], bool], str]] = {
     "patience": (trains, BY_METHOD),
     "balanced": (trains, BY_METHOD),
     "no_flip": (augments, "--freeze-image or " + BY_METHOD),
+    "no_draft": (lambda args: not args.official, "--official"),
     "lr_image": (augments, "--freeze-image or " + BY_METHOD),
     "lr_prompts": (lambda args: trains(args) and args.method != "regression", BY_METHOD),
     "profile": (trains, BY_METHOD),
@@ -403,7 +406,7 @@ def args_from_checkpoint(
     else:
         settings = load_checkpoint(path, "settings", "model")["settings"]
     check_types(settings, parser, path)
-    saved = Namespace(**vars(parser.parse_args([])) | settings)
+    saved = Namespace(**vars(parser.parse_args([])) | dict(no_draft=True) | settings)
     for name in explicit_flags & machine_flags:
         setattr(saved, name, getattr(args, name))
     saved.out = str(path.parent)

@@ -51,7 +51,7 @@ class Run(NamedTuple):
     args: Namespace
     task: data.Task
     model: nn.Module
-    preprocess: dict[str, Any]  # image_size, mean, std, perhaps squash and resample
+    preprocess: dict[str, Any]  # image_size, mean, std, draft, perhaps squash and resample
 
     @property
     def dir(self) -> Path:
@@ -130,6 +130,7 @@ def comparable_settings(settings: dict) -> dict:
 
 def check_same_settings(args: Namespace, saved: dict, state: str) -> None:
     """SystemExit naming each setting of args that differs from the saved ones."""
+    saved = dict(no_draft=True) | saved  # as runs were before there was the flag
     requested = comparable_settings(json.loads(json.dumps(settings_dict(args))))
     differing = [
         f"--{key.replace('_', '-')} {saved.get(key)!r}, not {value!r}"
@@ -216,8 +217,13 @@ def lock_run_dir(run_dir: Path) -> Iterator[None]:
 
 def split_digests(task: data.Task) -> dict[str, str]:
     """sha256 of the images and labels of each part, in order."""
-    lines = {part: [f"{s.path} {s.label}" for s in getattr(task, part)] for part in data.PARTS}
-    return {part: hashlib.sha256("\n".join(v).encode()).hexdigest() for part, v in lines.items()}
+    digests = {part: hashlib.sha256() for part in data.PARTS}
+    for part, digest in digests.items():
+        separator = ""
+        for path, label in getattr(task, part):
+            digest.update(f"{separator}{path} {label}".encode())
+            separator = "\n"
+    return {part: digest.hexdigest() for part, digest in digests.items()}
 
 
 def check_same_images(args: Namespace, task: data.Task) -> None:
