@@ -130,6 +130,7 @@ def test_every_flag_with_conditions_is_tried():
     untested = {"clip", "quick_gelu", "trust_torchscript", "save_every", "profile", "split"}
     untested |= {"accumulate", "ema", "patience"}  # test_optim.py
     untested |= {"label_pattern", "ranks", "bins", "group"}  # test_data_labels.py
+    untested |= {"no_draft"}  # test_loaders.py
     assert set(options.HAS_EFFECT) - set(VALUES) == untested
 
 
