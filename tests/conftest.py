@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from parallel import pytest_runtestloop  # noqa: F401  pytest's hook
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that plain `pytest` finds the modules
