@@ -194,6 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             save_prototypes(args.save_prototypes, prototypes, names, scale, values)
         if args.onnx:
             export_onnx(predictor, args.onnx)
+        for path in filter(None, (args.save_prototypes, args.onnx)):
+            print(f"wrote {path}", file=sys.stderr)
         return report(args, predictor, *predict_all(args, predictor, paths)) if paths else 0
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"predict.py: {error}") from error
@@ -207,8 +209,10 @@ def find_images(arguments: Sequence[str | Path]) -> list[str]:
     for argument in map(Path, arguments):
         images = [argument]
         if argument.is_dir():
-            files = [path for path in sorted(argument.rglob("*")) if path.name[0] != "."]
-            images = [path for path in files if path.suffix.lower() in data.IMAGE_TYPES]
+            images, others = data.find_images(argument)
+            if others:
+                types = ", ".join(f"{suffix} {count:,}" for suffix, count in sorted(others.items()))
+                print(f"{others.total():,} files of other types left out ({types})", file=sys.stderr)
         elif argument.suffix.lower() in (".txt", ".csv", ".tsv"):
             images = [argument.parent / path for path in data.read_paths(argument)]
         if not images:

@@ -284,13 +284,17 @@ def test_bad_files_are_named_at_the_end_and_the_rest_is_predicted(run, exported,
     assert len((tmp_path / "o.csv").read_text().splitlines()) == 1
 
 
-def test_folders_are_searched_to_the_bottom(run, tmp_path):
+def test_folders_are_searched_to_the_bottom(tmp_path, capsys):
     (tmp_path / "a b" / "c").mkdir(parents=True)
-    for name in ("z.PNG", "a b/y.jpg", "a b/c/x 1.webp", "a b/.hidden.png", "notes.md"):
+    (tmp_path / "@eaDir").mkdir()
+    images = ("z.PNG", "a b/y.jpg", "a b/c/x 1.webp")
+    for name in (*images, "a b/.hidden.png", "notes.md", "@eaDir/z.PNG", "a b/._y.jpg"):
         (tmp_path / name).touch()
+    Image.new("RGB", (4, 4)).save(tmp_path / "without suffix", "png")
     paths = predict.find_images([str(tmp_path)])
-    names = [str(Path(path).relative_to(tmp_path)) for path in paths]
-    assert names == ["a b/c/x 1.webp", "a b/y.jpg", "z.PNG"]
+    names = {str(Path(path).relative_to(tmp_path)) for path in paths}
+    assert names == {*images, "without suffix"} and len(paths) == 4
+    assert capsys.readouterr().err == "1 files of other types left out (.md 1)\n"
 
 
 @pytest.mark.parametrize(
