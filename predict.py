@@ -212,7 +212,8 @@ def find_images(arguments: Sequence[str | Path]) -> list[str]:
             images, others = data.find_images(argument)
             if others:
                 types = ", ".join(f"{suffix} {count:,}" for suffix, count in sorted(others.items()))
-                print(f"{others.total():,} files of other types left out ({types})", file=sys.stderr)
+                message = f"{others.total():,} files of other types left out ({types})"
+                print(message, file=sys.stderr)
         elif argument.suffix.lower() in (".txt", ".csv", ".tsv"):
             images = [argument.parent / path for path in data.read_paths(argument)]
         if not images:
