@@ -115,6 +115,8 @@ def train(args: Namespace) -> dict[str, Any]:
     """One run, from where its folder stands: a new one, or an unfinished one that goes on."""
     with lock_run_dir(Path(args.out)):
         check_run_dir(args)
+        for path in Path(args.out).rglob("*.part") if is_main() else ():  # of a killed process
+            path.unlink()
         return train_run(args)
 
 
@@ -181,6 +183,8 @@ def fit(
     loss_module = data_parallel(loss_module)
     eval_run = run._replace(model=state.average.module) if state.average else run
     log, start_epoch, fit_start = state.log, len(state.log) + 1, time.time()
+    if log and is_main():  # it is written after last.pt
+        save_csv(run.dir / "log.csv", log)
     board = TensorBoard(run, start_epoch)
     for epoch in range(start_epoch, args.epochs + 1):
         if args.patience and epochs_without_progress(log) >= args.patience:

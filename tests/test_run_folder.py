@@ -66,14 +66,18 @@ def test_the_same_command_goes_on_wherever_it_was_cut_off(gray, tmp_path):
     results = train.main(argv)
     for names in (
         ["exported.pt", "pictures"],  # after the test images
+        ["log.csv", "pictures/curves.png"],  # last.pt is written before the log
         ["last.pt", "log.csv"],
         ["last.pt", "log.csv", "best.pt", "config.json"],
     ):
         for name in ["results.json", *names]:
             path = run_dir / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        (run_dir / "best.pt.part").write_bytes(b"half")
+        for path in (run_dir, *run_dir.glob("pictures")):
+            (path / "sheet.png.7.part").write_bytes(b"half")
         assert train.main(argv)["test"] == results["test"]
+        assert not [*run_dir.rglob("*.part")]
+        assert (run_dir / "log.csv").exists() and (run_dir / "pictures" / "curves.png").exists()
     (run_dir / "results.json").unlink()
     assert train.main(["--resume", str(run_dir)])["test"] == results["test"]
 
