@@ -5,7 +5,7 @@
     similarity      the logits alone
 
 `impl="torch"` is `reference.py`, `impl="triton"` the fused kernels on CUDA. "auto" takes the kernels where
-they can compute (R <= 128, one half dtype or float32) and gain something, else PyTorch, and says why once.
+they can compute (R <= 128, D a multiple of 16, bfloat16 or float16 or TF32) and gain something, else PyTorch, and says why once.
 
 Copy-paste: needs the folder `kernels/`, torch>=2.4.
 """
@@ -105,8 +105,6 @@ def _unsupported_device(device, dtype):
         return TRITON_UNAVAILABLE
     if torch.version.hip:
         return "the fused kernels are for NVIDIA's GPUs"
-    if torch.compiler.is_compiling():  # cannot trace the query
-        return ""
     generation = matching_triton.gpu_generation(device)
     if generation < 8:
         return f"the fused kernels need compute capability 8.0, this is {generation}.x"
@@ -119,17 +117,24 @@ def _unsupported_call(image_features, prototypes):
     for dtype in dtypes:
         if dtype not in FUSED_DTYPES:
             return f"the fused kernels compute in float32, this is {str(dtype)[6:]}"
-    if dtypes == {torch.float16, torch.bfloat16}:
-        return "the fused kernels do not mix float16 with bfloat16"
+    if torch.float16 in dtypes and len(dtypes) > 1:  # whose range the other's would leave
+        return "the fused kernels take float16 only on both sides"
+    if image_features.shape[1] % 16:
+        return f"the fused kernels take D in multiples of 16, this is {image_features.shape[1]}"
     if len(prototypes) > FUSED_RANKS:
         return f"the fused kernels take up to {FUSED_RANKS} ranks, these are {len(prototypes)}"
-    if torch.compiler.is_compiling():
-        return ""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "the fused kernels have no rules for torch.func (grad, vmap, jvp)"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "the fused kernels have no forward-mode gradient"
+    if _in_function_transform():
+        return "the fused kernels have no rules for torch.func and forward-mode gradients"
     return ""
+
+
+def _in_function_transform():
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return transformed or torch.autograd.forward_ad._current_level >= 0
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler: dynamo calls it.
+_in_function_transform._dynamo_marked_constant = True
 
 
 def _select_implementation(impl, image_features, prototypes):

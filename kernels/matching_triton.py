@@ -3,9 +3,8 @@
     matching_loss    two launches forward (three and a gather with a process group), one backward
     match            one launch
 
-for up to 128 ranks, in float32, float16 or bfloat16. Where one side is in half precision and the
-other in float32, the latter is rounded to the former for the products, and gets its gradient in
-float32. Saved for backward: 4 B R + 12 B bytes. Results repeat bit for bit.
+for up to 128 ranks, in float32, float16 or bfloat16. Where one side is in bfloat16 and the other in
+float32, the latter is rounded to bfloat16 for the products, and gets its gradient in float32. Saved for backward: 4 B (R rounded up to 16) + 12 B bytes. Results repeat bit for bit.
 
 Read next: `matching_kernels.py`. Formulas: `reference.py`. Needs torch>=2.4, triton>=3.6.
 """
@@ -25,6 +24,7 @@ INTERPRET = not isinstance(forward_kernel, triton.JITFunction)
 MAX_CHUNKS = 32  # of images, whose dP and ds the last program of the backward adds up one by one
 FINISH = dict(RANKS=16, CHUNK=32)  # ranks of a program of finish_kernel, parts read at once
 HOPPER = 9
+TF32_MULTIPLE = 4  # of D, else tiles for TF32 spill registers
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _counters: dict[tuple, Tensor] = {}  # (device, stream) -> int32 zeros
 _groups: dict[str, dist.ProcessGroup] = {}  # an operator takes strings, not groups
@@ -71,20 +71,23 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if cuda else 132
 
 
-@torch.compiler.assume_constant_result
 def float32_dots() -> str:
     """How PyTorch is set to multiply float32 matrices: "tf32", or "ieee" on no tensor core."""
-    try:
-        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    except RuntimeError:  # it was set through the newer torch.backends...fp32_precision
-        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # from torch 2.9 on
+    if newer in ("ieee", "tf32"):
+        return newer
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler: dynamo calls them.
+gpu_generation._dynamo_marked_constant = float32_dots._dynamo_marked_constant = True
 
 
 def dot_type(x: Tensor, p: Tensor) -> str:
     """ "half", "tf32" or "ieee"."""
     if x.dtype != torch.float32 or p.dtype != torch.float32:
         return "half"
-    return float32_dots() if x.shape[1] % 4 == 0 else "ieee"  # other rows spill in tiles for TF32
+    return "ieee" if x.shape[1] % TF32_MULTIPLE else float32_dots()
 
 
 def _dots(x: Tensor, p: Tensor) -> dict:
@@ -317,6 +320,10 @@ def _gradients(ctx, g_i2t, g_t2i):
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     if g_i2t is None and g_t2i is None:
         return (None,) * 8
+    functorch = torch._C._functorch
+    upstream = [g for g in (g_i2t, g_t2i) if g is not None]
+    if functorch.peek_interpreter_stack() or any(map(functorch.is_legacy_batchedtensor, upstream)):
+        raise RuntimeError("no batched gradients with impl='triton'; use impl='torch'")
     saved = ctx.saved_tensors  # once: checkpointing and offloading count, and pay for, each reading
     # with create_graph the operator, which says that it has no derivative; compiled autograd traces
     direct = not torch.is_grad_enabled() and is_plain_eager(*saved)
@@ -347,6 +354,8 @@ def matching_loss(image_features, prototypes, labels, scale, *, target="normaliz
         _groups[name] = group
     flags = target == "softmax10", needs_grad(tensors), not torch.compiler.is_compiling(), name
     if is_plain_eager(*tensors):
+        if flags[1]:  # features of a frozen tower may come from torch.inference_mode
+            tensors = (t.clone() if t.is_inference() else t for t in tensors)
         return _Matching.apply(*tensors, *flags)
     *_, i2t, t2i = _forward(*tensors, *flags)
     return i2t, t2i

@@ -22,6 +22,7 @@ exp(A - lse) - 1. So logits are taken relative to the maximum of their column, a
     row      lse_i - A_i,y_i = softplus(lse of the other ranks - A_i,y_i)
     column   lse_c = lse_in + softplus(lse_out - lse_in),   in: the images of rank c, out: all others
 
+With several images of a rank, its column's gradient is still a difference: exact to 1e-7 s of a probability.
 A column needs a few numbers only. With a process group these are merged over the processes, so t2i runs
 over the global batch without gathering any feature.
 
@@ -38,6 +39,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+LOW = -1e30  # instead of -inf, which makes second derivatives nan where a sum is empty
 EPS = 1e-12  # a vector shorter than this counts as zero, as in F.normalize
 
 
@@ -54,7 +56,7 @@ def matching_loss(image_features, prototypes, labels, scale, *, target="normaliz
     logits = similarity(image_features, prototypes, scale)  # (B, R)
     hit = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)  # (B, R)
     own = torch.where(hit, logits, 0.0).sum(1)  # (B,)
-    others = torch.where(hit, -torch.inf, logits).logsumexp(1)  # (B,)
+    others = torch.where(hit, LOW, logits).logsumexp(1)  # (B,)
     row_loss = F.softplus(others - own, threshold=40)  # (B,); beyond 40, log1p(e^x) is x
     columns = _column_statistics(logits, hit)  # (7, R)
     rows = torch.stack([row_loss.sum(), logits.new_tensor(float(len(logits)))])  # (2,)
@@ -96,12 +98,12 @@ def _column_statistics(logits, hit):
     # the loss does not depend on what is subtracted, so the maximum needs no gradient
     top = logits.detach().amax(0) if len(logits) else torch.zeros_like(logits).sum(0)  # (R,)
     below = logits - top
-    out = torch.where(hit, -torch.inf, below).logsumexp(0)
-    margin = torch.where(hit, below, -torch.inf).logsumexp(0)
+    out = torch.where(hit, LOW, below).logsumexp(0)
+    margin = torch.where(hit, below, LOW).logsumexp(0)
     total, count = below.sum(0), hit.sum(0).to(top.dtype)
     # The same number as `margin`. In the backward pass, what is computed last comes first: so the
     # 1/n of this one meets the -1/n of `positive` before something small beside them is added.
-    inside = torch.where(hit, below, -torch.inf).logsumexp(0)
+    inside = torch.where(hit, below, LOW).logsumexp(0)
     positive = torch.where(hit, below, 0.0).sum(0)
     return torch.stack([top, out, margin, inside, positive, total, count])
 

@@ -78,7 +78,8 @@ def test_impl_torch_and_auto(launches):
 
 UNSUPPORTED = [  # features, prototypes, why
     (torch.ones(4, 8), torch.ones(129, 8), "take up to 128 ranks, these are 129"),
-    (torch.ones(4, 8).half(), torch.ones(3, 8).bfloat16(), "do not mix float16 with bfloat16"),
+    (torch.ones(4, 8).half(), torch.ones(3, 8).bfloat16(), "take float16 only on both sides"),
+    (torch.ones(4, 8), torch.ones(3, 8).half(), "take float16 only on both sides"),
     (torch.ones(4, 8).half(), torch.ones(3, 8).double(), "compute in float32, this is float64"),
 ]
 
@@ -109,12 +110,13 @@ def test_float32_without_tensor_cores_is_left_to_pytorch(monkeypatch):
         assert kernels.which_impl("cuda", dtype=BF16)[0] == "triton"
 
 
+@pytest.mark.parametrize("compiles", [False, True])
 @pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "forward AD"])
-def test_function_transforms(monkeypatch, transform):
+def test_function_transforms(monkeypatch, transform, compiles):
     """As PyTorch's under "auto"; one line where the kernels were asked for."""
     features, prototypes, labels, scale = on_device(make_case(6, 4, 16, 14.3))
 
-    def run(impl):
+    def compute(impl):
         def loss(x):
             return sum(matching_loss(x, prototypes, labels, scale, impl=impl))
 
@@ -128,13 +130,46 @@ def test_function_transforms(monkeypatch, transform):
             dual = torch.autograd.forward_ad.make_dual(features, torch.ones_like(features))
             return torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent.clone()
 
+    def run(impl):
+        if not compiles:
+            return compute(impl)
+        return torch.compile(compute, backend="aot_eager")(impl)
+
     if transform != "vmap":  # PyTorch's own op checks the labels, and vmap cannot read that
         exact = run("torch")
         monkeypatch.setattr(kernels, "which_impl", lambda *args: ("triton", "as if on CUDA"))
-        assert torch.equal(run("auto"), exact) and exact.any()
+        torch.testing.assert_close(run("auto"), exact)
+        assert exact.any()
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="impl='triton': the fused kernels have no .*; use impl"):
+    message = "impl='triton': the fused kernels have no rules for torch.func"
+    with pytest.raises(Exception if compiles else ValueError, match=message):  # dynamo's own type
         run("triton")
+
+
+def test_float32_rows_that_tf32_does_not_take(monkeypatch, launches, capsys):
+    monkeypatch.setattr(kernels, "which_impl", lambda *args: ("triton", "as if on CUDA"))
+    monkeypatch.setattr(kernels, "_logged", set())
+    features, prototypes, labels, scale = on_device(make_case(6, 4, 17))
+    matching_loss(features, prototypes, labels, scale)
+    assert launches == [] and "no multiple of 16 bytes" in capsys.readouterr().err
+    matching_loss(features.bfloat16(), prototypes, labels, scale)
+    assert launches == STEP[:2]
+
+
+def test_batched_gradients_are_one_line():
+    features, prototypes, labels, scale = on_device(make_case(6, 4, 16))
+    loss = sum(matching_loss(features.requires_grad_(), prototypes, labels, scale, impl="triton"))
+    with pytest.raises(RuntimeError, match="no batched gradients with impl='triton'"):
+        torch.autograd.grad(loss, features, torch.ones(2, device=DEVICE), is_grads_batched=True)
+
+
+def test_features_of_inference_mode_train_prototypes():
+    case = features, prototypes, labels, scale = on_device(make_case(6, 4, 16))
+    with torch.inference_mode():
+        cached = features * 1
+    prototypes.requires_grad_()
+    sum(matching_loss(cached, prototypes, labels, scale, impl="triton")).backward()
+    assert torch.equal(prototypes.grad, fused(case)[1][1])
 
 
 def test_impl_triton_needs_cuda(monkeypatch):
@@ -221,10 +256,14 @@ def test_saved_tensors_are_unpacked_once(way):
 
 def test_float32_dots_follow_pytorch(monkeypatch):
     x = torch.empty(1, 4)
-    for word, precision in [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")]:
-        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda word=word: word)
-        assert matching_triton._dots(x, x)["PRECISION"] == precision
-        assert matching_triton._dots(x, x.half())["PRECISION"] == "ieee"
+    before = torch.get_float32_matmul_precision()
+    try:
+        for word, precision in [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")]:
+            torch.set_float32_matmul_precision(word)
+            assert matching_triton._dots(x, x)["PRECISION"] == precision
+            assert matching_triton._dots(x, x.bfloat16())["PRECISION"] == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_float32_dots_follow_the_newer_setting_too():

@@ -125,6 +125,21 @@ def test_confident_images_keep_their_precision(loss, scale, per_rank, weights):
     assert all(relative(ours, exact) < 5e-5 for ours, exact in zip(grads, exact_grads))
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("num_ranks,labels", [(5, [1, 1, 3]), (3, [2, 2, 2]), (1, [0, 0, 0])])
+def test_second_derivatives_and_forward_mode(num_ranks, labels, target):
+    """Also where a rank is absent, where no image is of another rank, and where there is no other."""
+    random = torch.Generator().manual_seed(0)
+    x, p = (torch.randn(n, 4, generator=random, dtype=torch.float64) for n in (3, num_ranks))
+    leaves = x.requires_grad_(), p.requires_grad_(), torch.tensor(3.0, dtype=torch.float64)
+
+    def losses(x, p, s):
+        return matching_loss(x, p, torch.tensor(labels), s, target=target, impl="torch")
+
+    assert torch.autograd.gradcheck(losses, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(losses, leaves)
+
+
 def test_empty_batch_gives_zero():
     features, prototypes = torch.zeros(0, 8), torch.randn(5, 8, requires_grad=True)
     i2t, t2i = matching_loss(features, prototypes, torch.zeros(0, dtype=torch.long), 100.0)
