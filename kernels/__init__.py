@@ -142,6 +142,10 @@ def _select_implementation(impl, image_features, prototypes):
     device = image_features.device
     dtype = min(image_features.dtype, prototypes.dtype, key=lambda dtype: dtype.itemsize)
     name, why = which_impl(device, impl, dtype)
+    if impl == "triton" and not HAS_TRITON:
+        raise ImportError(
+            f"impl='triton': {TRITON_UNAVAILABLE}; pip install 'triton>=3.6', or use impl='torch'"
+        )
     if name == "triton" and (reason := _unsupported_call(image_features, prototypes)):
         if impl == "triton":
             raise ValueError(f"impl='triton': {reason}; use impl='auto' or impl='torch'")
@@ -150,10 +154,6 @@ def _select_implementation(impl, image_features, prototypes):
         _log_once(f"kernels: the matching op runs on impl={name!r}: {why}")
     if name == "torch":
         return reference
-    if not HAS_TRITON:
-        raise ImportError(
-            f"impl='triton': {TRITON_UNAVAILABLE}; pip install 'triton>=3.6', or use impl='torch'"
-        )
     if not matching_triton.INTERPRET and (reason := _unsupported_device(device, dtype)):
         raise ValueError(f"impl='triton': {reason}; use impl='auto' or impl='torch'")
     return matching_triton

@@ -117,12 +117,12 @@ def _arrive(COUNTER):
     return before
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "R"])
 def forward_kernel(
     X,  # (B, D) features, rows x_stride apart
     P,  # (R, D) prototypes
-    Y,  # (B,) labels, any integer dtype
-    S,  # () scale, any float dtype
+    Y,  # (B,) labels, int64 or int32
+    S,  # () scale, fp32
     COSINES,  # (B, cosine_stride) fp32 out, columns R.. unspecified; written if SAVE
     ROWS,  # (3, B) fp32 out: max_c A_ic, 1 / sum_c exp(A_ic - max), 1/|x_i|; written if SAVE
     COLUMNS,  # (6, RPAD) fp32 out, row 5: 1/|p_c|; the others: finish_kernel
@@ -136,7 +136,7 @@ def forward_kernel(
     rows = program * BM + tl.arange(0, BM)
     ranks = tl.arange(0, RPAD)
     inside = rows < B
-    s = tl.load(S).to(tl.float32)
+    s = tl.load(S)
     label = tl.load(Y + rows, mask=inside, other=-1)
     y = tl.where((label >= 0) & (label < R), label.to(tl.int32), -1)  # of no rank: finish_kernel
     cosines, rx, rp = _cosines(
@@ -187,7 +187,7 @@ def _parts(PARTS, first, row, ranks, count, empty, RPAD: tl.constexpr, CHUNK: tl
     return tl.load(at, mask=(part < count)[:, None], other=empty)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "R"])
 def finish_kernel(
     PARTS,  # (count, 7, RPAD) fp32, see above
     MERGED,  # (7, RPAD) fp32 out: one part of all; written unless FINISH
@@ -316,7 +316,7 @@ def _residual(Y, S, COSINES, ROWS, COLUMNS, rows, ranks, B, R, cosine_stride, by
     hit = tl.load(Y + rows, mask=inside, other=-1).to(tl.int32)[:, None] == ranks[None, :]
     valid = inside[:, None] & (ranks < R)[None, :]
     # a select, so that product and difference are not fused: the forward rounded the product
-    a = tl.where(valid, cosines * tl.load(S).to(tl.float32), 0.0)
+    a = tl.where(valid, cosines * tl.load(S), 0.0)
     m = tl.load(ROWS + rows, mask=inside, other=0.0)
     inverse = tl.load(ROWS + B + rows, mask=inside, other=0.0)
     p = _exp(a - m[:, None]) * inverse[:, None]
@@ -331,7 +331,7 @@ def _residual(Y, S, COSINES, ROWS, COLUMNS, rows, ranks, B, R, cosine_stride, by
     return tl.where(valid, g, 0.0), cosines
 
 
-@triton.jit(do_not_specialize=["B", "tiles"])
+@triton.jit(do_not_specialize=["B", "R", "tiles"])
 def backward_kernel(
     X,  # (B, D)
     P,  # (R, D)
@@ -345,7 +345,7 @@ def backward_kernel(
     G_T2I,  # () fp32 gradient of t2i, read if HAS_T2I
     DX,  # (B, D) out, dtype of X
     DP,  # (R, D) out, dtype of P
-    DS,  # () out, dtype of S
+    DS,  # () fp32 out
     PARTS,  # (chunks, RPAD D + 16) fp32 scratch: dP, then ds, of each chunk of images
     COUNTERS,  # (programs in axis 0,) int32, zero before and after
     B, R, x_stride, p_stride, cosine_stride, tiles,
@@ -359,7 +359,7 @@ def backward_kernel(
     ranks = tl.arange(0, RPAD)
     columns = tl.program_id(0) * BD + tl.arange(0, BD)
     by_row, by_column, back = _upstream(COUNTS, G_I2T, G_T2I, HAS_I2T, HAS_T2I)
-    back_s = back * tl.load(S).to(tl.float32)
+    back_s = back * tl.load(S)
     rp = tl.load(COLUMNS + 5 * RPAD + ranks)
 
     q = tl.zeros([RPAD], tl.float32)
@@ -419,10 +419,10 @@ def backward_kernel(
         if NEED_P:
             tl.store(DP + at_dp, dp.to(DP.dtype.element_ty), mask=inside_dp)
         if NEED_S:
-            tl.store(DS, ds.to(DS.dtype.element_ty), mask=first_slice)
+            tl.store(DS, ds, mask=first_slice)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "R"])
 def match_kernel(
     X,  # (B, D)
     P,  # (R, D)
@@ -440,7 +440,7 @@ def match_kernel(
     cosines, _, _ = _cosines(
         X, P, rows, ranks, B, R, x_stride, p_stride, D, BM, RPAD, BK, OPERAND, PRECISION, UPCAST
     )
-    a = tl.where((ranks < R)[None, :], cosines * tl.load(S).to(tl.float32), float("-inf"))
+    a = tl.where((ranks < R)[None, :], cosines * tl.load(S), float("-inf"))
     e = _exp(a - tl.max(a, 1)[:, None])
     probs = e / tl.sum(e, 1)[:, None]
     at = PROBS + rows.to(tl.int64)[:, None] * R + ranks[None, :]

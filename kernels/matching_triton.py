@@ -3,7 +3,7 @@
     matching_loss    two launches forward (three and a gather with a process group), one backward
     match            one launch
 
-for up to 128 ranks, in float32, float16 or bfloat16. Where one side is in bfloat16 and the other in
+for up to 128 ranks and D a multiple of 16, in float32, float16 or bfloat16. Where one side is in bfloat16 and the other in
 float32, the latter is rounded to bfloat16 for the products, and gets its gradient in float32. Saved for backward: 4 B (R rounded up to 16) + 12 B bytes. Results repeat bit for bit.
 
 Read next: `matching_kernels.py`. Formulas: `reference.py`. Needs torch>=2.4, triton>=3.6.
@@ -24,7 +24,6 @@ INTERPRET = not isinstance(forward_kernel, triton.JITFunction)
 MAX_CHUNKS = 32  # of images, whose dP and ds the last program of the backward adds up one by one
 FINISH = dict(RANKS=16, CHUNK=32)  # ranks of a program of finish_kernel, parts read at once
 HOPPER = 9
-TF32_MULTIPLE = 4  # of D, else tiles for TF32 spill registers
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _counters: dict[tuple, Tensor] = {}  # (device, stream) -> int32 zeros
 _groups: dict[str, dist.ProcessGroup] = {}  # an operator takes strings, not groups
@@ -38,21 +37,19 @@ def forward_config(B: int, D: int, dots: str, save: bool = True) -> dict[str, in
     """
     if dots != "half":
         return dict(BM=16, BK=16, num_warps=4 if dots == "ieee" else 8, num_stages=2)
-    BK = 32 if D % 64 else 64  # rows that cannot be copied 16 bytes at a time
+    BK = 32 if D % 64 else 64
     return dict(
         BM=32 if B > 2048 and D % 64 == 0 and save else 16, BK=BK, num_warps=8, num_stages=3
     )
 
 
-def backward_config(R: int, D: int, dots: str, generation: int) -> dict[str, int]:
+def backward_config(R: int, dots: str, generation: int) -> dict[str, int]:
     """BM and BD of backward_kernel, num_warps, num_stages.
 
     On sm_90 its products are wgmmas of N = 64: for N of 32 and less, illegal addresses were
     reported of kernels with several (triton-lang/triton#10486, #10573, #11366).
     """
-    BM = (
-        32 if dots == "half" and D % 16 == 0 else 16
-    )  # of other D, rows are read element by element
+    BM = 32 if dots == "half" else 16
     if generation == HOPPER and dots != "ieee":
         return dict(BM=BM, BD=64, num_warps=4 if R <= 64 else 8, num_stages=1)
     BD, num_warps = 32 if dots == "half" else 16, 4 if dots == "tf32" else 8
@@ -87,7 +84,7 @@ def dot_type(x: Tensor, p: Tensor) -> str:
     """ "half", "tf32" or "ieee"."""
     if x.dtype != torch.float32 or p.dtype != torch.float32:
         return "half"
-    return "ieee" if x.shape[1] % TF32_MULTIPLE else float32_dots()
+    return float32_dots()
 
 
 def _dots(x: Tensor, p: Tensor) -> dict:
@@ -195,7 +192,7 @@ def backward(
     grads = dx, dp, ds = tuple(t.new_empty(t.shape if need else 0) for t, need in needs)
     if not B:
         return dx, dp.zero_(), ds.zero_()
-    RPAD, config = _rpad(R), backward_config(R, D, dot_type(x, p), gpu_generation(x.device))
+    RPAD, config = _rpad(R), backward_config(R, dot_type(x, p), gpu_generation(x.device))
     slices = _cdiv(D, config["BD"]) if need_x or need_p else 1
     num_tiles = _cdiv(B, config["BM"])
     chunks = min(num_tiles, max(num_multiprocessors(x.device) // slices, 1), MAX_CHUNKS)
@@ -348,7 +345,9 @@ _match.register_autograd(_raise_no_gradient)
 
 def matching_loss(image_features, prototypes, labels, scale, *, target="normalized", group=None):
     """As `reference.matching_loss`, fused; see there."""
-    tensors = image_features, prototypes, labels, scale
+    if labels.dtype not in (torch.int64, torch.int32):
+        labels = labels.long()
+    tensors = image_features, prototypes, labels, scale.float()
     name = "" if group is None else group.group_name
     if group is not None:
         _groups[name] = group
@@ -363,7 +362,7 @@ def matching_loss(image_features, prototypes, labels, scale, *, target="normaliz
 
 def match(image_features, prototypes, scale):
     """As `reference.match`, fused and without gradients; see there."""
-    tensors = image_features, prototypes, scale
+    tensors = image_features, prototypes, scale.float()
     direct = is_plain_eager(*tensors) and not needs_grad(tensors)  # the operator raises
     return (probabilities if direct else _match)(*tensors)
 

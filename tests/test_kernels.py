@@ -41,25 +41,25 @@ needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 
 BATCHES = [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 257, 1000]
 RANKS = [1, 2, 5, 16, 17, 61, 64, 65, 101, 127, 128]
-DIMS = [16, 100, 512, 640, 1024]
+DIMS = [16, 112, 512, 640, 1024]
 SCALES = [0.01, 1.0, 14.3, 100.0, 1000.0]
 LABELS = ["uniform", "one", "half"]
 GRID = list(itertools.product(BATCHES, RANKS, DIMS))
 SAMPLE = [  # B, R, D, scale, labels, target, dtype
     (2, 5, 16, 1.0, "uniform", "normalized", FP32),
-    (31, 16, 100, 14.3, "half", "softmax10", FP32),
+    (31, 16, 112, 14.3, "half", "softmax10", FP32),
     (32, 61, 512, 100.0, "uniform", "normalized", FP32),
-    (33, 17, 101, 1000.0, "one", "normalized", FP32),
-    (64, 128, 100, 14.3, "uniform", "softmax10", FP32),
+    (33, 17, 112, 1000.0, "one", "normalized", FP32),
+    (64, 128, 96, 14.3, "uniform", "softmax10", FP32),
     (65, 64, 16, 0.01, "half", "normalized", FP32),
-    (129, 101, 36, 100.0, "half", "softmax10", FP32),
+    (129, 101, 48, 100.0, "half", "softmax10", FP32),
     (640, 5, 16, 14.3, "uniform", "softmax10", FP32),  # chunks in the backward, two steps in finish
     (32, 61, 512, 100.0, "uniform", "softmax10", FP16),
-    (63, 65, 100, 14.3, "half", "normalized", FP16),
+    (63, 65, 112, 14.3, "half", "normalized", FP16),
     (127, 100, 16, 14.3, "one", "softmax10", FP16),
     (40, 101, 1024, 100.0, "uniform", "normalized", BF16),
     (128, 128, 64, 14.3, "half", "normalized", BF16),
-    (257, 17, 100, 1000.0, "half", "softmax10", BF16),
+    (257, 17, 112, 1000.0, "half", "softmax10", BF16),
 ]
 
 
@@ -106,8 +106,8 @@ def test_confident_images_keep_their_gradient_in_fp16(loss):
     assert all(relative(ours, gradient) < 5e-3 for ours, gradient in zip(grads, exact))
 
 
-@pytest.mark.parametrize("shape", [(1, 5, 16), (1, 1, 16), (9, 1, 16), (6, 40, 1)])
-def test_one_image_one_rank_one_dimension(shape):
+@pytest.mark.parametrize("shape", [(1, 5, 16), (1, 1, 16), (9, 1, 16)])
+def test_one_image_one_rank(shape):
     check_degenerate(shape, 10.0)
 
 
@@ -315,7 +315,7 @@ def test_size_of_tiles_changes_only_rounding(monkeypatch, BM, BK):
 # --- match ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(37, 9, 100), (20, 128, 32), (1, 1, 8)])
+@pytest.mark.parametrize("shape", [(37, 9, 112), (20, 128, 32), (1, 1, 16)])
 @pytest.mark.parametrize("dtype", [FP32, FP16])
 def test_match(shape, dtype):
     features, prototypes, _, scale = make_case(*shape, 14.3, dtype=dtype)
@@ -342,7 +342,7 @@ def test_tf32(monkeypatch, shape):
 @needs_cuda
 @pytest.mark.parametrize("dtype", [FP16, BF16])
 @pytest.mark.parametrize(
-    "shape", [(4096, 101, 512), (5000, 101, 100), (4096, 61, 640), (20000, 101, 512)]
+    "shape", [(4096, 101, 512), (5000, 101, 112), (4096, 61, 640), (20000, 101, 512)]
 )
 def test_many_images(dtype, shape):
     """Tiles of 64 images and more, whose wgmma runs beside the next loads; and the same for prediction."""

@@ -329,7 +329,7 @@ def one_process_of_two(rank, folder, impl):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     results = []
     for sizes in UNEVEN:
-        features, prototypes, labels, scale = make_case(64, 11, 24, 10.0, "half")
+        features, prototypes, labels, scale = make_case(64, 11, 32, 10.0, "half")
         mine = slice(0, sizes[0]) if rank == 0 else slice(sizes[0], 64)
         case = (features[mine], prototypes, labels[mine], scale)
         for target in TARGETS:
@@ -344,7 +344,7 @@ def check_two_processes(folder, impl):
     halves = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
     cases = [(sizes, target) for sizes in UNEVEN for target in TARGETS]
     for (sizes, target), first, second in zip(cases, *halves):
-        whole = make_case(64, 11, 24, 10.0, "half")
+        whole = make_case(64, 11, 32, 10.0, "half")
         losses, grads = gradients(whole, target, (0.7, 1.9), impl=impl)
         assert torch.equal(first[0], second[0]), "all processes must see the same loss"
         assert relative(first[0], losses.double()) < 1e-6, (sizes, target)
