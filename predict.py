@@ -17,6 +17,7 @@ import csv
 import json
 import os
 import sys
+import tempfile
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Sequence
@@ -172,10 +173,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         "--workers", type=int, help="reading processes (default: none for few images, else up to 8)"
     )
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():  # Path("") would be the current folder
+        if any(not str(v).strip() for v in (value if isinstance(value, list) else [value])):
+            parser.error(f"{name.replace('_', '-')} is empty; give a value, or leave it out")
     if not (args.images or args.save_prototypes or args.onnx):
         parser.error("give images, a folder or a list")
-    if args.batch_size < 1 or (args.workers or 0) < 0:
-        parser.error("--batch-size must be at least 1, --workers at least 0")
+    max_workers = max(64, 2 * (os.cpu_count() or 1))  # as of train.py
+    if args.batch_size < 1 or not 0 <= (args.workers or 0) <= max_workers:
+        parser.error(f"--batch-size must be at least 1, --workers at least 0 and <= {max_workers}")
     return args
 
 
@@ -184,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         paths = find_images(args.images)
+        check_outputs(args, paths)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         predictor = load(args.exported, device)
         if args.save_prototypes and isinstance(predictor.model, Regression):
@@ -220,6 +226,28 @@ def find_images(arguments: Sequence[str | Path]) -> list[str]:
             raise ValueError(f"no images in {argument}; expected {' '.join(data.IMAGE_TYPES)}")
         paths += map(str, images)
     return paths
+
+
+def check_outputs(args: Namespace, paths: Sequence[str]) -> None:
+    """ValueError for an output that cannot be written, or would replace an input or another one."""
+    inputs, flags = [args.exported, *args.images, *paths], {}
+    for flag in ("--csv", "--json", "--explain", "--save-prototypes", "--onnx"):
+        if (output := getattr(args, flag[2:].replace("-", "_"))) is None:
+            continue
+        if os.path.exists(output) and not os.path.isfile(output):
+            raise ValueError(f"{flag} {output} is a folder or device; give the name of a file")
+        files = inputs if os.path.exists(output) else []
+        if any(os.path.exists(file) and os.path.samefile(file, output) for file in files):
+            raise ValueError(f"{flag} {output} is one of the inputs; give another file")
+        if (first := flags.setdefault(os.path.realpath(output), flag)) != flag:
+            raise ValueError(f"{first} and {flag} are both {output}; give another file")
+        try:
+            tempfile.TemporaryFile(dir=Path(output).parent).close()
+        except OSError as error:
+            raise ValueError(
+                f"{flag} {output} cannot be written ({error.strerror}); give a file in a folder "
+                "that exists and is yours"
+            ) from error
 
 
 def predict_all(args: Namespace, predictor: Predictor, paths: list[str]) -> tuple[Answers, Failed]:

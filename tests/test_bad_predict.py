@@ -1,0 +1,84 @@
+"""pytest tests/test_bad_predict.py -- predict.py on input that is wrong: one line, nothing lost."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import predict
+
+
+@pytest.fixture(scope="module")
+def exported(finished_run):
+    return str(finished_run[0] / "exported.pt")
+
+
+@pytest.fixture
+def photo(stripes, tmp_path, monkeypatch):
+    """In the current folder, which holds nothing else."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(stripes / "1 stripes" / "image 0.png", "a.png")
+    return "a.png"
+
+
+def contents():
+    return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """What is wrong is said before the model is loaded."""
+    monkeypatch.setattr(predict, "load", lambda *_: pytest.fail("the model was loaded"))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([""], "images is empty; give a value, or leave it out"),
+        (["a.png", " "], "images is empty"),
+        (["a.png", "--csv", ""], "csv is empty"),
+        (["a.png", "--save-prototypes="], "save-prototypes is empty"),
+        (["a.png", "--device="], "device is empty"),
+        (["a.png", "--workers", "5000"], "--workers at least 0 and <= "),
+    ],
+)
+def test_flags_that_say_nothing_are_refused(photo, no_model, flags, message, capsys):
+    with pytest.raises(SystemExit):
+        predict.main(["e.pt", *flags])
+    assert message in capsys.readouterr().err
+    assert os.listdir() == [photo]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--csv", "./a.png"], "--csv ./a.png is one of the inputs; give another file"),
+        (["--explain", "linked.png"], "--explain linked.png is one of the inputs"),
+        (["list.txt", "--json", "list.txt"], "--json list.txt is one of the inputs"),
+        (["folder", "--csv", "folder/b.png"], "--csv folder/b.png is one of the inputs"),
+        (["--save-prototypes", "e.pt"], "--save-prototypes e.pt is one of the inputs"),
+        (["--csv", "x", "--json", "./x"], "--csv and --json are both ./x; give another file"),
+        (["--json", "folder"], "--json folder is a folder or device; give the name of a file"),
+        (["--csv", "/dev/null"], "--csv /dev/null is a folder or device"),
+        (["--csv", "none/x.csv"], "--csv none/x.csv cannot be written .No such file or directory"),
+        (["--onnx", "a.png/x"], "--onnx a.png/x cannot be written .Not a directory.; give a file"),
+        (["--explain", "/proc/x.png"], "--explain /proc/x.png cannot be written .*; give a file"),
+    ],
+)
+def test_outputs_that_cannot_be_written_are_refused_before(photo, no_model, flags, message):
+    os.link(photo, "linked.png")
+    os.mkdir("folder")
+    shutil.copy(photo, "folder/b.png")
+    Path("e.pt").touch()
+    Path("list.txt").write_text("a.png")
+    before = contents()
+    with pytest.raises(SystemExit, match=f"^predict.py: {message}"):
+        predict.main(["e.pt", photo, *flags])
+    assert contents() == before
+
+
+def test_an_output_of_before_is_written_again(photo, exported):
+    for _ in range(2):
+        assert predict.main([exported, photo, "--csv", "o.csv", "--device", "cpu"]) == 0
+    assert len(open("o.csv").readlines()) == 2 and sorted(os.listdir()) == ["a.png", "o.csv"]
