@@ -191,6 +191,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         paths = find_images(args.images)
         check_outputs(args, paths)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+            raise ValueError(
+                f"--device {device}: there is none; expected cpu, cuda or cuda:N"
+            ) from error
         predictor = load(args.exported, device)
         if args.save_prototypes and isinstance(predictor.model, Regression):
             raise ValueError(f"{args.exported} is of a regression run, which has no prototypes")
@@ -361,4 +367,6 @@ def _concat_answers(batches):
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # whatever the locale can print
     sys.exit(main())

@@ -5,8 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from processes import run_python
 
 import predict
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +86,23 @@ def test_an_output_of_before_is_written_again(photo, exported):
     for _ in range(2):
         assert predict.main([exported, photo, "--csv", "o.csv", "--device", "cpu"]) == 0
     assert len(open("o.csv").readlines()) == 2 and sorted(os.listdir()) == ["a.png", "o.csv"]
+
+
+@pytest.mark.parametrize("device", ["xyz", "meta", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(photo, no_model, device):
+    message = f"^predict.py: --device {device}: there is none; expected cpu, cuda or cuda:N$"
+    with pytest.raises(SystemExit, match=message):
+        predict.main(["e.pt", photo, "--device", device])
+
+
+def test_any_locale_prints_any_rank_name(photo, exported):
+    content = torch.load(exported, weights_only=True)
+    content["rank_names"] = [f"{i} ä" for i in range(len(content["rank_names"]))]
+    torch.save(content, "e.pt")
+    argv = [os.path.abspath(name) for name in ("e.pt", photo)]
+    code = """import runpy, sys; sys.stdout.reconfigure(encoding="ascii", errors="strict")
+runpy.run_path("predict.py", run_name="__main__")"""
+    flags = ["--csv", os.path.abspath("o.csv"), "--device", "cpu"]
+    process = run_python(code, ROOT, *argv, *flags)
+    assert process.returncode == 0 and r" \xe4 " in process.stdout, process.stderr
+    assert " ä," in Path("o.csv").read_text("utf-8")
