@@ -194,9 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-            raise ValueError(
-                f"--device {device}: there is none; expected cpu, cuda or cuda:N"
-            ) from error
+            message = f"--device {device}: there is none; expected cpu, cuda or cuda:N"
+            raise ValueError(message) from error
         predictor = load(args.exported, device)
         if args.save_prototypes and isinstance(predictor.model, Regression):
             raise ValueError(f"{args.exported} is of a regression run, which has no prototypes")
@@ -227,7 +226,14 @@ def find_images(arguments: Sequence[str | Path]) -> list[str]:
                 message = f"{others.total():,} files of other types left out ({types})"
                 print(message, file=sys.stderr)
         elif argument.suffix.lower() in (".txt", ".csv", ".tsv"):
-            images = [argument.parent / path for path in data.read_paths(argument)]
+            if not argument.exists():
+                raise ValueError(f"there is no list {argument}; give images, folders, lists")
+            try:
+                images = data.read_paths(argument)
+            except FileNotFoundError as error:  # the images that are there are predicted
+                print(printable(f"{error}"), file=sys.stderr)
+                images = data.read_paths(argument, allow_missing=True)
+            images = [argument.parent / path for path in images]
         if not images:
             raise ValueError(f"no images in {argument}; expected {' '.join(data.IMAGE_TYPES)}")
         paths += map(str, images)
@@ -240,9 +246,9 @@ def check_outputs(args: Namespace, paths: Sequence[str]) -> None:
     for flag in ("--csv", "--json", "--explain", "--save-prototypes", "--onnx"):
         if (output := getattr(args, flag[2:].replace("-", "_"))) is None:
             continue
-        if os.path.exists(output) and not os.path.isfile(output):
-            raise ValueError(f"{flag} {output} is a folder or device; give the name of a file")
         files = inputs if os.path.exists(output) else []
+        if files and not os.path.isfile(output):
+            raise ValueError(f"{flag} {output} is a folder or device; give the name of a file")
         if any(os.path.exists(file) and os.path.samefile(file, output) for file in files):
             raise ValueError(f"{flag} {output} is one of the inputs; give another file")
         if (first := flags.setdefault(os.path.realpath(output), flag)) != flag:
@@ -250,10 +256,8 @@ def check_outputs(args: Namespace, paths: Sequence[str]) -> None:
         try:
             tempfile.TemporaryFile(dir=Path(output).parent).close()
         except OSError as error:
-            raise ValueError(
-                f"{flag} {output} cannot be written ({error.strerror}); give a file in a folder "
-                "that exists and is yours"
-            ) from error
+            message = f"{flag} {output} cannot be written ({error.strerror}); give another folder"
+            raise ValueError(message) from error
 
 
 def predict_all(args: Namespace, predictor: Predictor, paths: list[str]) -> tuple[Answers, Failed]:

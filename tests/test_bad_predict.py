@@ -66,8 +66,14 @@ def test_flags_that_say_nothing_are_refused(photo, no_model, flags, message, cap
         (["--json", "folder"], "--json folder is a folder or device; give the name of a file"),
         (["--csv", "/dev/null"], "--csv /dev/null is a folder or device"),
         (["--csv", "none/x.csv"], "--csv none/x.csv cannot be written .No such file or directory"),
-        (["--onnx", "a.png/x"], "--onnx a.png/x cannot be written .Not a directory.; give a file"),
-        (["--explain", "/proc/x.png"], "--explain /proc/x.png cannot be written .*; give a file"),
+        (
+            ["--onnx", "a.png/x"],
+            "--onnx a.png/x cannot be written .Not a directory.; give another folder",
+        ),
+        (
+            ["--explain", "/proc/x.png"],
+            "--explain /proc/x.png cannot be written .*; give another folder",
+        ),
     ],
 )
 def test_outputs_that_cannot_be_written_are_refused_before(photo, no_model, flags, message):
@@ -106,3 +112,56 @@ runpy.run_path("predict.py", run_name="__main__")"""
     process = run_python(code, ROOT, *argv, *flags)
     assert process.returncode == 0 and r" \xe4 " in process.stdout, process.stderr
     assert " ä," in Path("o.csv").read_text("utf-8")
+
+
+def test_a_list_that_is_not_there_is_named(photo, no_model):
+    message = "^predict.py: there is no list README.txt; give images, folders, lists$"
+    with pytest.raises(SystemExit, match=message):
+        predict.main(["e.pt", "README.txt"])
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("l.csv", "a.png;1\n", "1: expected an image path, .* separated by ','; got 'a.png;1'"),
+        ("l.csv", "path\tlabel\na.png\t1\n", "1: expected .* got 'path.tlabel'"),
+        ("l.tsv", "a.png,1\n", "1: expected an image path, .* separated by '.t'; got 'a.png,1'"),
+        ("l.csv", "label,path\n1,a.png\n\n3\n", "4: expected an image path, .*; got '3'"),
+        ("l.csv", ",1\n", "1: expected an image path, .*; got ',1'"),
+        ("l.txt", "label path\n3\n", "2: expected an image path, .* separated by ' '; got '3'"),
+    ],
+)
+def test_lists_with_other_separators_are_refused(photo, name, text, message):
+    Path(name).write_text(text)
+    with pytest.raises(ValueError, match=f"^{name}:{message}$"):
+        predict.find_images([name])
+
+
+@pytest.mark.parametrize(
+    "name, text, paths",
+    [
+        ("l.txt", "my photo.avif\nmy photo.avif 3\nmy own\nnone.avif 1\n", None),
+        ("l.csv", "b;1.png\n", ["b;1.png"]),
+        ("l.csv", '"b;1.png"\n"c, d.png"\n', ["b;1.png", "c, d.png"]),
+        ("l.txt", "A.png\na.PNG 1\n", ["A.png", "a.png"]),  # as training reads it
+    ],
+)
+def test_lists_name_their_images_as_they_are_on_disk(photo, name, text, paths):
+    for other in ("my photo.avif", "my own", "b;1.png"):
+        shutil.copy(photo, other)
+    Path(name).write_text(text)
+    paths = paths or ["my photo.avif", "my photo.avif", "my own", "none.avif"]
+    assert predict.find_images([name]) == paths
+
+
+def test_missing_images_of_a_list_are_looked_for(photo, exported, capsys):
+    Path("l.csv").write_text("a.png\nA.png\nb.png\n")
+    assert predict.main([exported, "l.csv", "--device", "cpu"]) == 1
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == ["file", "a.png"]
+    assert err.splitlines() == [
+        "l.csv: 2 of 3 images are not under ., the first: 'A.png', 'b.png' (there is './a.png': "
+        "mind case, suffix, accents)",
+        "not predicted: A.png: there is no such image",
+        "not predicted: b.png: there is no such image",
+    ]
