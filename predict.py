@@ -288,7 +288,6 @@ def report(args: Namespace, predictor: Predictor, answers: Answers, failed: Fail
         highest = answers["probs"].max(1).values.tolist()
         columns = (answers["file"], answers["name"], indices, expected, values, highest)
         rows = [dict(zip(COLUMNS, row)) for row in zip(*columns)]
-        print_table(rows, answers["probs"], names)
     if args.csv:
         data.atomic_write(Path(args.csv), partial(_write_csv, rows))
     if args.json:
@@ -309,6 +308,8 @@ def report(args: Namespace, predictor: Predictor, answers: Answers, failed: Fail
         }
         picture = explain(pixels, few, names)
         data.atomic_write(Path(args.explain), lambda tmp_path: picture.save(tmp_path, "PNG"))
+    if rows:  # after the files, which are whole also if the reader of the table goes, as `head`
+        print_table(rows, answers["probs"], names)
     for path, error in failed:
         message = error if path in error else f"{path}: {error}"
         print(printable(f"not predicted: {message}"), file=sys.stderr)

@@ -165,3 +165,13 @@ def test_missing_images_of_a_list_are_looked_for(photo, exported, capsys):
         "not predicted: A.png: there is no such image",
         "not predicted: b.png: there is no such image",
     ]
+
+
+def test_the_files_are_written_before_a_table_nobody_reads(photo, exported, monkeypatch):
+    def fail(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(predict, "print_table", fail)
+    with pytest.raises(SystemExit, match="Broken pipe"):
+        predict.main([exported, photo, "--csv", "o.csv", "--json", "o.json", "--device", "cpu"])
+    assert {"o.csv", "o.json"} < set(os.listdir())
