@@ -17,6 +17,7 @@ import csv
 import json
 import os
 import sys
+import tempfile
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Sequence
@@ -172,10 +173,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         "--workers", type=int, help="reading processes (default: none for few images, else up to 8)"
     )
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():  # Path("") would be the current folder
+        if any(not str(v).strip() for v in (value if isinstance(value, list) else [value])):
+            parser.error(f"{name.replace('_', '-')} is empty; give a value, or leave it out")
     if not (args.images or args.save_prototypes or args.onnx):
         parser.error("give images, a folder or a list")
-    if args.batch_size < 1 or (args.workers or 0) < 0:
-        parser.error("--batch-size must be at least 1, --workers at least 0")
+    max_workers = max(64, 2 * (os.cpu_count() or 1))  # as of train.py
+    if args.batch_size < 1 or not 0 <= (args.workers or 0) <= max_workers:
+        parser.error(f"--batch-size must be at least 1, --workers at least 0 and <= {max_workers}")
     return args
 
 
@@ -184,7 +189,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         paths = find_images(args.images)
+        check_outputs(args, paths)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+            message = f"--device {device}: there is none; expected cpu, cuda or cuda:N"
+            raise ValueError(message) from error
         predictor = load(args.exported, device)
         if args.save_prototypes and isinstance(predictor.model, Regression):
             raise ValueError(f"{args.exported} is of a regression run, which has no prototypes")
@@ -215,11 +226,38 @@ def find_images(arguments: Sequence[str | Path]) -> list[str]:
                 message = f"{others.total():,} files of other types left out ({types})"
                 print(message, file=sys.stderr)
         elif argument.suffix.lower() in (".txt", ".csv", ".tsv"):
-            images = [argument.parent / path for path in data.read_paths(argument)]
+            if not argument.exists():
+                raise ValueError(f"there is no list {argument}; give images, folders, lists")
+            try:
+                images = data.read_paths(argument)
+            except FileNotFoundError as error:  # the images that are there are predicted
+                print(printable(f"{error}"), file=sys.stderr)
+                images = data.read_paths(argument, allow_missing=True)
+            images = [argument.parent / path for path in images]
         if not images:
             raise ValueError(f"no images in {argument}; expected {' '.join(data.IMAGE_TYPES)}")
         paths += map(str, images)
     return paths
+
+
+def check_outputs(args: Namespace, paths: Sequence[str]) -> None:
+    """ValueError for an output that cannot be written, or would replace an input or another one."""
+    inputs, flags = [args.exported, *args.images, *paths], {}
+    for flag in ("--csv", "--json", "--explain", "--save-prototypes", "--onnx"):
+        if (output := getattr(args, flag[2:].replace("-", "_"))) is None:
+            continue
+        files = inputs if os.path.exists(output) else []
+        if files and not os.path.isfile(output):
+            raise ValueError(f"{flag} {output} is a folder or device; give the name of a file")
+        if any(os.path.exists(file) and os.path.samefile(file, output) for file in files):
+            raise ValueError(f"{flag} {output} is one of the inputs; give another file")
+        if (first := flags.setdefault(os.path.realpath(output), flag)) != flag:
+            raise ValueError(f"{first} and {flag} are both {output}; give another file")
+        try:
+            tempfile.TemporaryFile(dir=Path(output).parent).close()
+        except OSError as error:
+            message = f"{flag} {output} cannot be written ({error.strerror}); give another folder"
+            raise ValueError(message) from error
 
 
 def predict_all(args: Namespace, predictor: Predictor, paths: list[str]) -> tuple[Answers, Failed]:
@@ -250,7 +288,6 @@ def report(args: Namespace, predictor: Predictor, answers: Answers, failed: Fail
         highest = answers["probs"].max(1).values.tolist()
         columns = (answers["file"], answers["name"], indices, expected, values, highest)
         rows = [dict(zip(COLUMNS, row)) for row in zip(*columns)]
-        print_table(rows, answers["probs"], names)
     if args.csv:
         data.atomic_write(Path(args.csv), partial(_write_csv, rows))
     if args.json:
@@ -271,6 +308,8 @@ def report(args: Namespace, predictor: Predictor, answers: Answers, failed: Fail
         }
         picture = explain(pixels, few, names)
         data.atomic_write(Path(args.explain), lambda tmp_path: picture.save(tmp_path, "PNG"))
+    if rows:  # after the files, which are whole also if the reader of the table goes, as `head`
+        print_table(rows, answers["probs"], names)
     for path, error in failed:
         message = error if path in error else f"{path}: {error}"
         print(printable(f"not predicted: {message}"), file=sys.stderr)
@@ -333,4 +372,6 @@ def _concat_answers(batches):
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # whatever the locale can print
     sys.exit(main())

@@ -358,13 +358,26 @@ def check_names(paths: Iterable[str]) -> None:
                 raise ValueError(f"the file name {path!a} {fault}; {advice}")
 
 
-def read_paths(path: str | Path) -> list[str]:
-    """The image paths of a list file, as they are spelled; labels are ignored and may be absent."""
-    delimiter, rows = {".csv": ",", ".tsv": "\t"}.get(Path(path).suffix.lower()), []
-    for _, line in read_lines(path):
-        is_path = not delimiter and Path(line).suffix.lower() in IMAGE_TYPES
-        rows.append([line] if is_path else _cells(line, delimiter))
-    names = [cell.lower() for cell in rows[0]] if rows else []
-    column = next((names.index(name) for name in PATH_COLUMNS if name in names), None)
-    rows = rows if column is None else rows[1:]
-    return [row[column or 0] for row in rows if len(row) > (column or 0)]
+def read_paths(path: str | Path, allow_missing: bool = False) -> list[str]:
+    """The image paths of a list file, as on disk; labels are ignored and may be absent.
+
+    Errors: ValueError for a line without a path and for another separator; as of read_list.
+    """
+    delimiter = {".csv": ",", ".tsv": "\t"}.get(Path(path).suffix.lower())
+    root, column, images = Path(path).parent, None, []
+    for number, line in read_lines(path):
+        is_image = Path(line).suffix.lower() in IMAGE_TYPES or os.path.isfile(root / line)
+        cells = [line] if is_image and not delimiter else _cells(line, delimiter)
+        if column is None:  # the first line
+            names = [cell.lower() for cell in cells]
+            header = [names.index(name) for name in PATH_COLUMNS if name in names]
+            column = (*header, 0)[0]
+            if header:
+                continue
+            if delimiter and cells == [line] and re.search("[;,\t]", line) and not is_image:
+                cells = []
+        if not "".join(cells[column : column + 1]):
+            expected = f"an image path, columns separated by {delimiter or ' '!r}"
+            raise ValueError(f"{path}:{number}: expected {expected}; got {line[:200]!r}")
+        images.append((cells[column], 0))
+    return [image for image, _ in resolve_paths(root, images, path, allow_missing)]
