@@ -1,6 +1,7 @@
 """pytest tests/test_run_folder.py -- what is written where, and when a folder is refused."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -121,6 +122,46 @@ def test_lists_that_changed_since_the_run_began_are_refused(gray, tmp_path):
             train.main(command)
         path.write_text(text)
     train.main(argv)
+
+
+def test_ranks_that_changed_since_the_run_began_are_refused(gray, tmp_path):
+    lines = [f"{rank} gray/{i}.png {rank}" for rank in range(4) for i in range(10)]
+    (tmp_path / "train.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "ranks.txt").write_text("dark\nmiddle\nlight\nwhite\n")
+    lists, run_dir = ["--train-list", str(tmp_path / "train.txt")], tmp_path / "run"
+    argv = ["--data", str(gray), *TINY, *lists, "--out", str(run_dir)]
+    train.main(argv)
+    (run_dir / "results.json").unlink()
+    for path, command in (
+        (tmp_path / "ranks.txt", argv),
+        (run_dir / "splits" / "ranks.txt", ["--resume", str(run_dir)]),
+        (run_dir / "splits" / "ranks.txt", ["--eval", str(run_dir)]),
+    ):
+        text = path.read_text()
+        path.write_text("white\nlight\nmiddle\ndark\n")
+        with pytest.raises(SystemExit, match="the ranks, their names or order, changed since the"):
+            train.main(command)
+        path.write_text(text)
+    train.main(argv)
+
+
+def test_labels_that_changed_within_their_bins_are_refused(gray, tmp_path):
+    rows = [f"{rank} gray/{i}.png,{10 * rank + i / 10}" for rank in range(4) for i in range(10)]
+    table, run_dir = tmp_path / "train.csv", tmp_path / "run"
+    table.write_text("\n".join(["path,label", *rows]) + "\n")
+    argv = ["--data", str(gray), *TINY, "--train-list", str(table), "--bins", "0,10,20,30,40"]
+    argv += ["--out", str(run_dir)]
+    train.main(argv)
+    train.main(["--eval", str(run_dir)])  # the labels are read from splits/ as they were written
+    config = (run_dir / "config.json").read_text()
+    (run_dir / "results.json").unlink()
+    table.write_text(table.read_text().replace(",30.5\n", ",33.25\n"))
+    with pytest.raises(SystemExit, match="the labels in the bins changed since the run began"):
+        train.main(argv)
+    older = json.loads(config)
+    older["splits"] = {part: older["splits"][part] for part in data.PARTS}
+    (run_dir / "config.json").write_text(json.dumps(older))
+    train.main(argv)  # runs of earlier versions wrote no digest of them
 
 
 def test_two_processes_do_not_write_one_run(gray, tmp_path):

@@ -16,7 +16,7 @@ import platform
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -216,25 +216,35 @@ def lock_run_dir(run_dir: Path) -> Iterator[None]:
 
 
 def split_digests(task: data.Task) -> dict[str, str]:
-    """sha256 of the images and labels of each part, in order."""
-    digests = {part: hashlib.sha256() for part in data.PARTS}
-    for part, digest in digests.items():
-        separator = ""
-        for path, label in getattr(task, part):
-            digest.update(f"{separator}{path} {label}".encode())
-            separator = "\n"
-    return {part: digest.hexdigest() for part, digest in digests.items()}
+    """sha256 of the images and labels of each part, in order; of the ranks; of labels in bins."""
+    real, samples = task.real_labels, {part: getattr(task, part) for part in data.PARTS}
+    lines = {part: (f"{path} {label}" for path, label in samples[part]) for part in data.PARTS}
+    lines["ranks"] = (f"{value!r} {name}" for value, name in zip(task.rank_values, task.rank_names))
+    lines["labels"] = (repr(real[path]) for part in data.PARTS if real for path, _ in samples[part])
+    return {name: sha256_of_lines(texts) for name, texts in lines.items()}
+
+
+def sha256_of_lines(lines: Iterable[str]) -> str:
+    digest, separator = hashlib.sha256(), ""
+    for line in lines:
+        digest.update(f"{separator}{line}".encode())
+        separator = "\n"
+    return digest.hexdigest()
 
 
 def check_same_images(args: Namespace, task: data.Task) -> None:
-    """SystemExit if the images of a run that was begun are not those of its config.json."""
+    """SystemExit if the images and ranks of a run that was begun are not those of config.json."""
     path = Path(args.out) / "config.json"
     if not path.exists():
         return
-    saved, digests = load_json(path, "settings").get("splits", {}), split_digests(task)
-    if changed := [part for part in data.PARTS if saved.get(part, digests[part]) != digests[part]]:
+    saved = load_json(path, "settings").get("splits", {})  # without ranks, labels in older runs
+    changed = [k for k, digest in split_digests(task).items() if saved.get(k, digest) != digest]
+    if changed:
+        words = dict(ranks="the ranks, their names or order,", labels="the labels in the bins")
+        parts = [part for part in changed if part in data.PARTS]
+        what = f"the list of {' and '.join(parts)} images" if parts else words[changed[0]]
         raise SystemExit(
-            f"{args.out}: the list of {' and '.join(changed)} images changed since the run began; "
+            f"{args.out}: {what} changed since the run began; "
             "restore the lists and images, or start a new run with another --out"
         )
 
