@@ -173,7 +173,8 @@ def damaged_run(finished_run, tmp_path_factory):
 @pytest.mark.parametrize("name", ["config.json", "results.json"])
 def test_a_damaged_json_is_named(stripes, damaged_run, name, text):
     path = damaged_run / name
-    message = f"{path} is damaged ({DAMAGED[text]}); delete it, or restore it"
+    message = f"{path} is damaged ({DAMAGED[text]}); restore it, or move it away and repeat the "
+    message += "command of the run"
     original = path.read_bytes() if path.exists() else None
     path.write_text(text, encoding="utf-8")
     commands = [["--data", str(stripes), *TINY, "--epochs", "3", "--out", str(damaged_run)]]

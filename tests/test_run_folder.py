@@ -161,6 +161,7 @@ def test_labels_that_changed_within_their_bins_are_refused(gray, tmp_path):
     older = json.loads(config)
     older["splits"] = {part: older["splits"][part] for part in data.PARTS}
     (run_dir / "config.json").write_text(json.dumps(older))
+    (run_dir / "last.pt").unlink()
     train.main(argv)  # runs of earlier versions wrote no digest of them
 
 
@@ -186,9 +187,31 @@ def test_a_damaged_json_is_named(gray, tmp_path):
     run_dir.mkdir()
     for name in ("results.json", "config.json"):
         (run_dir / name).write_text("{")
-        with pytest.raises(SystemExit, match=f"{name} is damaged .*; delete it, or restore it"):
+        with pytest.raises(SystemExit, match=f"{name} is damaged .*; restore it, or move it"):
             train.main(["--data", str(gray), *TINY, "--out", str(run_dir)])
         (run_dir / name).unlink()
+
+
+def test_a_run_without_its_config_goes_on_with_its_own_settings_only(gray, tmp_path):
+    folder, run_dir = shutil.copytree(gray, tmp_path / "gray"), tmp_path / "run"
+    argv = ["--data", str(folder), *TINY, "--out", str(run_dir)]
+    results = train.main(argv)
+    for name in ("config.json", "results.json"):
+        (run_dir / name).unlink()
+    with pytest.raises(SystemExit, match="was begun with other settings: --lr 0.002, not 0.3. Ch"):
+        train.main([*argv, "--lr", "0.3"])
+    for command in ("--resume", "--eval"):
+        with pytest.raises(SystemExit, match="config.json is missing; repeat the command of the"):
+            train.main([command, str(run_dir)])
+    (folder / "0 gray" / "0.png").rename(folder / "0 gray" / "new.png")
+    with pytest.raises(SystemExit, match="images changed since the run began"):
+        train.main(argv)
+    (folder / "0 gray" / "new.png").rename(folder / "0 gray" / "0.png")
+    assert not (run_dir / "config.json").exists()
+    saved = torch.load(run_dir / "last.pt", weights_only=True)
+    del saved["splits"]  # as earlier versions wrote it
+    torch.save(saved, run_dir / "last.pt")
+    assert train.main(argv)["test"] == results["test"]
 
 
 def test_without_git_the_commit_is_null(monkeypatch):

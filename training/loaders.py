@@ -70,7 +70,12 @@ def load_task(args: Namespace) -> data.Task:
                 task = data.distribution_shift(task, *args.shift, args.seed)
         task = check_images(args, task, args.skip_bad and (lists is None or not run_exists))
         if run_exists:  # the same images, so the same protocol
-            config = load_json(Path(args.out) / "config.json", "settings")
+            path = Path(args.out) / "config.json"
+            if not path.exists():
+                raise SystemExit(
+                    f"{path} is missing; repeat the command of the run, which goes on and writes it"
+                )
+            config = load_json(path, "settings")
             task = replace(task, protocol=str(config.get("protocol")))
     return task
 

@@ -130,18 +130,22 @@ def comparable_settings(settings: dict) -> dict:
 
 def check_same_settings(args: Namespace, saved: dict, state: str) -> None:
     """SystemExit naming each setting of args that differs from the saved ones."""
+    if differing := differing_settings(settings_dict(args), saved):
+        raise SystemExit(
+            f"{args.out} {state} with other settings: {differing}. "
+            "Choose another --out, or repeat its settings"
+        )
+
+
+def differing_settings(requested: dict, saved: dict) -> str:
+    """`--lr 0.1, not 0.2; ...`: each requested setting that differs from the saved one."""
     saved = dict(no_draft=True) | saved  # as runs were before there was the flag
-    requested = comparable_settings(json.loads(json.dumps(settings_dict(args))))
-    differing = [
+    requested = comparable_settings(json.loads(json.dumps(requested)))
+    return "; ".join(
         f"--{key.replace('_', '-')} {saved.get(key)!r}, not {value!r}"
         for key, value in requested.items()
         if value != saved.get(key) and (key in saved or value)  # a flag younger than the run
-    ]
-    if differing:
-        raise SystemExit(
-            f"{args.out} {state} with other settings: {'; '.join(differing)}. "
-            "Choose another --out, or repeat its settings"
-        )
+    )
 
 
 def load_finished_results(args: Namespace) -> dict | None:
@@ -235,9 +239,12 @@ def sha256_of_lines(lines: Iterable[str]) -> str:
 def check_same_images(args: Namespace, task: data.Task) -> None:
     """SystemExit if the images and ranks of a run that was begun are not those of config.json."""
     path = Path(args.out) / "config.json"
-    if not path.exists():
-        return
-    saved = load_json(path, "settings").get("splits", {})  # without ranks, labels in older runs
+    if path.exists():
+        check_digests(args, load_json(path, "settings").get("splits", {}), task)
+
+
+def check_digests(args: Namespace, saved: dict[str, str], task: data.Task) -> None:
+    """SystemExit if the saved split_digests, of which older runs lack some, are of another task."""
     changed = [k for k, digest in split_digests(task).items() if saved.get(k, digest) != digest]
     if changed:
         words = dict(ranks="the ranks, their names or order,", labels="the labels in the bins")
@@ -290,7 +297,10 @@ def load_json(path: Path, needed: str) -> dict:
         if not isinstance(content, dict) or not isinstance(content.get(needed), dict):
             raise ValueError(f"it holds no {needed!r}")
     except ValueError as error:
-        raise SystemExit(f"{path} is damaged ({error}); delete it, or restore it") from error
+        raise SystemExit(
+            f"{path} is damaged ({error}); restore it, or move it away and repeat the command of "
+            "the run"
+        ) from error
     return content
 
 
