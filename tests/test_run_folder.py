@@ -61,6 +61,17 @@ def test_a_checkpoint_away_from_its_run_is_told_plainly(finished_run, tmp_path):
         train.main(["--eval", str(tmp_path / "best.pt")])
 
 
+def test_a_checkpoint_in_the_folder_of_another_run_is_refused(finished_run, gray, tmp_path):
+    out = tmp_path / "run"
+    train.main(["--data", str(gray), *TINY, "--out", str(out)])
+    (out / "results.json").unlink()
+    for name, command in (("best.pt", "--eval"), ("last.pt", "--resume")):
+        shutil.copy(finished_run[0] / name, out / name)
+        message = f"{name} is of another run than .*config.json: --data '.*gray', not '.*stripes'; "
+        with pytest.raises(SystemExit, match=message + "--epochs 1, not 3$"):
+            train.main([command, str(out)])
+
+
 def test_the_same_command_goes_on_wherever_it_was_cut_off(gray, tmp_path):
     run_dir = tmp_path / "run"
     argv = ["--data", str(gray), *TINY, "--out", str(run_dir)]

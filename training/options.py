@@ -18,7 +18,14 @@ from clip_model import MODELS
 from ordinalclip import POSITIONS
 from training.checkpoints import load_checkpoint
 from training.methods import METHODS, init_state
-from training.run_folder import as_list, is_number, join_values, load_json, run_name
+from training.run_folder import (
+    as_list,
+    differing_settings,
+    is_number,
+    join_values,
+    load_json,
+    run_name,
+)
 from training.sweep import SWEEP_FLAGS, is_sweep
 
 # xk-huang/OrdinalCLIP@ca10a20 configs/meta_cfgs/morph_compare.yaml, configs/default.yaml
@@ -406,6 +413,10 @@ def args_from_checkpoint(
     else:
         settings = load_checkpoint(path, "settings", "model")["settings"]
     check_types(settings, parser, path)
+    if config_path.exists():  # a checkpoint may have been copied from another run
+        config = load_json(config_path, "settings")["settings"]
+        if differing := differing_settings(settings, config):
+            raise SystemExit(f"{path} is of another run than {config_path}: {differing}")
     saved = Namespace(**vars(parser.parse_args([])) | dict(no_draft=True) | settings)
     for name in explicit_flags & machine_flags:
         setattr(saved, name, getattr(args, name))
