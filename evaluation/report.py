@@ -4,6 +4,7 @@ Read write_report first; METRICS says which tables there are, PAPER_MAE, PAPER_A
 Needs: data, training.methods, training.options, training.run_folder, evaluation.metrics.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -213,6 +214,23 @@ def name_rows(runs: list[dict]) -> None:
         ]
         for run in cell:
             run["row"] += "".join(f" {key}={run['settings'][key]}" for key in differing)
+        images: dict[tuple, set[str]] = {}  # of a fold; seeds draw some of the training images
+        for run in filter(images_digest, cell):
+            images.setdefault((run["row"], run["settings"]["fold"]), set()).add(images_digest(run))
+        if any(len(digests) > 1 for digests in images.values()):
+            for run in filter(images_digest, cell):
+                run["row"] += f" images={images_digest(run)}"
+
+
+def images_digest(run: dict) -> str:
+    """Of the images and labels that the runs of a fold share; empty for runs of earlier versions.
+
+    Runs with --shots or --shift draw their training images by seed.
+    """
+    splits, settings = run.get("splits") or {}, run["settings"]
+    is_drawn = settings.get("shots") or settings.get("shift")
+    digests = "".join(splits.get(part, "") for part in data.PARTS[bool(is_drawn) :])
+    return digests and hashlib.sha256(digests.encode()).hexdigest()[:8]
 
 
 def format_dataset(key: tuple, runs: list[dict], out_dir: Path) -> str:

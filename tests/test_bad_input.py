@@ -54,8 +54,8 @@ VALUES = [  # out of range, on images that are there
     ("--epochs -3", "--epochs -3: expected 1 .. 1000000; --method zeroshot does without training"),
     ("--base-ranks 4 1", "--base-ranks 1: expected 2 .. 10000; with 1 base rank every interpolated "
         "rank is the same vector"),
-    ("--base-ranks 5", "train.py: num_base_ranks=5: expected 1 to num_ranks=4 base ranks"),
-    ("--base-ranks 2 9", "--base-ranks 9, but {data} has 4 ranks; give fewer"),
+    ("--base-ranks 5", "--base-ranks 5, but {data} has 4 ranks; give at most 4"),
+    ("--base-ranks 2 9", "--base-ranks 9, but {data} has 4 ranks; give at most 4"),
     ("--lr nan", "--lr nan: expected 1e-12 .. 1000.0"),
     ("--lr inf", "--lr inf: expected 1e-12 .. 1000.0"),
     ("--lr 0", "--lr 0.0: expected 1e-12 .. 1000.0"),

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+from conftest import TINY
 
 import train
 from evaluation import report
@@ -63,6 +64,22 @@ def test_runs_that_differ_are_not_averaged(tmp_path):
     text = write_report([tmp_path])
     assert "| ordinalclip-linear-K3 lr=0.0001 | 2.000 (n=1) |" in text
     assert "| ordinalclip-linear-K3 lr=0.001 | 4.000 (n=1) |" in text
+
+
+def test_runs_on_other_images_are_not_averaged(gray, tmp_path):
+    folder, out = shutil.copytree(gray, tmp_path / "gray"), tmp_path / "runs"
+    argv = ["--data", str(folder), *TINY, "--method", "linear", "--seeds"]
+    train.main([*argv, "1", "--out", str(out)])
+    shutil.copytree(folder / "0 gray", folder / "4 gray")
+    with pytest.raises(SystemExit, match="seed1: .*train and val and test images changed since"):
+        train.main([*argv, "1", "2", "--out", str(out)])
+    assert len([*out.glob("*/results.json")]) == 1  # before any other run
+    train.main([*argv, "2", "3", "--out", str(tmp_path / "others")])
+    lines = write_report([out, tmp_path / "others"]).splitlines()
+    table = lines[lines.index("MAE, most probable rank") + 4 :][:2]
+    assert [line.count("(n=1)") for line in table] == [0, 1]
+    assert [line.count("(n=2)") for line in table] == [1, 0]
+    assert all(line.startswith("| linear images=") for line in table)
 
 
 def test_the_papers_figures_are_where_they_belong():

@@ -155,8 +155,6 @@ def load_finished_results(args: Namespace) -> dict | None:
         return None
     results = load_json(path, "settings")
     check_same_settings(args, results["settings"], "is finished")
-    if is_main():
-        print(f"{args.out}: already finished, reading results.json")
     return results
 
 
