@@ -116,7 +116,7 @@ NO_EFFECT = [  # flags that go together with no other of the command
         "leave-one-group-out"),
 ]  # fmt: skip
 FILES = [  # names of things that are not there
-    ("--report none", "no finished run in none; give folders of runs"),
+    ("--report none", "no finished run in none; give folders of runs\n- left out none: no such folder"),
     ("--resume none", "no checkpoint at none"),
     ("--eval none", "no checkpoint at none"),
     ("--eval {data}", "no checkpoint at {data}/best.pt"),
@@ -205,6 +205,7 @@ def test_a_report_names_runs_that_miss_a_part_and_has_the_others(
     for name in ("whole", "damaged"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps(results))
+        results["settings"]["seed"] += 1  # no copy of the other
         results = {k: v for k, v in results.items() if k != key} | ({key: None} if is_null else {})
     text = train.main(["--report", str(tmp_path)])
     assert "[whole](whole/results.json)" in text

@@ -82,6 +82,31 @@ def test_runs_on_other_images_are_not_averaged(gray, tmp_path):
     assert all(line.startswith("| linear images=") for line in table)
 
 
+def test_a_copy_of_a_run_is_not_a_second_run(finished_run, tmp_path):
+    for name in ("a", "copy"):
+        shutil.copytree(finished_run[0], tmp_path / name)
+    text = write_report([tmp_path / "a", tmp_path / "copy"])
+    assert "(n=1)" in text and "(n=2)" not in text
+    path = tmp_path / "copy" / "results.json"
+    same = f"the settings, seed, fold and figures of {tmp_path / 'a'}"
+    assert text.endswith(f"- left out {path}: {same}, so the same run")
+
+
+def test_folders_without_a_finished_run_are_named(tmp_path):
+    write_run(tmp_path / "a", 2.0)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    results = tmp_path / "a" / "results.json"
+    paths = {tmp_path / "none": "no such folder", tmp_path / "begun": "not finished"}
+    paths |= {tmp_path / "empty": "no run", results: f"a file; give its folder, {tmp_path / 'a'}"}
+    text = write_report([tmp_path / "a", *paths])
+    for path, why in paths.items():
+        assert f"- left out {path}: {why}" in text.splitlines()
+        with pytest.raises(SystemExit, match=f"no finished run in .*\n- left out {path}: {why}$"):
+            write_report([path])
+
+
 def test_the_papers_figures_are_where_they_belong():
     """A few read off the tables again."""
     morph = report.PAPER_MAE["morph2"]
