@@ -60,6 +60,7 @@ VALUES = [  # out of range, on images that are there
     ("--lr inf", "--lr inf: expected 1e-12 .. 1000.0"),
     ("--lr 0", "--lr 0.0: expected 1e-12 .. 1000.0"),
     ("--lr -1", "--lr -1.0: expected 1e-12 .. 1000.0"),
+    ("--warmup 1", "--warmup 1: expected 0 .. 0; it must be below --epochs"),
     ("--weight-decay -5", "--weight-decay -5.0: expected 0 .. 1000.0"),
     ("--weight-decay nan", "--weight-decay nan: expected 0 .. 1000.0"),
     ("--batch-size 0", "--batch-size 0: expected 1 .. 1000000"),
@@ -92,6 +93,9 @@ VALUES = [  # out of range, on images that are there
     ("--device=", "--device is empty; give a value, or leave it out"),
     ("--clip=", "--clip is empty; give a value, or leave it out"),
 ]  # fmt: skip
+NO_LR = (
+    "has no effect with --method ordinalclip and rates of its own for all that trains; remove it"
+)
 NO_EFFECT = [  # flags that go together with no other of the command
     ("--freeze-image --image-encoder vgg16", f"--freeze-image {CLIP_ENCODER}"),
     ("--method zeroshot --image-encoder vgg16", f"--method zeroshot {CLIP_ENCODER}"),
@@ -106,6 +110,14 @@ NO_EFFECT = [  # flags that go together with no other of the command
     ("--image-weights none", "--image-weights has no effect with --image-encoder clip; remove it"),
     ("--quick-gelu",
         "--quick-gelu has no effect with --clip tiny and --method ordinalclip; remove it"),
+    ("--patience 3 --epochs 3",
+        "--patience has no effect with --method ordinalclip and 3 epochs; remove it"),
+    ("--ema 0", "--ema has no effect with --method ordinalclip and DECAY 0.0; remove it"),
+    ("--shift 1,1", "--shift has no effect with --method ordinalclip and its share of images; "
+        "remove it"),
+    ("--shift 1,0.5 1,0.50", "--shift names a value twice; name each once"),
+    ("--lr-image 1e-3 --lr-prompts 1e-3", f"--lr {NO_LR}"),
+    ("--freeze-image --lr-prompts 1e-3", f"--lr {NO_LR}"),
     ("--train-list x.txt --val-list y.txt --fold all",
         "--fold has no effect with --data {data} and its lists; remove it"),
     ("--val-list x.txt", "--val-list and --test-list need a --train-list"),

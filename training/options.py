@@ -40,6 +40,7 @@ MAX_SEED = 2**32 - 1
 WHY = {  # why a value is out of range
     "base_ranks": "; with 1 base rank every interpolated rank is the same vector",
     "epochs": "; --method zeroshot does without training",
+    "warmup": "; it must be below --epochs",
 }
 
 
@@ -308,13 +309,16 @@ HAS_EFFECT: dict[str, tuple[Callable[[Namespace], bool], str]] = {
     "image_weights": (lambda args: args.image_encoder != "clip", BY_ENCODER),
     "freeze_image": (trains, BY_METHOD),
     "epochs": (trains, BY_METHOD),
-    "lr": (trains, BY_METHOD),
+    "lr": (
+        lambda a: trains(a) and not (a.lr_prompts and (a.lr_image or a.freeze_image)),
+        BY_METHOD + " and rates of its own for all that trains",
+    ),
     "weight_decay": (trains, BY_METHOD),
     "save_every": (trains, BY_METHOD),
     "warmup": (trains, BY_METHOD),
     "accumulate": (trains, BY_METHOD),
-    "ema": (trains, BY_METHOD),
-    "patience": (trains, BY_METHOD),
+    "ema": (lambda args: trains(args) and args.ema != 0, BY_METHOD + " and DECAY {ema}"),
+    "patience": (lambda a: trains(a) and a.patience < a.epochs, BY_METHOD + " and {epochs} epochs"),
     "balanced": (trains, BY_METHOD),
     "no_flip": (augments, "--freeze-image or " + BY_METHOD),
     "no_draft": (lambda args: not args.official, "--official"),
@@ -322,7 +326,10 @@ HAS_EFFECT: dict[str, tuple[Callable[[Namespace], bool], str]] = {
     "lr_prompts": (lambda args: trains(args) and args.method != "regression", BY_METHOD),
     "profile": (trains, BY_METHOD),
     "shots": (trains, BY_METHOD),
-    "shift": (trains, BY_METHOD),
+    "shift": (
+        lambda args: trains(args) and all(keep != 1 for _, keep in as_list(args.shift)),
+        BY_METHOD + " and its share of images",
+    ),
     "seeds": (trains, BY_METHOD),
     "label_pattern": (
         lambda a: has_own_images(a) and not a.train_list,
@@ -343,6 +350,9 @@ def check_unused_flags(args: Namespace, explicit_flags: set[str]) -> None:
         if key in explicit_flags and not has_effect(args):
             flag, others = f"--{key.replace('_', '-')}", decided_by.format(**vars(args))
             raise SystemExit(f"{flag} has no effect with {others}; remove it")
+    shifts = as_list(args.shift) if "shift" in explicit_flags else []
+    if len({*shifts}) < len(shifts):  # 1,0.5 and 1,0.50
+        raise SystemExit("--shift names a value twice; name each once")
     if args.method == "coop" and args.interp == "inverse":
         raise SystemExit("--interp inverse has no effect with --method coop; remove it")
 
