@@ -134,6 +134,8 @@ FILES = [  # names of things that are not there
     ("--eval {data}", "no checkpoint at {data}/best.pt"),
     ("--resume {data}", "no checkpoint at {data}/last.pt"),
     ("--init none", "no checkpoint at none"),
+    ("--train-list none.txt", "--train-list none.txt is not there; give a list file `path label`"),
+    ("--train-list {data}", "--train-list {data} is a folder; give a list file `path label`"),
     ("--data-root none", "train.py: there is no folder none, given as the data root; mend the path"),
     ("--data none", "train.py: there is no dataset or folder 'none'; give adience, aesthetics, "
         "demo, hci, morph2 or a folder of own data"),

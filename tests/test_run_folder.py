@@ -72,6 +72,18 @@ def test_a_checkpoint_in_the_folder_of_another_run_is_refused(finished_run, gray
             train.main([command, str(out)])
 
 
+def test_relative_data_away_from_the_folder_of_the_start_is_explained(gray, tmp_path, monkeypatch):
+    monkeypatch.chdir(gray.parent)
+    train.main(["--data", "gray", *TINY, "--out", str(tmp_path / "run")])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        train.main(["--eval", str(tmp_path / "run")])
+    assert error.value.code == (
+        f"the images of {tmp_path / 'run'} lay in 'gray', which is not there; put them there, or "
+        f"go to the folder in which the run was started (now {tmp_path})"
+    )
+
+
 def test_the_same_command_goes_on_wherever_it_was_cut_off(gray, tmp_path):
     run_dir = tmp_path / "run"
     argv = ["--data", str(gray), *TINY, "--out", str(run_dir)]

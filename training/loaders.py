@@ -51,12 +51,21 @@ def load_task(args: Namespace) -> data.Task:
     """
     run_exists = args.resume or args.eval
     lists = (args.train_list, args.val_list, args.test_list)
+    if run_exists and args.data not in data.DATASETS and not Path(args.data).is_dir():
+        raise SystemExit(
+            f"the images of {args.out} lay in {args.data!r}, which is not there; put them there, "
+            f"or go to the folder in which the run was started (now {Path.cwd()})"
+        )
     if run_exists:
         lists = tuple(Path(args.out) / "splits" / f"{part}.txt" for part in data.PARTS)
     if args.data == "demo" and run_exists or not any(lists):
         lists = None  # the demo has one split
     elif lists[0] is None:
         raise SystemExit("--val-list and --test-list need a --train-list")
+    for part, path in zip(data.PARTS, lists or ()):
+        if path and not run_exists and not Path(path).is_file():
+            what = "a folder" if Path(path).is_dir() else "not there"
+            raise SystemExit(f"--{part}-list {path} is {what}; give a list file `path label`")
     options = dict(lists=lists, category=args.category, label_rule=args.label_rule)
     if not run_exists:  # else its lists have the split, the ranks and the labels
         names = ("split", "label_pattern", "ranks", "bins", "group")
@@ -131,6 +140,9 @@ def check_images(args: Namespace, task: data.Task, may_skip: bool) -> data.Task:
             f"{len(errors):,} images of {args.data} cannot be read; mend or remove them, {skip}:\n"
             + "\n".join(errors.values())
         )
+    if errors:  # the protocol has the counts of the lists
+        counts = " / ".join(f"{len(getattr(task, part)):,} {part}" for part in data.PARTS)
+        task = replace(task, protocol=f"{task.protocol}, so {counts} images are used")
     return task
 
 

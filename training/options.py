@@ -25,7 +25,7 @@ from training.run_folder import (
     join_values,
     load_json,
     run_name,
-)
+)  # fmt: skip
 from training.sweep import SWEEP_FLAGS, is_sweep
 
 # xk-huang/OrdinalCLIP@ca10a20 configs/meta_cfgs/morph_compare.yaml, configs/default.yaml
@@ -83,12 +83,8 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add = group.add_argument
     add("--split", help="morph2: random, subject-exclusive; own images: random, "
         "leave-one-group-out (default: the first)")  # fmt: skip
-    add(
-        "--fold",
-        type=fold_number,
-        default=0,
-        help="which split of the dataset; all: a run for each",
-    )
+    add("--fold", type=fold_number, default=0, help="which split of the dataset; all: a run for "
+        "each")  # fmt: skip
     add("--split-seed", type=int, default=1, help="of splits made here; all --seeds share them")
     add("--category", help="aesthetics: nature, animal, urban, people, each (a run for each), all")
     add("--label-rule", help="how labels follow from the release, where it leaves a choice: docs/")
@@ -110,12 +106,8 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add("--base-ranks", type=int, nargs="+", default=3, help="K; several values: a run for each")
     add("--context", help="words that start the prompt, or a number of random tokens (default: "
         "the dataset's words)")  # fmt: skip
-    add(
-        "--rank-position",
-        default="tail",
-        choices=POSITIONS,
-        help="rank after, amid, before context",
-    )
+    add("--rank-position", default="tail", choices=POSITIONS, help="rank after, amid, before "
+        "context")  # fmt: skip
     add("--rank-init", choices=("random", "names"), help="(default: names for coop, else random)")
     add_with_paper_default(group, "--clip", str, f"{', '.join(MODELS)}, tiny, or a weights file")
     add("--tune", default="both", choices=("both", "rank", "context"), help="embeddings that learn")
@@ -250,10 +242,18 @@ def resolve_defaults(args: Namespace, explicit_flags: set[str]) -> Namespace:
     if args.workers is None:
         args.workers = max(0, min(8, (os.cpu_count() or 1) - 1))
     check_values(args)
-    if args.init and args.context is None:
+    given = dict(context=not is_number(args.context or "0"), rank_init=args.rank_init == "names")
+    given = [key for key in given if given[key] and key in explicit_flags and has_prompts(args)]
+    if args.init and (given or args.context is None):  # a run that goes on needs it no more
         state = init_state(args)
-        if "prototypes.context_embeds" in state:  # as many random tokens; values are copied
-            args.context = str(state["prototypes.context_embeds"].shape[-2])
+        if "prototypes.context_embeds" in state:
+            if given:
+                flag = f"--{given[0].replace('_', '-')}"
+                raise SystemExit(
+                    f"{flag} has no effect with --init, which copies prompts; remove it"
+                )
+            if args.context is None:  # as many random tokens; values are copied
+                args.context = str(state["prototypes.context_embeds"].shape[-2])
     if args.out is None and not is_sweep(args):
         args.out = str(Path("runs") / run_name(args))
     return args
