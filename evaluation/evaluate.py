@@ -31,15 +31,7 @@ from training.distributed import all_gather_rows, average_buffers, is_main, worl
 from training.loaders import autocast, make_images, prepare_batch, without_image_encoder
 from training.methods import zeroshot_prompt
 from training.progress import ProgressLine, TensorBoard
-from training.run_folder import (
-    Run,
-    provenance,
-    read_log,
-    run_name,
-    save_csv,
-    settings_dict,
-    split_digests,
-)
+from training.run_folder import Run, provenance, read_log, run_name, save_csv, settings_dict
 
 ORDINALITY_SPANS = (2, 4, 8, 16, 32)  # of the ordinality scores beside the whole one
 
@@ -108,7 +100,7 @@ def evaluate_test_set(
         protocol=task.protocol,
         method=run_name(args),
         images=dict(train=len(task.train), val=len(task.val), test=len(task.test)),
-        splits=split_digests(task),
+        splits=run.splits,
         val_is_test=task.val_is_test,
         prompt=first_prompt if args.method == "zeroshot" else None,
         test=part_metrics(task, "test", probs, labels),

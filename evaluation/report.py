@@ -122,9 +122,9 @@ def write_report(paths: list[str | Path], name: str = "report.md") -> str:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             left_out.append(f"- left out {path}: damaged ({type(error).__name__}: {error})")
             continue
-        if copies := [other for other in runs if is_copy(run, other)]:
-            same = f"the settings, seed, fold and figures of {copies[0]['path']}"
-            left_out.append(f"- left out {path}: {same}, so the same run")
+        if copies := [other["path"] for other in runs if is_copy(run, other)]:
+            same = f"the settings, seed, fold and figures of {copies[0]}, so the same run"
+            left_out.append(f"- left out {path}: {same}")
         else:
             runs.append(run)
     for path in map(Path, paths):

@@ -15,13 +15,7 @@ import data
 from clip_weights import check_finite, load_file
 from training.distributed import is_main
 from training.optim import build_average, build_optimizer, build_schedule
-from training.run_folder import (
-    Run,
-    check_digests,
-    check_same_settings,
-    settings_dict,
-    split_digests,
-)
+from training.run_folder import Run, check_digests, check_same_settings, settings_dict
 
 
 def save_checkpoint(path: Path, model: nn.Module, args: Namespace, **more: Any) -> None:
@@ -107,7 +101,6 @@ class TrainingState:
         args = run.args
         self.run, self.start_time = run, start_time
         self.initial_similarity = initial_similarity
-        self.splits = split_digests(run.task)
         self.optimizer = build_optimizer(args, run.model)
         self.schedule = build_schedule(args, self.optimizer)
         device, use_scaler = args.device.split(":")[0], args.precision == "fp16"
@@ -147,7 +140,7 @@ class TrainingState:
             log=self.log,
             progress=progress,
             initial_similarity=self.initial_similarity,
-            splits=self.splits,
+            splits=self.run.splits,
             seconds=time.time() - self.start_time,
             optimizer=self.optimizer.state_dict(),
             schedule=self.schedule.state_dict(),

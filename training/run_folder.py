@@ -57,6 +57,10 @@ class Run(NamedTuple):
     def dir(self) -> Path:
         return Path(self.args.out)
 
+    @property
+    def splits(self) -> dict[str, str]:
+        return split_digests(self.task)
+
 
 # --- names ---
 
@@ -259,7 +263,7 @@ def write_config(run: Run) -> None:
     if is_main() and not (run.dir / "config.json").exists():
         run.task.write_lists(run.dir / "splits")
         config = dict(settings=settings_dict(run.args), protocol=run.task.protocol)
-        config |= dict(splits=split_digests(run.task), **provenance())
+        config |= dict(splits=run.splits, **provenance())
         save_json(run.dir / "config.json", config)
 
 
