@@ -35,9 +35,9 @@ from evaluation.evaluate import evaluate_test_set, part_metrics, predict_loader,
 from evaluation.report import write_report
 from training import options
 from training.checkpoints import (
-    NEEDED_TO_RESUME,
     TrainingState,
     load_checkpoint,
+    load_last,
     load_model,
     save_checkpoint,
 )
@@ -131,9 +131,8 @@ def train_run(args: Namespace) -> dict[str, Any]:
     with exit_on_user_error():
         model, preprocess = build_model(args, task)
     run = Run(args, task, model, preprocess)
-    saved = None
-    if (run.dir / "last.pt").exists():  # before the loaders: features are of this encoder
-        saved = load_checkpoint(run.dir / "last.pt", *NEEDED_TO_RESUME)
+    saved = load_last(args, task)
+    if saved:  # before the loaders: features are of this encoder
         load_model(model, saved["model"], run.dir / "last.pt")
         start_time -= saved["seconds"]
     elif args.init:

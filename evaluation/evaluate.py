@@ -100,6 +100,7 @@ def evaluate_test_set(
         protocol=task.protocol,
         method=run_name(args),
         images=dict(train=len(task.train), val=len(task.val), test=len(task.test)),
+        splits=run.splits,
         val_is_test=task.val_is_test,
         prompt=first_prompt if args.method == "zeroshot" else None,
         test=part_metrics(task, "test", probs, labels),

@@ -4,6 +4,7 @@ Read write_report first; METRICS says which tables there are, PAPER_MAE, PAPER_A
 Needs: data, training.methods, training.options, training.run_folder, evaluation.metrics.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -114,15 +115,24 @@ def write_report(paths: list[str | Path], name: str = "report.md") -> str:
     The paper's figure stands beside runs with the paper's encoder and data, under its protocol
     (split, label rule, prompt). SystemExit where there is no finished run.
     """
-    runs, damaged = [], []
+    runs, left_out = [], []
     for path in sorted({path.resolve() for path in result_files(paths)}):
         try:
-            runs.append(read_run(path))
+            run = read_run(path)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            damaged.append(f"- left out {path}: damaged ({type(error).__name__}: {error})")
+            left_out.append(f"- left out {path}: damaged ({type(error).__name__}: {error})")
+            continue
+        if copies := [other["path"] for other in runs if is_copy(run, other)]:
+            same = f"the settings, seed, fold and figures of {copies[0]}, so the same run"
+            left_out.append(f"- left out {path}: {same}")
+        else:
+            runs.append(run)
+    for path in map(Path, paths):
+        if not [*result_files([path])]:
+            left_out.append(f"- left out {path}: {why_empty(path)}")
     if not runs:
         folders = ", ".join(map(str, paths))
-        lines = "\n".join([f"no finished run in {folders}; give folders of runs", *damaged])
+        lines = "\n".join([f"no finished run in {folders}; give folders of runs", *left_out])
         raise SystemExit(lines)
     name_rows(runs)
     out_dir = Path(os.path.commonpath([run["path"].parent for run in runs]))
@@ -130,7 +140,7 @@ def write_report(paths: list[str | Path], name: str = "report.md") -> str:
     for run in runs:
         tables.setdefault(table_key(run["settings"]), []).append(run)
     text = "\n".join(format_dataset(key, group, out_dir) for key, group in tables.items())
-    text += "\n".join(damaged)
+    text += "\n".join(left_out)
     data.atomic_write(out_dir / name, lambda tmp_path: tmp_path.write_text(text, encoding="utf-8"))
     csv_path = (out_dir / name).with_suffix(".csv")
     save_csv(csv_path, [csv_row(run, os.path.relpath(run["path"], out_dir)) for run in runs])
@@ -143,6 +153,19 @@ def result_files(paths: list[str | Path]) -> Iterator[Path]:
     for path in map(Path, paths):
         results = path / "results.json"
         yield from [results] if results.exists() else sorted(path.glob("*/results.json"))
+
+
+def why_empty(path: Path) -> str:
+    if path.is_file():
+        return f"a file; give its folder, {path.parent}"
+    is_run = (path / "config.json").exists()
+    return "not finished" if is_run else "no run" if path.exists() else "no such folder"
+
+
+def is_copy(run: dict, other: dict) -> bool:
+    """Figures agree in all digits: copied, or repeated, which is no second seed."""
+    settings = [comparable_settings(r["settings"]) for r in (run, other)]
+    return settings[0] == settings[1] and run["test"] == other["test"]
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -213,6 +236,23 @@ def name_rows(runs: list[dict]) -> None:
         ]
         for run in cell:
             run["row"] += "".join(f" {key}={run['settings'][key]}" for key in differing)
+        images: dict[tuple, set[str]] = {}  # of a fold; seeds draw some of the training images
+        for run in filter(images_digest, cell):
+            images.setdefault((run["row"], run["settings"]["fold"]), set()).add(images_digest(run))
+        if any(len(digests) > 1 for digests in images.values()):
+            for run in filter(images_digest, cell):
+                run["row"] += f" images={images_digest(run)}"
+
+
+def images_digest(run: dict) -> str:
+    """Of the images and labels that the runs of a fold share; empty for runs of earlier versions.
+
+    Runs with --shots or --shift draw their training images by seed.
+    """
+    splits, settings = run.get("splits") or {}, run["settings"]
+    is_drawn = settings.get("shots") or settings.get("shift")
+    digests = "".join(splits.get(part, "") for part in data.PARTS[bool(is_drawn) :])
+    return digests and hashlib.sha256(digests.encode()).hexdigest()[:8]
 
 
 def format_dataset(key: tuple, runs: list[dict], out_dir: Path) -> str:

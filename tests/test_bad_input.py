@@ -54,12 +54,13 @@ VALUES = [  # out of range, on images that are there
     ("--epochs -3", "--epochs -3: expected 1 .. 1000000; --method zeroshot does without training"),
     ("--base-ranks 4 1", "--base-ranks 1: expected 2 .. 10000; with 1 base rank every interpolated "
         "rank is the same vector"),
-    ("--base-ranks 5", "train.py: num_base_ranks=5: expected 1 to num_ranks=4 base ranks"),
-    ("--base-ranks 2 9", "--base-ranks 9, but {data} has 4 ranks; give fewer"),
+    ("--base-ranks 5", "--base-ranks 5, but {data} has 4 ranks; give at most 4"),
+    ("--base-ranks 2 9", "--base-ranks 9, but {data} has 4 ranks; give at most 4"),
     ("--lr nan", "--lr nan: expected 1e-12 .. 1000.0"),
     ("--lr inf", "--lr inf: expected 1e-12 .. 1000.0"),
     ("--lr 0", "--lr 0.0: expected 1e-12 .. 1000.0"),
     ("--lr -1", "--lr -1.0: expected 1e-12 .. 1000.0"),
+    ("--warmup 1", "--warmup 1: expected 0 .. 0; it must be below --epochs"),
     ("--weight-decay -5", "--weight-decay -5.0: expected 0 .. 1000.0"),
     ("--weight-decay nan", "--weight-decay nan: expected 0 .. 1000.0"),
     ("--batch-size 0", "--batch-size 0: expected 1 .. 1000000"),
@@ -92,6 +93,9 @@ VALUES = [  # out of range, on images that are there
     ("--device=", "--device is empty; give a value, or leave it out"),
     ("--clip=", "--clip is empty; give a value, or leave it out"),
 ]  # fmt: skip
+NO_LR = (
+    "has no effect with --method ordinalclip and rates of its own for all that trains; remove it"
+)
 NO_EFFECT = [  # flags that go together with no other of the command
     ("--freeze-image --image-encoder vgg16", f"--freeze-image {CLIP_ENCODER}"),
     ("--method zeroshot --image-encoder vgg16", f"--method zeroshot {CLIP_ENCODER}"),
@@ -106,6 +110,14 @@ NO_EFFECT = [  # flags that go together with no other of the command
     ("--image-weights none", "--image-weights has no effect with --image-encoder clip; remove it"),
     ("--quick-gelu",
         "--quick-gelu has no effect with --clip tiny and --method ordinalclip; remove it"),
+    ("--patience 3 --epochs 3",
+        "--patience has no effect with --method ordinalclip and 3 epochs; remove it"),
+    ("--ema 0", "--ema has no effect with --method ordinalclip and DECAY 0.0; remove it"),
+    ("--shift 1,1", "--shift has no effect with --method ordinalclip and its share of images; "
+        "remove it"),
+    ("--shift 1,0.5 1,0.50", "--shift names a value twice; name each once"),
+    ("--lr-image 1e-3 --lr-prompts 1e-3", f"--lr {NO_LR}"),
+    ("--freeze-image --lr-prompts 1e-3", f"--lr {NO_LR}"),
     ("--train-list x.txt --val-list y.txt --fold all",
         "--fold has no effect with --data {data} and its lists; remove it"),
     ("--val-list x.txt", "--val-list and --test-list need a --train-list"),
@@ -116,12 +128,14 @@ NO_EFFECT = [  # flags that go together with no other of the command
         "leave-one-group-out"),
 ]  # fmt: skip
 FILES = [  # names of things that are not there
-    ("--report none", "no finished run in none; give folders of runs"),
+    ("--report none", "no finished run in none; give folders of runs\n- left out none: no such folder"),
     ("--resume none", "no checkpoint at none"),
     ("--eval none", "no checkpoint at none"),
     ("--eval {data}", "no checkpoint at {data}/best.pt"),
     ("--resume {data}", "no checkpoint at {data}/last.pt"),
     ("--init none", "no checkpoint at none"),
+    ("--train-list none.txt", "--train-list none.txt is not there; give a list file `path label`"),
+    ("--train-list {data}", "--train-list {data} is a folder; give a list file `path label`"),
     ("--data-root none", "train.py: there is no folder none, given as the data root; mend the path"),
     ("--data none", "train.py: there is no dataset or folder 'none'; give adience, aesthetics, "
         "demo, hci, morph2 or a folder of own data"),
@@ -173,7 +187,8 @@ def damaged_run(finished_run, tmp_path_factory):
 @pytest.mark.parametrize("name", ["config.json", "results.json"])
 def test_a_damaged_json_is_named(stripes, damaged_run, name, text):
     path = damaged_run / name
-    message = f"{path} is damaged ({DAMAGED[text]}); delete it, or restore it"
+    message = f"{path} is damaged ({DAMAGED[text]}); restore it, or move it away and repeat the "
+    message += "command of the run"
     original = path.read_bytes() if path.exists() else None
     path.write_text(text, encoding="utf-8")
     commands = [["--data", str(stripes), *TINY, "--epochs", "3", "--out", str(damaged_run)]]
@@ -204,6 +219,8 @@ def test_a_report_names_runs_that_miss_a_part_and_has_the_others(
     for name in ("whole", "damaged"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps(results))
+        if name == "whole":
+            results["settings"]["seed"] += 1  # the other is no copy
         results = {k: v for k, v in results.items() if k != key} | ({key: None} if is_null else {})
     text = train.main(["--report", str(tmp_path)])
     assert "[whole](whole/results.json)" in text

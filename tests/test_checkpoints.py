@@ -21,7 +21,7 @@ SETTINGS = {  # flags that change what a checkpoint has to hold
     "shift": ["--shift", "1,0.5"],
     "context": ["--context", "6"],
     "workers": ["--workers", "2"],
-    "extras": "--ema 0.9 --accumulate 2 --warmup 1 --balanced --patience 9".split(),
+    "extras": "--ema 0.9 --accumulate 2 --warmup 1 --balanced --patience 1".split(),
 }
 REFUSED = {  # two methods, a flag without effect, and names of two tokens from base ranks of one
     ("coop", "linear"),

@@ -307,8 +307,10 @@ def test_copies_and_unreadable_images_are_reported_before_training(tmp_path, cap
         path.write_bytes(b"")
     with pytest.raises(SystemExit, match="mend or remove them, without them a part is empty:"):
         train.main([*argv, "--skip-bad", "--out", str(tmp_path / "other")])
-    protocol = json.loads((run_dir / "results.json").read_text("utf-8"))["protocol"]
-    for text in (*copies, "; 30 unreadable images left out"):
+    results = json.loads((run_dir / "results.json").read_text("utf-8"))
+    protocol, num = results["protocol"], results["images"]
+    used = f"so {num['train']} train / {num['val']} val / {num['test']} test images are used"
+    for text in (*copies, f"; 30 unreadable images left out, {used}"):
         assert text in before_training and text in protocol
 
 

@@ -252,6 +252,13 @@ def test_warm_start_of_a_baseline_takes_the_encoder_alone(source, seven, tmp_pat
     assert start["prototypes.weight"].shape[0] == 7
 
 
+@pytest.mark.parametrize("flag, value", [("--context", "the shade is"), ("--rank-init", "names")])
+def test_prompt_words_beside_a_copied_prompt_are_refused(source, seven, tmp_path, flag, value):
+    argv = ["--data", str(seven), *TINY, "--init", str(source[0]), flag, value]
+    with pytest.raises(SystemExit, match=f"^{flag} has no effect with --init, which copies"):
+        train.main(argv)
+
+
 def test_warm_start_of_another_shape_is_told_plainly(source, seven, tmp_path):
     argv = [
         "--data",

@@ -50,7 +50,8 @@ def test_the_learning_rate_rises_then_falls_as_a_cosine():
 
 
 def test_encoder_and_prompts_have_learning_rates_of_their_own(gray, gray_task, tmp_path):
-    args = parse(gray, tmp_path, "--lr-image", "0.25", "--lr-prompts", "0.5")
+    args = parse(gray, tmp_path, "--lr-image", "0.25")
+    args.lr_prompts = 0.5  # without --lr, which would have no effect
     model, preprocess = build_model(args, gray_task)
     state = TrainingState(Run(args, gray_task, model, preprocess), 0.0, None)
     rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}

@@ -207,3 +207,16 @@ def test_tensorboard_that_is_not_installed_is_named_at_the_start(gray, tmp_path,
         train.main([*argv, "--tensorboard"])
     assert not (tmp_path / "a").exists()
     train.main(argv)
+
+
+@pytest.mark.parametrize("flags, context", [
+    ([], "'the rank of the image is'"),
+    (["--context", "4"], "4 tokens"),
+    (["--init", "{source}"], "6 tokens of {source}"),
+    (["--init", "{source}", "--method", "regression"], "none"),
+])  # fmt: skip
+def test_the_header_names_the_context(gray, finished_run, tmp_path, capsys, flags, context):
+    names = dict(source=finished_run[0])
+    flags = [word.format(**names) for word in flags]
+    train.main(["--data", str(gray), *TINY, *flags, "--out", str(tmp_path / "run")])
+    assert f"   context {context.format(**names)}\n" in capsys.readouterr().out

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+from conftest import TINY
 
 import train
 from evaluation import report
@@ -63,6 +64,47 @@ def test_runs_that_differ_are_not_averaged(tmp_path):
     text = write_report([tmp_path])
     assert "| ordinalclip-linear-K3 lr=0.0001 | 2.000 (n=1) |" in text
     assert "| ordinalclip-linear-K3 lr=0.001 | 4.000 (n=1) |" in text
+
+
+def test_runs_on_other_images_are_not_averaged(gray, tmp_path):
+    folder, out = shutil.copytree(gray, tmp_path / "gray"), tmp_path / "runs"
+    argv = ["--data", str(folder), *TINY, "--method", "linear", "--seeds"]
+    train.main([*argv, "1", "--out", str(out)])
+    shutil.copytree(folder / "0 gray", folder / "4 gray")
+    with pytest.raises(SystemExit, match="seed1: .*train and val and test images changed since"):
+        train.main([*argv, "1", "2", "--out", str(out)])
+    assert len([*out.glob("*/results.json")]) == 1  # before any other run
+    train.main([*argv, "2", "3", "--out", str(tmp_path / "others")])
+    lines = write_report([out, tmp_path / "others"]).splitlines()
+    table = lines[lines.index("MAE, most probable rank") + 4 :][:2]
+    assert [line.count("(n=1)") for line in table] == [0, 1]
+    assert [line.count("(n=2)") for line in table] == [1, 0]
+    assert all(line.startswith("| linear images=") for line in table)
+
+
+def test_a_copy_of_a_run_is_not_a_second_run(finished_run, tmp_path):
+    for name in ("a", "copy"):
+        shutil.copytree(finished_run[0], tmp_path / name)
+    text = write_report([tmp_path / "a", tmp_path / "copy"])
+    assert "(n=1)" in text and "(n=2)" not in text
+    path = tmp_path / "copy" / "results.json"
+    same = f"the settings, seed, fold and figures of {tmp_path / 'a'}"
+    assert text.endswith(f"- left out {path}: {same}, so the same run")
+
+
+def test_folders_without_a_finished_run_are_named(tmp_path):
+    write_run(tmp_path / "a", 2.0)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    results = tmp_path / "a" / "results.json"
+    paths = {tmp_path / "none": "no such folder", tmp_path / "begun": "not finished"}
+    paths |= {tmp_path / "empty": "no run", results: f"a file; give its folder, {tmp_path / 'a'}"}
+    text = write_report([tmp_path / "a", *paths])
+    for path, why in paths.items():
+        assert f"- left out {path}: {why}" in text.splitlines()
+        with pytest.raises(SystemExit, match=f"no finished run in .*\n- left out {path}: {why}$"):
+            write_report([path])
 
 
 def test_the_papers_figures_are_where_they_belong():

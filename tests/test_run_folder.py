@@ -1,6 +1,7 @@
 """pytest tests/test_run_folder.py -- what is written where, and when a folder is refused."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -58,6 +59,29 @@ def test_a_checkpoint_away_from_its_run_is_told_plainly(finished_run, tmp_path):
     (tmp_path / "best.pt").write_bytes((finished_run[0] / "best.pt").read_bytes())
     with pytest.raises(SystemExit, match="No such file or directory: .*splits/"):
         train.main(["--eval", str(tmp_path / "best.pt")])
+
+
+def test_a_checkpoint_in_the_folder_of_another_run_is_refused(finished_run, gray, tmp_path):
+    out = tmp_path / "run"
+    train.main(["--data", str(gray), *TINY, "--out", str(out)])
+    (out / "results.json").unlink()
+    for name, command in (("best.pt", "--eval"), ("last.pt", "--resume")):
+        shutil.copy(finished_run[0] / name, out / name)
+        message = f"{name} is of another run than .*config.json: --data '.*gray', not '.*stripes'; "
+        with pytest.raises(SystemExit, match=message + "--epochs 1, not 3$"):
+            train.main([command, str(out)])
+
+
+def test_relative_data_away_from_the_folder_of_the_start_is_explained(gray, tmp_path, monkeypatch):
+    monkeypatch.chdir(gray.parent)
+    train.main(["--data", "gray", *TINY, "--out", str(tmp_path / "run")])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        train.main(["--eval", str(tmp_path / "run")])
+    assert error.value.code == (
+        f"the images of {tmp_path / 'run'} lay in 'gray', which is not there; put them there, or "
+        f"go to the folder in which the run was started (now {tmp_path})"
+    )
 
 
 def test_the_same_command_goes_on_wherever_it_was_cut_off(gray, tmp_path):
@@ -123,6 +147,47 @@ def test_lists_that_changed_since_the_run_began_are_refused(gray, tmp_path):
     train.main(argv)
 
 
+def test_ranks_that_changed_since_the_run_began_are_refused(gray, tmp_path):
+    lines = [f"{rank} gray/{i}.png {rank}" for rank in range(4) for i in range(10)]
+    (tmp_path / "train.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "ranks.txt").write_text("dark\nmiddle\nlight\nwhite\n")
+    lists, run_dir = ["--train-list", str(tmp_path / "train.txt")], tmp_path / "run"
+    argv = ["--data", str(gray), *TINY, *lists, "--out", str(run_dir)]
+    train.main(argv)
+    (run_dir / "results.json").unlink()
+    for path, command in (
+        (tmp_path / "ranks.txt", argv),
+        (run_dir / "splits" / "ranks.txt", ["--resume", str(run_dir)]),
+        (run_dir / "splits" / "ranks.txt", ["--eval", str(run_dir)]),
+    ):
+        text = path.read_text()
+        path.write_text("white\nlight\nmiddle\ndark\n")
+        with pytest.raises(SystemExit, match="the ranks, their names or order, changed since the"):
+            train.main(command)
+        path.write_text(text)
+    train.main(argv)
+
+
+def test_labels_that_changed_within_their_bins_are_refused(gray, tmp_path):
+    rows = [f"{rank} gray/{i}.png,{10 * rank + i / 10}" for rank in range(4) for i in range(10)]
+    table, run_dir = tmp_path / "train.csv", tmp_path / "run"
+    table.write_text("\n".join(["path,label", *rows]) + "\n")
+    argv = ["--data", str(gray), *TINY, "--train-list", str(table), "--bins", "0,10,20,30,40"]
+    argv += ["--out", str(run_dir)]
+    train.main(argv)
+    train.main(["--eval", str(run_dir)])  # the labels are read from splits/ as they were written
+    config = (run_dir / "config.json").read_text()
+    (run_dir / "results.json").unlink()
+    table.write_text(table.read_text().replace(",30.5\n", ",33.25\n"))
+    with pytest.raises(SystemExit, match="the labels in the bins changed since the run began"):
+        train.main(argv)
+    older = json.loads(config)
+    older["splits"] = {part: older["splits"][part] for part in data.PARTS}
+    (run_dir / "config.json").write_text(json.dumps(older))
+    (run_dir / "last.pt").unlink()
+    train.main(argv)  # runs of earlier versions wrote no digest of them
+
+
 def test_two_processes_do_not_write_one_run(gray, tmp_path):
     argv = ["--data", str(gray), *TINY, "--out", str(tmp_path / "run")]
     with lock_run_dir(tmp_path / "run"):
@@ -145,9 +210,31 @@ def test_a_damaged_json_is_named(gray, tmp_path):
     run_dir.mkdir()
     for name in ("results.json", "config.json"):
         (run_dir / name).write_text("{")
-        with pytest.raises(SystemExit, match=f"{name} is damaged .*; delete it, or restore it"):
+        with pytest.raises(SystemExit, match=f"{name} is damaged .*; restore it, or move it"):
             train.main(["--data", str(gray), *TINY, "--out", str(run_dir)])
         (run_dir / name).unlink()
+
+
+def test_a_run_without_its_config_goes_on_with_its_own_settings_only(gray, tmp_path):
+    folder, run_dir = shutil.copytree(gray, tmp_path / "gray"), tmp_path / "run"
+    argv = ["--data", str(folder), *TINY, "--out", str(run_dir)]
+    results = train.main(argv)
+    for name in ("config.json", "results.json"):
+        (run_dir / name).unlink()
+    with pytest.raises(SystemExit, match="was begun with other settings: --lr 0.002, not 0.3. Ch"):
+        train.main([*argv, "--lr", "0.3"])
+    for command in ("--resume", "--eval"):
+        with pytest.raises(SystemExit, match="config.json is missing; repeat the command of the"):
+            train.main([command, str(run_dir)])
+    (folder / "0 gray" / "0.png").rename(folder / "0 gray" / "new.png")
+    with pytest.raises(SystemExit, match="images changed since the run began"):
+        train.main(argv)
+    (folder / "0 gray" / "new.png").rename(folder / "0 gray" / "0.png")
+    assert not (run_dir / "config.json").exists()
+    saved = torch.load(run_dir / "last.pt", weights_only=True)
+    del saved["splits"]  # as earlier versions wrote it
+    torch.save(saved, run_dir / "last.pt")
+    assert train.main(argv)["test"] == results["test"]
 
 
 def test_without_git_the_commit_is_null(monkeypatch):

@@ -290,7 +290,7 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch):
         ),
         (
             ["--data", "{stripes}", "--base-ranks", "5"],
-            "num_base_ranks=5: expected 1 to num_ranks=4",
+            "--base-ranks 5, but .*stripes has 4 ranks; give at most 4",
         ),
         (["--data", "{stripes}", "--val-list", "x"], "need a --train-list"),
         (["--eval", "{tmp}/none.pt"], "no checkpoint at"),

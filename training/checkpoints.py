@@ -15,7 +15,7 @@ import data
 from clip_weights import check_finite, load_file
 from training.distributed import is_main
 from training.optim import build_average, build_optimizer, build_schedule
-from training.run_folder import Run, settings_dict
+from training.run_folder import Run, check_digests, check_same_settings, settings_dict
 
 
 def save_checkpoint(path: Path, model: nn.Module, args: Namespace, **more: Any) -> None:
@@ -28,10 +28,10 @@ def save_checkpoint(path: Path, model: nn.Module, args: Namespace, **more: Any) 
 ENTRIES = dict(  # of last.pt; best.pt holds the first three
     model=dict, settings=dict, epoch=int, log=list, seconds=(int, float), optimizer=dict,
     schedule=dict, scaler=dict, progress=(dict, type(None)), average=(dict, type(None)),
-    initial_similarity=(Tensor, type(None)),
+    initial_similarity=(Tensor, type(None)), splits=dict,
 )  # fmt: skip
 PROGRESS = {"steps", "loss_sums", "rng"}  # within an epoch
-NEEDED_TO_RESUME = tuple(key for key in ENTRIES if key not in ("progress", "average"))
+NEEDED_TO_RESUME = tuple(k for k in ENTRIES if k not in ("progress", "average", "splits"))
 
 
 def load_checkpoint(path: str | Path, *needed: str) -> dict[str, Any]:
@@ -67,6 +67,20 @@ def load_checkpoint(path: str | Path, *needed: str) -> dict[str, Any]:
         check_finite(saved.get("model", {}), str(path))
     except ValueError as error:
         raise SystemExit(str(error)) from error
+    return saved
+
+
+def load_last(args: Namespace, task: data.Task) -> dict[str, Any] | None:
+    """last.pt of the run, None where there is none; SystemExit if it is of another run.
+
+    config.json, which was compared before, may have been deleted.
+    """
+    path = Path(args.out) / "last.pt"
+    if not path.exists():
+        return None
+    saved = load_checkpoint(path, *NEEDED_TO_RESUME)
+    check_same_settings(args, saved["settings"], "was begun")
+    check_digests(args, saved.get("splits", {}), task)
     return saved
 
 
@@ -126,6 +140,7 @@ class TrainingState:
             log=self.log,
             progress=progress,
             initial_similarity=self.initial_similarity,
+            splits=self.run.splits,
             seconds=time.time() - self.start_time,
             optimizer=self.optimizer.state_dict(),
             schedule=self.schedule.state_dict(),

@@ -20,10 +20,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
 import data
-from training.distributed import main_process_first, world_size
+from training.distributed import is_main, main_process_first, world_size
 from training.options import PRECISIONS
 from training.progress import ProgressLine
-from training.run_folder import check_run_dir, join_values, load_json, split_digests
+from training.run_folder import (
+    as_list,
+    check_run_dir,
+    check_same_images,
+    join_values,
+    load_finished_results,
+    load_json,
+    split_digests,
+)
 from training.sweep import expand_runs, has_sweep_values
 
 
@@ -43,12 +51,21 @@ def load_task(args: Namespace) -> data.Task:
     """
     run_exists = args.resume or args.eval
     lists = (args.train_list, args.val_list, args.test_list)
+    if run_exists and args.data not in data.DATASETS and not Path(args.data).is_dir():
+        raise SystemExit(
+            f"the images of {args.out} lay in {args.data!r}, which is not there; put them there, "
+            f"or go to the folder in which the run was started (now {Path.cwd()})"
+        )
     if run_exists:
         lists = tuple(Path(args.out) / "splits" / f"{part}.txt" for part in data.PARTS)
     if args.data == "demo" and run_exists or not any(lists):
         lists = None  # the demo has one split
     elif lists[0] is None:
         raise SystemExit("--val-list and --test-list need a --train-list")
+    for part, path in zip(data.PARTS, lists or ()):
+        if path and not run_exists and not Path(path).is_file():
+            what = "a folder" if Path(path).is_dir() else "not there"
+            raise SystemExit(f"--{part}-list {path} is {what}; give a list file `path label`")
     options = dict(lists=lists, category=args.category, label_rule=args.label_rule)
     if not run_exists:  # else its lists have the split, the ranks and the labels
         names = ("split", "label_pattern", "ranks", "bins", "group")
@@ -68,9 +85,20 @@ def load_task(args: Namespace) -> data.Task:
                 task = data.few_shot(task, args.shots, args.seed)
             if args.shift:
                 task = data.distribution_shift(task, *args.shift, args.seed)
+        max_base_ranks = max(as_list(args.base_ranks))  # of a sweep, where all folds are loaded
+        if args.method == "ordinalclip" and max_base_ranks > task.num_ranks:
+            raise SystemExit(
+                f"--base-ranks {max_base_ranks}, but {args.data} has {task.num_ranks} ranks; "
+                f"give at most {task.num_ranks}"
+            )
         task = check_images(args, task, args.skip_bad and (lists is None or not run_exists))
         if run_exists:  # the same images, so the same protocol
-            config = load_json(Path(args.out) / "config.json", "settings")
+            path = Path(args.out) / "config.json"
+            if not path.exists():
+                raise SystemExit(
+                    f"{path} is missing; repeat the command of the run, which goes on and writes it"
+                )
+            config = load_json(path, "settings")
             task = replace(task, protocol=str(config.get("protocol")))
     return task
 
@@ -87,17 +115,20 @@ def expand_all_folds(args: Namespace) -> list[Namespace]:
 def check_sweep(args: Namespace, runs: list[Namespace]) -> None:
     """SystemExit for whatever would stop a later run: before the first one, not after hours."""
     for run in runs:
-        if not (Path(run.out) / "results.json").exists():
+        if load_finished_results(run) is None:
             check_run_dir(run)
-    if not has_sweep_values(args) and args.fold != "all":
-        return
-    values = {join_values([run.base_ranks, run.shots, run.shift, run.fold]): run for run in runs}
-    for run in values.values():
-        num_ranks = load_task(run).num_ranks
-        if run.method == "ordinalclip" and run.base_ranks > num_ranks:
-            raise SystemExit(
-                f"--base-ranks {run.base_ranks}, but {args.data} has {num_ranks} ranks; give fewer"
-            )
+        elif is_main():
+            print(f"{run.out}: already finished, reading results.json")
+    tasks: dict[str, data.Task] = {}
+    for run in runs:
+        values = [run.base_ranks, run.shots, run.shift, run.fold]
+        is_begun = (Path(run.out) / "config.json").exists()
+        if is_begun:  # its images are compared
+            values += [run.category, run.seed if run.shots or run.shift else None]
+        if is_begun or has_sweep_values(args) or args.fold == "all":
+            key = join_values(values)
+            tasks[key] = tasks.get(key) or load_task(run)
+            check_same_images(run, tasks[key])
 
 
 def check_images(args: Namespace, task: data.Task, may_skip: bool) -> data.Task:
@@ -109,6 +140,9 @@ def check_images(args: Namespace, task: data.Task, may_skip: bool) -> data.Task:
             f"{len(errors):,} images of {args.data} cannot be read; mend or remove them, {skip}:\n"
             + "\n".join(errors.values())
         )
+    if errors:  # the protocol has the counts of the lists
+        counts = " / ".join(f"{len(getattr(task, part)):,} {part}" for part in data.PARTS)
+        task = replace(task, protocol=f"{task.protocol}, so {counts} images are used")
     return task
 
 

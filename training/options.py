@@ -18,7 +18,14 @@ from clip_model import MODELS
 from ordinalclip import POSITIONS
 from training.checkpoints import load_checkpoint
 from training.methods import METHODS, init_state
-from training.run_folder import as_list, is_number, join_values, load_json, run_name
+from training.run_folder import (
+    as_list,
+    differing_settings,
+    is_number,
+    join_values,
+    load_json,
+    run_name,
+)  # fmt: skip
 from training.sweep import SWEEP_FLAGS, is_sweep
 
 # xk-huang/OrdinalCLIP@ca10a20 configs/meta_cfgs/morph_compare.yaml, configs/default.yaml
@@ -33,6 +40,7 @@ MAX_SEED = 2**32 - 1
 WHY = {  # why a value is out of range
     "base_ranks": "; with 1 base rank every interpolated rank is the same vector",
     "epochs": "; --method zeroshot does without training",
+    "warmup": "; it must be below --epochs",
 }
 
 
@@ -75,12 +83,8 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add = group.add_argument
     add("--split", help="morph2: random, subject-exclusive; own images: random, "
         "leave-one-group-out (default: the first)")  # fmt: skip
-    add(
-        "--fold",
-        type=fold_number,
-        default=0,
-        help="which split of the dataset; all: a run for each",
-    )
+    add("--fold", type=fold_number, default=0, help="which split of the dataset; all: a run for "
+        "each")  # fmt: skip
     add("--split-seed", type=int, default=1, help="of splits made here; all --seeds share them")
     add("--category", help="aesthetics: nature, animal, urban, people, each (a run for each), all")
     add("--label-rule", help="how labels follow from the release, where it leaves a choice: docs/")
@@ -102,12 +106,8 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add("--base-ranks", type=int, nargs="+", default=3, help="K; several values: a run for each")
     add("--context", help="words that start the prompt, or a number of random tokens (default: "
         "the dataset's words)")  # fmt: skip
-    add(
-        "--rank-position",
-        default="tail",
-        choices=POSITIONS,
-        help="rank after, amid, before context",
-    )
+    add("--rank-position", default="tail", choices=POSITIONS, help="rank after, amid, before "
+        "context")  # fmt: skip
     add("--rank-init", choices=("random", "names"), help="(default: names for coop, else random)")
     add_with_paper_default(group, "--clip", str, f"{', '.join(MODELS)}, tiny, or a weights file")
     add("--tune", default="both", choices=("both", "rank", "context"), help="embeddings that learn")
@@ -242,10 +242,18 @@ def resolve_defaults(args: Namespace, explicit_flags: set[str]) -> Namespace:
     if args.workers is None:
         args.workers = max(0, min(8, (os.cpu_count() or 1) - 1))
     check_values(args)
-    if args.init and args.context is None:
+    given = dict(context=not is_number(args.context or "0"), rank_init=args.rank_init == "names")
+    given = [key for key in given if given[key] and key in explicit_flags and has_prompts(args)]
+    if args.init and (given or args.context is None):  # a run that goes on needs it no more
         state = init_state(args)
-        if "prototypes.context_embeds" in state:  # as many random tokens; values are copied
-            args.context = str(state["prototypes.context_embeds"].shape[-2])
+        if "prototypes.context_embeds" in state:
+            if given:
+                flag = f"--{given[0].replace('_', '-')}"
+                raise SystemExit(
+                    f"{flag} has no effect with --init, which copies prompts; remove it"
+                )
+            if args.context is None:  # as many random tokens; values are copied
+                args.context = str(state["prototypes.context_embeds"].shape[-2])
     if args.out is None and not is_sweep(args):
         args.out = str(Path("runs") / run_name(args))
     return args
@@ -301,13 +309,16 @@ HAS_EFFECT: dict[str, tuple[Callable[[Namespace], bool], str]] = {
     "image_weights": (lambda args: args.image_encoder != "clip", BY_ENCODER),
     "freeze_image": (trains, BY_METHOD),
     "epochs": (trains, BY_METHOD),
-    "lr": (trains, BY_METHOD),
+    "lr": (
+        lambda a: trains(a) and not (a.lr_prompts and (a.lr_image or a.freeze_image)),
+        BY_METHOD + " and rates of its own for all that trains",
+    ),
     "weight_decay": (trains, BY_METHOD),
     "save_every": (trains, BY_METHOD),
     "warmup": (trains, BY_METHOD),
     "accumulate": (trains, BY_METHOD),
-    "ema": (trains, BY_METHOD),
-    "patience": (trains, BY_METHOD),
+    "ema": (lambda args: trains(args) and args.ema != 0, BY_METHOD + " and DECAY {ema}"),
+    "patience": (lambda a: trains(a) and a.patience < a.epochs, BY_METHOD + " and {epochs} epochs"),
     "balanced": (trains, BY_METHOD),
     "no_flip": (augments, "--freeze-image or " + BY_METHOD),
     "no_draft": (lambda args: not args.official, "--official"),
@@ -315,7 +326,10 @@ HAS_EFFECT: dict[str, tuple[Callable[[Namespace], bool], str]] = {
     "lr_prompts": (lambda args: trains(args) and args.method != "regression", BY_METHOD),
     "profile": (trains, BY_METHOD),
     "shots": (trains, BY_METHOD),
-    "shift": (trains, BY_METHOD),
+    "shift": (
+        lambda args: trains(args) and all(keep != 1 for _, keep in as_list(args.shift)),
+        BY_METHOD + " and its share of images",
+    ),
     "seeds": (trains, BY_METHOD),
     "label_pattern": (
         lambda a: has_own_images(a) and not a.train_list,
@@ -336,6 +350,9 @@ def check_unused_flags(args: Namespace, explicit_flags: set[str]) -> None:
         if key in explicit_flags and not has_effect(args):
             flag, others = f"--{key.replace('_', '-')}", decided_by.format(**vars(args))
             raise SystemExit(f"{flag} has no effect with {others}; remove it")
+    shifts = as_list(args.shift) if "shift" in explicit_flags else []
+    if len({*shifts}) < len(shifts):  # 1,0.5 and 1,0.50
+        raise SystemExit("--shift names a value twice; name each once")
     if args.method == "coop" and args.interp == "inverse":
         raise SystemExit("--interp inverse has no effect with --method coop; remove it")
 
@@ -406,6 +423,10 @@ def args_from_checkpoint(
     else:
         settings = load_checkpoint(path, "settings", "model")["settings"]
     check_types(settings, parser, path)
+    if config_path.exists():  # a checkpoint may have been copied from another run
+        config = load_json(config_path, "settings")["settings"]
+        if differing := differing_settings(settings, config):
+            raise SystemExit(f"{path} is of another run than {config_path}: {differing}")
     saved = Namespace(**vars(parser.parse_args([])) | dict(no_draft=True) | settings)
     for name in explicit_flags & machine_flags:
         setattr(saved, name, getattr(args, name))

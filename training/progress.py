@@ -24,10 +24,15 @@ def print_run_header(run: Run) -> None:
         for group in param_groups(run.model)
     ]
     trained = ", ".join(counts) if args.epochs else "nothing"
+    context = repr(args.context or task.context)
+    if args.method in ("linear", "regression"):
+        context = "none"
+    elif (args.context or "").isdecimal():
+        context = f"{args.context} tokens" + f" of {args.init}" * bool(args.init)
     print(
         f"{task.protocol}\n"
         f"method {run_name(args)}   ranks {task.num_ranks}   "
-        f"context {args.context or task.context!r}\n"
+        f"context {context}\n"
         f"image encoder {args.image_encoder} {run.preprocess['image_size']} px   "
         f"clip {args.clip}   trains {trained}\n"
         f"{args.device} {args.precision}, {world_size()} process(es)   -> {args.out}"

@@ -16,7 +16,7 @@ import platform
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +56,10 @@ class Run(NamedTuple):
     @property
     def dir(self) -> Path:
         return Path(self.args.out)
+
+    @property
+    def splits(self) -> dict[str, str]:
+        return split_digests(self.task)
 
 
 # --- names ---
@@ -130,18 +134,22 @@ def comparable_settings(settings: dict) -> dict:
 
 def check_same_settings(args: Namespace, saved: dict, state: str) -> None:
     """SystemExit naming each setting of args that differs from the saved ones."""
+    if differing := differing_settings(settings_dict(args), saved):
+        raise SystemExit(
+            f"{args.out} {state} with other settings: {differing}. "
+            "Choose another --out, or repeat its settings"
+        )
+
+
+def differing_settings(requested: dict, saved: dict) -> str:
+    """`--lr 0.1, not 0.2; ...`: each requested setting that differs from the saved one."""
     saved = dict(no_draft=True) | saved  # as runs were before there was the flag
-    requested = comparable_settings(json.loads(json.dumps(settings_dict(args))))
-    differing = [
+    requested = comparable_settings(json.loads(json.dumps(requested)))
+    return "; ".join(
         f"--{key.replace('_', '-')} {saved.get(key)!r}, not {value!r}"
         for key, value in requested.items()
         if value != saved.get(key) and (key in saved or value)  # a flag younger than the run
-    ]
-    if differing:
-        raise SystemExit(
-            f"{args.out} {state} with other settings: {'; '.join(differing)}. "
-            "Choose another --out, or repeat its settings"
-        )
+    )
 
 
 def load_finished_results(args: Namespace) -> dict | None:
@@ -151,8 +159,6 @@ def load_finished_results(args: Namespace) -> dict | None:
         return None
     results = load_json(path, "settings")
     check_same_settings(args, results["settings"], "is finished")
-    if is_main():
-        print(f"{args.out}: already finished, reading results.json")
     return results
 
 
@@ -216,25 +222,38 @@ def lock_run_dir(run_dir: Path) -> Iterator[None]:
 
 
 def split_digests(task: data.Task) -> dict[str, str]:
-    """sha256 of the images and labels of each part, in order."""
-    digests = {part: hashlib.sha256() for part in data.PARTS}
-    for part, digest in digests.items():
-        separator = ""
-        for path, label in getattr(task, part):
-            digest.update(f"{separator}{path} {label}".encode())
-            separator = "\n"
-    return {part: digest.hexdigest() for part, digest in digests.items()}
+    """sha256 of the images and labels of each part, in order; of the ranks; of labels in bins."""
+    real, samples = task.real_labels, {part: getattr(task, part) for part in data.PARTS}
+    lines = {part: (f"{path} {label}" for path, label in samples[part]) for part in data.PARTS}
+    lines["ranks"] = (f"{value!r} {name}" for value, name in zip(task.rank_values, task.rank_names))
+    lines["labels"] = (repr(real[path]) for part in data.PARTS if real for path, _ in samples[part])
+    return {name: sha256_of_lines(texts) for name, texts in lines.items()}
+
+
+def sha256_of_lines(lines: Iterable[str]) -> str:
+    digest, separator = hashlib.sha256(), ""
+    for line in lines:
+        digest.update(f"{separator}{line}".encode())
+        separator = "\n"
+    return digest.hexdigest()
 
 
 def check_same_images(args: Namespace, task: data.Task) -> None:
-    """SystemExit if the images of a run that was begun are not those of its config.json."""
+    """SystemExit if the images and ranks of a run that was begun are not those of config.json."""
     path = Path(args.out) / "config.json"
-    if not path.exists():
-        return
-    saved, digests = load_json(path, "settings").get("splits", {}), split_digests(task)
-    if changed := [part for part in data.PARTS if saved.get(part, digests[part]) != digests[part]]:
+    if path.exists():
+        check_digests(args, load_json(path, "settings").get("splits", {}), task)
+
+
+def check_digests(args: Namespace, saved: dict[str, str], task: data.Task) -> None:
+    """SystemExit if the saved split_digests, of which older runs lack some, are of another task."""
+    changed = [k for k, digest in split_digests(task).items() if saved.get(k, digest) != digest]
+    if changed:
+        words = dict(ranks="the ranks, their names or order,", labels="the labels in the bins")
+        parts = [part for part in changed if part in data.PARTS]
+        what = f"the list of {' and '.join(parts)} images" if parts else words[changed[0]]
         raise SystemExit(
-            f"{args.out}: the list of {' and '.join(changed)} images changed since the run began; "
+            f"{args.out}: {what} changed since the run began; "
             "restore the lists and images, or start a new run with another --out"
         )
 
@@ -244,7 +263,7 @@ def write_config(run: Run) -> None:
     if is_main() and not (run.dir / "config.json").exists():
         run.task.write_lists(run.dir / "splits")
         config = dict(settings=settings_dict(run.args), protocol=run.task.protocol)
-        config |= dict(splits=split_digests(run.task), **provenance())
+        config |= dict(splits=run.splits, **provenance())
         save_json(run.dir / "config.json", config)
 
 
@@ -280,7 +299,10 @@ def load_json(path: Path, needed: str) -> dict:
         if not isinstance(content, dict) or not isinstance(content.get(needed), dict):
             raise ValueError(f"it holds no {needed!r}")
     except ValueError as error:
-        raise SystemExit(f"{path} is damaged ({error}); delete it, or restore it") from error
+        raise SystemExit(
+            f"{path} is damaged ({error}); restore it, or move it away and repeat the command of "
+            "the run"
+        ) from error
     return content
 
 
