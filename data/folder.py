@@ -22,7 +22,15 @@ from pathlib import Path
 
 from .files import find_images, is_hidden, is_image, read_lines
 from .labels import MAX_RANKS, PRESENT, match_names, number_ranks
-from .lists import Sample, check_labels, read_texts
+from .lists import (
+    LABEL_COLUMNS,
+    SPLIT_COLUMNS,
+    Sample,
+    check_labels,
+    parse_integer,
+    read_header,
+    read_texts,
+)
 from .task import PARTS, REAL_LABELS, Options, Task, hold_out, make_task
 
 LEAVE_ONE_OUT = "leave-one-group-out"
@@ -57,12 +65,15 @@ def load(folder: Path, root: Path, options: Options) -> Task:
     chosen = ("label_pattern", "group", "ranks", "bins")
     notes = [f"{key.replace('_', ' ')} {v}" for key in chosen if (v := getattr(options, key))]
     groups: dict[str, str] = {}  # {path: group}
+    split: dict[str, int] = {}  # {path: part}, by a column of a table
     real_labels: dict[str, float] = {}
     if any(lists):
         options = replace(options, lists=tuple(lists))
         description = "own lists " + " ".join(path.name for path in lists if path)
         for path in filter(None, lists if options.group else ()):
             groups |= dict(read_texts(path, root, options.group, options.allow_missing))
+        for path in filter(None, lists):
+            split |= dict(_read_split(path, root, options.allow_missing))
     if any(lists) and not (options.ranks or options.bins):
         names, parts = _read_rank_lists(folder, root, options, order)
         used = {sample.path.split(os.sep)[0] for part in parts for sample in part or ()}
@@ -83,9 +94,17 @@ def load(folder: Path, root: Path, options: Options) -> Task:
         else:
             part_dirs, description = _find_part_dirs(folder, folders, options, notes)
             rows = [
-                path and _read_part(path, root, options, ranks, groups, notes) for path in part_dirs
+                path and _read_part(path, root, options, ranks, groups, split, notes)
+                for path in part_dirs
             ]
+            if part_dirs[0] == folder and set(split.values()) - {0}:  # more than train
+                description = "own table, split by its column"
+                rows = [[s for s in rows[0] if split[s.path] == part] or None for part in range(3)]
         names, parts, real_labels = _to_ranks(folder, rows, ranks, order, options, notes)
+    if any(split.get(path, i) != i for i, part in enumerate(parts) for path, _ in part or ()):
+        raise ValueError(
+            f"{folder}: a column names other parts than its list; make train.csv, val.csv, test.csv"
+        )
     if len(names) < 2:
         raise ValueError(f"{folder}: {len(names)} rank, but ordinal regression needs 2 or more")
     if groups or options.split == LEAVE_ONE_OUT:
@@ -241,10 +260,11 @@ def _read_part(
     options: Options,
     ranks: set[str],
     groups: dict[str, str],
+    split: dict[str, int],
     notes: list[str],
 ) -> list[Sample]:
-    """Images with the names of their ranks; adds to ranks these, to groups, to notes what is left
-    out."""
+    """Images with the names of their ranks; adds to ranks these, to groups, to split, to notes what
+    is left out."""
     entries = [entry for entry in sorted(part_dir.iterdir()) if not is_hidden(entry.name)]
     folders = [entry for entry in entries if entry.is_dir()]
     files = [entry for entry in entries if not entry.is_dir()]
@@ -268,6 +288,7 @@ def _read_part(
         if options.group:
             cells = read_texts(tables[0], part_dir, options.group)
             groups |= dict(_relative(part_dir, root, cells))
+        split |= dict(_relative(part_dir, root, _read_split(tables[0], part_dir)))
         notes.append(f"labels of {os.path.relpath(tables[0], root)}")
         images = {os.path.relpath(image, root) for image in find_images(part_dir)[0]}
         if unlisted := len(images - {path for path, _ in rows}):
@@ -293,12 +314,41 @@ def _read_part(
             others += others_of_rank
         if beside := sum(map(is_image, files)):
             notes.append(f"{beside:,} images beside the folders of {part_dir.name} left out")
-        ranks |= {_nfc(rank_dir.name) for rank_dir in folders}
+        if names := {_nfc(rank_dir.name) for rank_dir in folders} - ranks:  # not in ranks.txt
+            for table in tables if all(map(_rank_key, names)) else ():
+                _check_agreement(part_dir, table)
+        ranks |= names
     if others:
         types = ", ".join(f"{suffix} {count:,}" for suffix, count in sorted(others.items()))
         notes.append(f"{others.total():,} files of other types left out ({types})")
     ranks |= {name for _, name in rows}
     return rows
+
+
+def _read_split(table: Path, root: Path, allow_missing: bool = False) -> list[Sample]:
+    """Parts (0, 1, 2) as labels, where a column such as split has names of parts; or []."""
+    for column in (name for name in read_header(table) if name in SPLIT_COLUMNS):
+        cells = read_texts(table, root, column, allow_missing)
+        parts = _find_parts({Path(cell): cell for _, cell in cells})
+        index = {path.name: part for part, path in enumerate(parts) if path}
+        if other := [cell for _, cell in cells if index and cell not in index]:
+            raise ValueError(f"{table}: column {column} has {other[0]!r}, no name of a part")
+        if index:
+            return [Sample(path, index[cell]) for path, cell in cells]
+    return []
+
+
+def _check_agreement(part_dir: Path, table: Path) -> None:
+    """ValueError if a table has other labels than the folders of ranks that it lies beside."""
+    if not {*LABEL_COLUMNS} & {*read_header(table)}:
+        return
+    for path, label in read_texts(table, part_dir, allow_missing=True):
+        name = Path(path).parts[0]
+        if label not in (name, str(parse_integer(name))):
+            raise ValueError(
+                f"{table} says {label!r} of {path}, but folders lie beside it: for the labels of "
+                f"the table give --train-list {table} --ranks present, else move it away"
+            )
 
 
 def _relative(part_dir: Path, root: Path, samples: list[Sample]) -> list[Sample]:

@@ -26,6 +26,7 @@ from .files import IMAGE_TYPES, read_lines, write_lines
 
 PATH_COLUMNS = ("path", "image", "filename", "file", "file_name", "image_path", "photo")
 LABEL_COLUMNS = ("label", "rank", "age", "class", "target", "value", "score")
+SPLIT_COLUMNS = ("split", "part", "set", "subset", "fold", "partition")
 
 
 class Sample(NamedTuple):
@@ -202,12 +203,16 @@ def _columns(
     known = {".csv": ",", ".tsv": "\t"}.get(Path(path).suffix.lower())
     for delimiter in [known] if known else ["\t", ",", " "]:
         names = [cell.lower() for cell in _cells(first_line, delimiter)]
-        image, label = (
-            next((names.index(name) for name in columns if name in names), None)
-            for columns in (PATH_COLUMNS, label_columns)
-        )
-        if image is not None and label is not None:
-            return delimiter, image, label, 1
+        image = next((names.index(name) for name in PATH_COLUMNS if name in names), None)
+        labels = [name for name in names if name in label_columns]
+        label = "label" if labels.count("label") == 1 else labels[0] if labels else None
+        if image is not None and labels:
+            if len(labels) > 1 and label != "label":
+                raise ValueError(
+                    f"{path}:1: each of the columns {', '.join(labels)} may be the label; name one "
+                    "of them `label`"
+                )
+            return delimiter, image, names.index(label), 1
     if column:
         raise ValueError(
             f"{path}:1: expected a header with the columns path and {column}; got "
@@ -222,6 +227,13 @@ def _columns(
         )
     is_header = parse_integer(names[1]) is None and Path(names[0]).suffix not in IMAGE_TYPES
     return known, 0, 1, int(is_header)
+
+
+def read_header(path: str | Path) -> list[str]:
+    """The columns of a list, in lower case; [] where none is of paths."""
+    first_line = next((line for _, line in read_lines(path)), "")
+    rows = ([cell.lower() for cell in _cells(first_line, delimiter)] for delimiter in "\t, ")
+    return next((names for names in rows if {*names} & {*PATH_COLUMNS}), [])
 
 
 def _cells(line: str, delimiter: str | None) -> list[str]:

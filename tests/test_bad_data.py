@@ -19,7 +19,13 @@ TEXTS = dict(  # what several messages have in common
     mind="mind case, suffix, accents",
     utf8="this is not UTF-8 text; save the file as UTF-8",
     missing="images are not under {root}, the first:",
+    either="each of the columns score, age may be the label; name one of them `label`",
     columns="expected two columns, or a header that names one `path` and one `label`, separated by",
+)
+
+BESIDE = (
+    ", but folders lie beside it: for the labels of the table give --train-list {table} --ranks "
+    "present, else move it away"
 )
 
 
@@ -201,6 +207,23 @@ OWN = [  # (images, {file: content}, message)
      "('{root}/train' holds no '2.jpg')"),
     (folders("a", "b"), {"labels.csv": "path,label\na/0.jpg,1\n"},
      "{root}: the order of rank 'a' is not known{how}"),
+    (folders("001", "2"), {"labels.csv": "path,label,person\n001/0.jpg,1,a\n2/0.jpg,25,b\n"},
+     "{root}/labels.csv says '25' of 2/0.jpg{beside}"),
+    (folders("001", "2"), {"labels.csv": "file,age\n0.jpg,25\n"},
+     "{root}/labels.csv says '25' of 0.jpg{beside}"),
+    (folders("train/1", "train/2"), {"train/x.tsv": "file\tage\n1/0.jpg\t2\n"},
+     "{root}/train/x.tsv says '2' of 1/0.jpg{beside}"),
+    (TWO, {"train.csv": "image,score,age\n1/0.jpg,1,30\n2/0.jpg,2,40\n"},
+     "{root}/train.csv:1: {either}"),
+    (["0.jpg", "1.jpg"], {"labels.csv": "image,score,age\n0.jpg,1,30\n1.jpg,2,40\n"},
+     "{root}/labels.csv:1: {either}"),
+    (TWO, {"train.csv": "path,label,split\n1/0.jpg,0,train\n1/1.jpg,1,test\n"},
+     "{root}: a column names other parts than its list; make train.csv, val.csv, test.csv"),
+    (["train/0.jpg", "train/1.jpg"],
+     {"train/a.csv": "path,label,split\n0.jpg,0,train\n1.jpg,1,val\n"},
+     "{root}: a column names other parts than its list; make train.csv, val.csv, test.csv"),
+    (["0.jpg", "1.jpg"], {"a.csv": "path,label,fold\n0.jpg,0,train\n1.jpg,1,extra\n"},
+     "{root}/a.csv: column fold has 'extra', no name of a part"),
 ]  # fmt: skip
 
 
@@ -214,6 +237,9 @@ def test_own_images(tmp_path, images, files, message):
         (root / name).write_bytes(content)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         data.load(root)
+    if "{beside}" in message:
+        table = message.split(" says ")[0]
+        message = message.replace("{beside}", BESIDE.format(table=table))
     for name, text in TEXTS.items():
         message = message.replace(f"{{{name}}}", text)
     assert str(error.value) == message.replace("{root}", str(root))

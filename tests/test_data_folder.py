@@ -246,6 +246,33 @@ def test_images_without_a_label_are_counted(tmp_path):
     assert load(tmp_path / "own").protocol.endswith("; 2 images without a label left out")
 
 
+def test_a_table_beside_folders_that_says_the_same(tmp_path):
+    root = make_folders(tmp_path / "own", ["01", "2"], 10)
+    (root / "labels.csv").write_text("path,label\n01/a 0.PNG,1\n2/a 0.PNG,2.0\n")
+    assert load(root).rank_names == ("01", "2")
+    (root / "labels.csv").write_text("rank,description\n2,good\n")
+    assert load(root).rank_names == ("01", "2")
+
+
+@pytest.mark.parametrize("column", ["split", "Part", "set", "subset", "fold", "partition"])
+def test_a_column_is_the_split(tmp_path, column):
+    make_folders(tmp_path / "own", ["photos"], 12)
+    parts = ["training", "training", "Val", "test"]
+    rows = [f"photos/{path.name},{i % 2},{parts[i // 2 % 4]}" for i, path in
+            enumerate(sorted((tmp_path / "own" / "photos").iterdir()))]  # fmt: skip
+    table = tmp_path / "own" / "labels.csv"
+    table.write_text("\n".join([f"path,label,{column}", *rows]))
+    task = load(tmp_path / "own")
+    expected = dict(row.split(",")[::2] for row in rows)
+    for part, name in zip(parts_of(task), ("training", "Val", "test")):
+        assert paths(part) == {path for path in expected if expected[path] == name}
+    assert task.protocol.startswith("own: own table, split by its column: 8 train / 2 val / 2 test")
+    table.write_text(table.read_text().replace("Val", "training").replace("test", "training"))
+    assert "split by seed 0" in load(tmp_path / "own").protocol
+    table.write_text(table.read_text().replace("training", "3"))  # folds of a cross validation
+    assert "split by seed 0" in load(tmp_path / "own").protocol
+
+
 def test_folders_that_are_no_part_are_named(tmp_path):
     root = make_lists(tmp_path / "own")
     make_folders(root / "test", ["0", "1"], 2)
