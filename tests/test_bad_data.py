@@ -20,6 +20,7 @@ TEXTS = dict(  # what several messages have in common
     utf8="this is not UTF-8 text; save the file as UTF-8",
     missing="images are not under {root}, the first:",
     either="each of the columns score, age may be the label; name one of them `label`",
+    comment=", but there is such an image; write ./ before it, or remove the line",
     columns="expected two columns, or a header that names one `path` and one `label`, separated by",
 )
 
@@ -213,6 +214,10 @@ OWN = [  # (images, {file: content}, message)
      "{root}/labels.csv says '25' of 0.jpg{beside}"),
     (folders("train/1", "train/2"), {"train/x.tsv": "file\tage\n1/0.jpg\t2\n"},
      "{root}/train/x.tsv says '2' of 1/0.jpg{beside}"),
+    (["#0/x.jpg", *TWO], {"train.txt": "1/0.jpg 0\n#0/x.jpg 1\n"},
+     "{root}/train.txt:2: '#0/x.jpg 1' is a comment{comment}"),
+    (["#0/x y.jpg", *TWO], {"train.csv": "#0/x y.jpg,1\n1/0.jpg,0\n"},
+     "{root}/train.csv:1: '#0/x y.jpg,1' is a comment{comment}"),
     (TWO, {"train.csv": "image,score,age\n1/0.jpg,1,30\n2/0.jpg,2,40\n"},
      "{root}/train.csv:1: {either}"),
     (["0.jpg", "1.jpg"], {"labels.csv": "image,score,age\n0.jpg,1,30\n1.jpg,2,40\n"},
