@@ -109,6 +109,7 @@ def load(folder: Path, root: Path, options: Options) -> Task:
         raise ValueError(f"{folder}: {len(names)} rank, but ordinal regression needs 2 or more")
     if groups or options.split == LEAVE_ONE_OUT:
         groups = {path: groups[path] for part in parts for path, _ in part or () if groups}
+        groups = _join_spellings(groups, notes)
         parts = _split_by_group(folder, parts, groups, options, notes)
     preset = dict(context="the rank of the image is", rank_names=names)
     task = make_task(folder.resolve().name, preset, root, parts, options, description)
@@ -175,6 +176,20 @@ def _to_ranks(
     _check_num_ranks(folder, len(names), len(order or ()) or num_images)
     index = {name: rank for rank, name in enumerate(names)}
     return names, [part and [Sample(p, index[name]) for p, name in part] for part in rows], {}
+
+
+def _join_spellings(groups: dict[str, str], notes: list[str]) -> dict[str, str]:
+    """{path: group}, in one spelling: 1, 01 and 1.0 are the same group, Anna and anna, too."""
+    spellings: dict[str | int, set[str]] = {}
+    for name in set(groups.values()):
+        number = parse_integer(name)
+        key = _nfc(name).casefold() if number is None else number
+        spellings.setdefault(key, set()).add(name)
+    joined = [sorted(names) for names in spellings.values() if len(names) > 1]
+    some = " and ".join(map(repr, min(joined, default=())))
+    notes += [f"{len(joined):,} groups have several spellings, such as {some}"] * bool(joined)
+    first = {name: min(names) for names in spellings.values() for name in names}
+    return {path: first[name] for path, name in groups.items()}
 
 
 def _split_by_group(
