@@ -41,10 +41,13 @@ PART_NAMES = {  # in upper or lower case; eval is whichever of val and test is m
     "test": ("test", "testing"),
 }
 PART_WORD = r".*(?<![a-z])(train|test|valid|fold|split)"  # fold_1 and fold_2 are no ranks
-# Units to be minded: 3 months come before 2 years.
+# Units: with one of these, or with any gap, 1 bad, 2 good are not just counted.
 UNITS = (
-    "mg g kg t lb oz mm cm m km ft sec min h hr hour d day w wk week mo month y yo yr year k"
+    "mg g kg t lb oz mm cm m km in inch inche ft feet l ml ms s sec second min minute h hr hour d "
+    "day w wk week mo month y yo yr year decade century k b am pm ad bc bce ce"
 ).split()
+LARGE = {("year",), ("yr",), ("y",), ("yo",), ("kg",)}  # numbers without a unit may be in these
+FILLERS = "to and or more less older younger over under up plus old st nd rd th".split()
 NUMBER = (
     r"(?:(?<!\w)[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|(?:\d+(?:\.\d+)?|(?<!\w)\.\d+)(?:e[+-]?\d+)?)"
 )
@@ -376,6 +379,7 @@ def _order_ranks(folder: Path, names: Iterable[str], order: list[str] | None) ->
     ValueError where there is none: a name without a number, two of one number, months and years.
     """
     how = f"name the ranks in {folder / 'ranks.txt'}, one a line, lowest first"
+    keys = {}
     if order is None:
         if parts := [name for name in sorted(names) if re.match(PART_WORD, name.casefold())]:
             raise ValueError(f"{folder}: {parts[0]!r} may be a part or a rank; {how}")
@@ -383,23 +387,35 @@ def _order_ranks(folder: Path, names: Iterable[str], order: list[str] | None) ->
         before = next(iter(keys.values()))[1] if keys else ""  # "class" of "class 3"
         by_number = {key[0]: name for name, key in keys.items() if key[1] == before}
         order = [by_number[number] for number in sorted(by_number)]
-        units = {key[2]: name for name, key in keys.items()}
-        small = units.keys() & {"k", "h", "d", "day", "w", "wk", "week", "mo", "month"}
-        if len(units.keys() - {""}) > 1 or "" in units and small:
-            pair = " and ".join(map(repr, sorted(units.values())[:2]))
-            raise ValueError(f"{folder}: the ranks {pair} have different units; {how}")
     if unknown := sorted(set(names) - set(order)):
         raise ValueError(f"{folder}: the order of rank {unknown[0]!r} is not known; {how}")
+    units, numbers = {key[2]: name for name, key in keys.items()}, {key[0] for key in keys.values()}
+    is_counted = any(numbers == {(i + first, 0) for i in range(len(units))} for first in (0, 1))
+    is_counted &= not any(word in UNITS for unit in units for word in unit)
+    if len(units) > 1 and not is_counted and units.keys() - LARGE != {()}:
+        pair = " and ".join(map(repr, sorted(units.values())[:2]))
+        raise ValueError(f"{folder}: the ranks {pair} have different units; {how}")
+    ends = [(keys[name][3], name) for name in order if name in keys and keys[name][3] is not None]
+    for (end, name), (next_end, next_name) in zip(ends, ends[1:]):  # Q1 2021, Q2 2020
+        if end > next_end:
+            raise ValueError(f"{folder}: is rank {name!r} below {next_name!r}? {how}")
     return order
 
 
-def _rank_key(name: str) -> tuple[tuple[float, int], str, str] | None:
-    """((number, -1 below it, 1 above it, else 0), word before it, unit after it)."""
-    match = re.match(rf"(\D*?)({NUMBER})(\s*\+)?(.*)", name.casefold().replace("\u2212", "-"))
-    if not match:
+def _rank_key(name: str) -> tuple[tuple[float, int], str, tuple[str, ...], float | None] | None:
+    """((number, -1 below it, 1 above it, else 0), word before it, words after it, second number).
+
+    None without a number, and where it may be read in two ways: 1,5 and 00s and minus 2.
+    """
+    name = name.casefold().replace("\u2212", "-")
+    match = re.match(rf"(\D*?)({NUMBER})(\s*\+)?(.*)", name)
+    without_thousands = re.sub(r"(?<![\d,.])[1-9]\d{0,2}(,\d{3})+(?![\d,])", "", name)
+    is_odd = re.search(r"^[^(\[]*\d,\d|^00s|^(minus|negative)\b", without_thousands)
+    if not match or is_odd:
         return None
     before, number = match[1].strip(" _-([#"), float(match[2].replace(",", ""))
     side = -1 if before in BELOW else int(before in ABOVE or bool(match[3]))
-    words = [word.rstrip("s") for word in re.findall(r"[^\W\d_]+", match[4])]
-    unit = next((word for word in words if word in UNITS), "")
-    return (number, side), before * (side == 0), unit
+    words = (re.sub(r"(?<=..)s$", "", word) for word in re.findall(r"[^\W\d_]+", match[4]))
+    second = re.search(NUMBER, re.sub(r"^\s*[-\u2013]\s*", "", match[4]))  # 30 of 18-30
+    end = float(second[0].replace(",", "")) if second else None
+    return (number, side), before * (side == 0), tuple(w for w in words if w not in FILLERS), end

@@ -159,6 +159,15 @@ OWN = [  # (images, {file: content}, message)
      "{root}: the ranks '18m' and '2y' have different units{how}"),
     (folders("6 months", "2", "1"), {},
      "{root}: the ranks '2' and '6 months' have different units{how}"),
+    *((folders(a, b), {}, f"{{root}}: the ranks {a!r} and {b!r} have different units{{how}}")
+      for a, b in (("1 s", "500 ms"), ("1 mm", "10 um"), ("1 l", "500 ml"), ("1 ft", "2 inches"),
+                   ("1 decade", "5 years"), ("1M", "500"), ("1 B", "500 M"), ("1pm", "9am"),
+                   ("10 AD", "20 BC"), ("1 AD", "2 BC"), ("1 bad", "3 good"), ("1k-2k", "900-1k"))),
+    *((folders(a, b), {}, f"{{root}}: the order of rank {a!r} is not known{{how}}")
+      for a, b in (("minus 2", "minus 5"), ("00s", "60s"), ("0,125", "1,5"),
+                            ("1,5", "2"))),
+    *((folders(a, b), {}, f"{{root}}: is rank {a!r} below {b!r}?{{how}}")
+      for a, b in (("Q1 2021", "Q2 2020"), ("1-2021", "12-2020"))),
     (folders("fold_1", "fold_2"), {},
      "{root}: 'fold_1' may be a part or a rank{how}"),
     (folders("1/Train", "1/test", "2/Train"), {},
@@ -245,6 +254,7 @@ def test_own_images(tmp_path, images, files, message):
     if "{beside}" in message:
         table = message.split(" says ")[0]
         message = message.replace("{beside}", BESIDE.format(table=table))
+    message = message.replace("?{how}", "?" + TEXTS["how"][1:])
     for name, text in TEXTS.items():
         message = message.replace(f"{{{name}}}", text)
     assert str(error.value) == message.replace("{root}", str(root))

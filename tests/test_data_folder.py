@@ -160,6 +160,13 @@ def test_written_lists_give_the_task_back(tmp_path):
         ["3 years", "10_years"],
         ["under_18", "18-30", "31+"],
         ["age9", "Age10"],
+        ["0_none", "1_mild", "2_severe disease"],
+        ["1st", "2nd", "3rd", "4th"],
+        ["under 1 year", "1 year", "2-3 years old", "5 years and older"],
+        ["18 years", "20", "60+"],
+        ["[0,5)", "[5,10)", "[10,20)"],
+        ["-10 to -5", "-5 to 0", "1,000-2,000", "3,000-12,000"],
+        ["500-1,000", "1,001-1,500"],
     ],
 )
 def test_names_with_numbers_are_in_their_order(tmp_path, ranks):
