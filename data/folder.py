@@ -234,6 +234,12 @@ def _split_by_group(
                 f"{folder}: group {min(shared)!r} is in both {PARTS[i]} and {PARTS[j]}; move its "
                 "images into one part"
             )
+    if not (train and val and (test or test is None)):
+        counts = [f"{len(part or ()):,} {name}" for name, part in zip(PARTS, (train, val, test))]
+        raise ValueError(
+            f"{folder.name}: {' / '.join(counts)} images, and none may be empty: "
+            f"{len(names)} groups are too few, train, val and test need one each"
+        )
     return [train, val, test]
 
 

@@ -7,6 +7,7 @@ import pytest
 from data_makers import AESTHETICS_TABLE, MAKERS, MORPH_TABLE, PICTURE, edit
 
 import data
+from data.__main__ import main
 
 TWO = ["1/0.jpg", "1/1.jpg", "2/0.jpg", "2/1.jpg"]  # two ranks of two images
 TEXTS = dict(  # what several messages have in common
@@ -311,6 +312,40 @@ def test_releases(tmp_path, name, old, new, message):
         data.load(name, tmp_path)
     texts = dict(table=table, header=header, expected=f"expected {expected}, got")
     assert str(error.value) == message.format(**texts)
+
+
+@pytest.mark.parametrize(
+    "num_groups, counts", [(1, "0 train / 0 val / 6"), (2, "0 train / 3 val / 3")]
+)
+def test_fewer_groups_than_parts(tmp_path, num_groups, counts):
+    rows = [(f"{i}.jpg", i // 2, i % num_groups) for i in range(6)]
+    for name, *_ in rows:
+        (tmp_path / name).write_bytes(PICTURE)
+    lines = ["path,label,who", *(",".join(map(str, row)) for row in rows)]
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    with pytest.raises(ValueError) as error:
+        data.load(tmp_path, group="who")
+    assert str(error.value) == (
+        f"{tmp_path.name}: {counts} test images, and none may be empty: {num_groups} groups are "
+        "too few, train, val and test need one each"
+    )
+
+
+@pytest.mark.parametrize("argv, message", [
+    ([""], "name is empty; give a value"),
+    (["{root}", "--data-root="], "data-root is empty; give a value"),
+    (["{root}", "--out={root}"], "--out {root} lies in {root}, where lists and folders are data; "
+     "give another"),
+    (["{root}", "--out={root}/1/x"], "--out {root}/1/x lies in {root}, where lists and folders are "
+     "data; give another"),
+])  # fmt: skip
+def test_bad_commands(tmp_path, capsys, argv, message):
+    for name in [f"{rank}/{i}.jpg" for rank in (1, 2) for i in range(9)]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(PICTURE)
+    assert main([word.replace("{root}", str(tmp_path)) for word in argv]) == 1
+    assert capsys.readouterr().err == f"error: {message.replace('{root}', str(tmp_path))}\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
 OPTIONS = [  # (dataset, options, message)

@@ -193,10 +193,11 @@ def test_what_tools_leave_beside_images_is_not_read(tmp_path):
     expected = load(tmp_path / "own")
     folders = (
         ".ipynb_checkpoints", "@eaDir", "__MACOSX", ".thumbnails", "#recycle", "#snapshot", ".git",
-        "$RECYCLE.BIN", "System Volume Information", "lost+found",
+        "$RECYCLE.BIN", "@__thumb", "_vti_cnf", "System Volume Information", "lost+found",
     )  # fmt: skip
     files = (
         "._a 1.jpg",
+        "a 1~.jpg",
         "Thumbs.db",
         "desktop.ini",
         ".DS_Store",
