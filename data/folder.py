@@ -46,6 +46,7 @@ UNITS = (
     "mg g kg t lb oz mm cm m km in inch inche ft feet l ml ms s sec second min minute h hr hour d "
     "day w wk week mo month y yo yr year decade century k b am pm ad bc bce ce"
 ).split()
+LIST_WORD = "train|val|test|dev|label|meta|annotation|split|fold"  # in names of lists
 LARGE = {("year",), ("yr",), ("y",), ("yo",), ("kg",)}  # numbers without a unit may be in these
 FILLERS = "to and or more less older younger over under up plus old st nd rd th".split()
 NUMBER = (
@@ -67,6 +68,7 @@ def load(folder: Path, root: Path, options: Options) -> Task:
     _check_label_options(folder, options, [path for path in lists if path], order)
     chosen = ("label_pattern", "group", "ranks", "bins")
     notes = [f"{key.replace('_', ' ')} {v}" for key in chosen if (v := getattr(options, key))]
+    unread = [] if options.lists else [f for f in _find_lists(folder) if f not in lists]
     groups: dict[str, str] = {}  # {path: group}
     split: dict[str, int] = {}  # {path: part}, by a column of a table
     real_labels: dict[str, float] = {}
@@ -110,6 +112,8 @@ def load(folder: Path, root: Path, options: Options) -> Task:
         )
     if len(names) < 2:
         raise ValueError(f"{folder}: {len(names)} rank, but ordinal regression needs 2 or more")
+    unread = [path.name for path in unread if f"labels of {path.name}" not in notes]
+    notes += [f"lists left out: {', '.join(unread)}"] * bool(unread)
     if groups or options.split == LEAVE_ONE_OUT:
         groups = {path: groups[path] for part in parts for path, _ in part or () if groups}
         groups = _join_spellings(groups, notes)
@@ -261,6 +265,18 @@ def _find_parts(names: dict[Path, str]) -> list[Path | None]:
     return [paths[0] if paths else None for paths in candidates]
 
 
+def _find_lists(folder: Path) -> list[Path]:
+    """Files that may be lists, by their names; not those that a run writes."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in (".txt", ".csv", ".tsv", ".json", ".jsonl")
+        and re.search(LIST_WORD, path.stem.casefold())
+        and path.name != REAL_LABELS
+        and not is_hidden(path.name)
+    ]
+
+
 def _read_ranks(folder: Path) -> list[str] | None:
     path = next((path for path in folder.glob("*.*") if path.name.lower() == "ranks.txt"), None)
     names = path and [_nfc(name) for _, name in read_lines(path)]
@@ -318,11 +334,13 @@ def _read_part(
         if unlisted := len(images - {path for path, _ in rows}):
             notes.append(f"{unlisted:,} images without a label left out")
     elif len(folders) < 2 and not ranks:
+        unread = ", ".join(path.name for path in _find_lists(part_dir))
+        lists = f"; not read: {unread}" if unread else ""
         nested = f"; if {folders[0].name} holds the ranks, give {folders[0]}" if folders else ""
         raise ValueError(
             f"{part_dir} holds {len(folders)} folders and {len(tables)} tables; expected a folder "
             "per rank, lists train.txt (.csv, .tsv) of path and rank index, or one table (.csv, "
-            f".tsv) with the columns path and label{nested}"
+            f".tsv) with the columns path and label{nested}{lists}"
         )
     elif options.group:
         raise ValueError(f"{part_dir} has no table with the group column {options.group!r}")

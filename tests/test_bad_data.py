@@ -218,6 +218,11 @@ OWN = [  # (images, {file: content}, message)
      "('{root}/train' holds no '2.jpg')"),
     (folders("a", "b"), {"labels.csv": "path,label\na/0.jpg,1\n"},
      "{root}: the order of rank 'a' is not known{how}"),
+    (["a/0.jpg", "a/1.jpg"], {"train_list.txt": "a/0.jpg 0\n", "test_list.txt": "a/1.jpg 1\n"},
+     "{root} holds 1 folders and 0 tables;{wanted}; if a holds the ranks, give {root}/a; not "
+     "read: test_list.txt, train_list.txt"),
+    (["0.jpg", "1.jpg"], {"metadata.jsonl": "{}"},
+     "{root} holds 0 folders and 0 tables;{wanted}; not read: metadata.jsonl"),
     (folders("001", "2"), {"labels.csv": "path,label,person\n001/0.jpg,1,a\n2/0.jpg,25,b\n"},
      "{root}/labels.csv says '25' of 2/0.jpg{beside}"),
     (folders("001", "2"), {"labels.csv": "file,age\n0.jpg,25\n"},

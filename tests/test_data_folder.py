@@ -290,6 +290,23 @@ def test_folders_that_are_no_part_are_named(tmp_path):
     assert load(tmp_path / "two").protocol.endswith("; folders left out: more")
 
 
+@pytest.mark.parametrize(
+    "name", ["val_list.txt", "train_split.txt", "labels.txt", "metadata.jsonl"]
+)
+def test_lists_that_are_not_read_are_named(tmp_path, name):
+    make_lists(tmp_path / "lists", ".csv")
+    make_folders(tmp_path / "folders", ["1", "2"], 10)
+    make_folders(tmp_path / "table", ["photos"], 10)
+    (tmp_path / "table" / "labels.csv").write_text(
+        "\n".join(f"photos/{path.name},{i % 2}" for i, path in
+                  enumerate((tmp_path / "table" / "photos").iterdir()))
+    )  # fmt: skip
+    for folder in ("lists", "folders", "table"):
+        assert "lists left out" not in load(tmp_path / folder).protocol
+        (tmp_path / folder / name).write_text("x")
+        assert load(tmp_path / folder).protocol.endswith(f"; lists left out: {name}")
+
+
 def test_an_image_that_is_listed_twice_is_counted(tmp_path):
     root = make_lists(tmp_path / "own")
     for name, repeats in (("train", 10), ("val", 1)):
