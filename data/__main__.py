@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_own = args.name not in DATASETS
         if args.out and is_own and Path(args.out).resolve().is_relative_to(task.root.resolve()):
             raise ValueError(
-                f"--out {args.out} lies in {task.root}, where lists and folders are data; give another"
+                f"--out {args.out} lies in {task.root}, where folders are data; give another"
             )
         num_errors = check(task)
         own_folds = task.num_groups if args.split == LEAVE_ONE_OUT else 1

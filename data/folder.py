@@ -106,7 +106,7 @@ def load(folder: Path, root: Path, options: Options) -> Task:
                 description = "own table, split by its column"
                 rows = [[s for s in rows[0] if split[s.path] == part] or None for part in range(3)]
         names, parts, real_labels = _to_ranks(folder, rows, ranks, order, options, notes)
-    if any(split.get(path, i) != i for i, part in enumerate(parts) for path, _ in part or ()):
+    if split and any(split.get(s.path, i) != i for i, part in enumerate(parts) for s in part or ()):
         raise ValueError(
             f"{folder}: a column names other parts than its list; make train.csv, val.csv, test.csv"
         )

@@ -339,10 +339,8 @@ def test_fewer_groups_than_parts(tmp_path, num_groups, counts):
 @pytest.mark.parametrize("argv, message", [
     ([""], "name is empty; give a value"),
     (["{root}", "--data-root="], "data-root is empty; give a value"),
-    (["{root}", "--out={root}"], "--out {root} lies in {root}, where lists and folders are data; "
-     "give another"),
-    (["{root}", "--out={root}/1/x"], "--out {root}/1/x lies in {root}, where lists and folders are "
-     "data; give another"),
+    (["{root}", "--out={root}"], "--out {root} lies in {root}, where folders are data; give another"),
+    (["{root}", "--out={root}/1/x"], "--out {root}/1/x lies in {root}, where folders are data; give another"),
 ])  # fmt: skip
 def test_bad_commands(tmp_path, capsys, argv, message):
     for name in [f"{rank}/{i}.jpg" for rank in (1, 2) for i in range(9)]:
