@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         k: v for k, v in vars(args).items() if k not in ("name", "data_root", "out", "download")
     }
     try:
+        if empty := [name for name, value in vars(args).items() if value == ""]:
+            raise ValueError(f"{empty[0].replace('_', '-')} is empty; give a value")
         if args.download:
             for flag in (*options, "out"):
                 if getattr(args, flag) != parser.get_default(flag):
@@ -70,6 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             download(args.name, _modules.get(args.name), root)
             return 0
         task = load(args.name, args.data_root, **options, allow_missing=True)
+        is_own = args.name not in DATASETS
+        if args.out and is_own and Path(args.out).resolve().is_relative_to(task.root.resolve()):
+            raise ValueError(
+                f"--out {args.out} lies in {task.root}, where folders are data; give another"
+            )
         num_errors = check(task)
         own_folds = task.num_groups if args.split == LEAVE_ONE_OUT else 1
         for fold in range(DATASETS.get(args.name, {}).get("folds", own_folds)) if args.out else ():

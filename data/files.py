@@ -19,16 +19,19 @@ IMAGE_TYPES = (
     ".pgm",
 )  # fmt: skip
 TOOL_FILES = {  # what file managers, archives and servers leave beside images, in lower case
-    "__macosx", "__pycache__", "@eadir", "@recycle", "@tmp", "#recycle", "#snapshot", "recycler",
-    "$recycle.bin", "lost+found", "found.000", "system volume information", "temporary items",
-    "network trash folder", "thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r",
+    "__macosx", "__pycache__", "_vti_cnf", "@__thumb", "@eadir", "@recycle", "@tmp", "#recycle",
+    "#snapshot", "recycler", "$recycle.bin", "lost+found", "found.000", "system volume information",
+    "temporary items", "network trash folder", "thumbs.db", "ehthumbs.db", "desktop.ini",
+    "picasa.ini", "icon\r",
 }  # fmt: skip
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is a tool's own: .ipynb_checkpoints, ._x.jpg, @eaDir, Thumbs.db."""
+    """Whether a file or folder is a tool's own: .ipynb_checkpoints, ._x.jpg, x~.jpg, @eaDir."""
     is_number = name[:1] == "." and name[1:].isdecimal()  # .5 is a rank
-    return name.startswith((".", "~$")) and not is_number or name.lower() in TOOL_FILES
+    is_backup = os.path.splitext(name)[0].endswith("~")  # x~.png
+    is_tool = is_backup or name.lower() in TOOL_FILES
+    return is_tool or name.startswith((".", "~$")) and not is_number
 
 
 def is_image(path: str | Path) -> bool:

@@ -22,7 +22,15 @@ from pathlib import Path
 
 from .files import find_images, is_hidden, is_image, read_lines
 from .labels import MAX_RANKS, PRESENT, match_names, number_ranks
-from .lists import Sample, check_labels, read_texts
+from .lists import (
+    LABEL_COLUMNS,
+    SPLIT_COLUMNS,
+    Sample,
+    check_labels,
+    parse_integer,
+    read_header,
+    read_texts,
+)
 from .task import PARTS, REAL_LABELS, Options, Task, hold_out, make_task
 
 LEAVE_ONE_OUT = "leave-one-group-out"
@@ -33,10 +41,14 @@ PART_NAMES = {  # in upper or lower case; eval is whichever of val and test is m
     "test": ("test", "testing"),
 }
 PART_WORD = r".*(?<![a-z])(train|test|valid|fold|split)"  # fold_1 and fold_2 are no ranks
-# Units to be minded: 3 months come before 2 years.
+# Units: with one of these, or with any gap, 1 bad, 2 good are not just counted.
 UNITS = (
-    "mg g kg t lb oz mm cm m km ft sec min h hr hour d day w wk week mo month y yo yr year k"
+    "mg g kg t lb oz mm cm m km in inch inche ft feet l ml ms s sec second min minute h hr hour d "
+    "day w wk week mo month y yo yr year decade century k b am pm ad bc bce ce"
 ).split()
+LIST_WORD = "train|val|test|dev|label|meta|annotation|split|fold"  # in names of lists
+LARGE = {("year",), ("yr",), ("y",), ("yo",), ("kg",)}  # numbers without a unit may be in these
+FILLERS = "to and or more less older younger over under up plus old st nd rd th".split()
 NUMBER = (
     r"(?:(?<!\w)[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|(?:\d+(?:\.\d+)?|(?<!\w)\.\d+)(?:e[+-]?\d+)?)"
 )
@@ -56,13 +68,17 @@ def load(folder: Path, root: Path, options: Options) -> Task:
     _check_label_options(folder, options, [path for path in lists if path], order)
     chosen = ("label_pattern", "group", "ranks", "bins")
     notes = [f"{key.replace('_', ' ')} {v}" for key in chosen if (v := getattr(options, key))]
+    unread = [] if options.lists else [f for f in _find_lists(folder) if f not in lists]
     groups: dict[str, str] = {}  # {path: group}
+    split: dict[str, int] = {}  # {path: part}, by a column of a table
     real_labels: dict[str, float] = {}
     if any(lists):
         options = replace(options, lists=tuple(lists))
         description = "own lists " + " ".join(path.name for path in lists if path)
         for path in filter(None, lists if options.group else ()):
             groups |= dict(read_texts(path, root, options.group, options.allow_missing))
+        for path in filter(None, lists):
+            split |= dict(_read_split(path, root, options.allow_missing))
     if any(lists) and not (options.ranks or options.bins):
         names, parts = _read_rank_lists(folder, root, options, order)
         used = {sample.path.split(os.sep)[0] for part in parts for sample in part or ()}
@@ -83,13 +99,24 @@ def load(folder: Path, root: Path, options: Options) -> Task:
         else:
             part_dirs, description = _find_part_dirs(folder, folders, options, notes)
             rows = [
-                path and _read_part(path, root, options, ranks, groups, notes) for path in part_dirs
+                path and _read_part(path, root, options, ranks, groups, split, notes)
+                for path in part_dirs
             ]
+            if part_dirs[0] == folder and set(split.values()) - {0}:  # more than train
+                description = "own table, split by its column"
+                rows = [[s for s in rows[0] if split[s.path] == part] or None for part in range(3)]
         names, parts, real_labels = _to_ranks(folder, rows, ranks, order, options, notes)
+    if split and any(split.get(s.path, i) != i for i, part in enumerate(parts) for s in part or ()):
+        raise ValueError(
+            f"{folder}: a column names other parts than its list; make train.csv, val.csv, test.csv"
+        )
     if len(names) < 2:
         raise ValueError(f"{folder}: {len(names)} rank, but ordinal regression needs 2 or more")
+    unread = [path.name for path in unread if f"labels of {path.name}" not in notes]
+    notes += [f"lists left out: {', '.join(unread)}"] * bool(unread)
     if groups or options.split == LEAVE_ONE_OUT:
         groups = {path: groups[path] for part in parts for path, _ in part or () if groups}
+        groups = _join_spellings(groups, notes)
         parts = _split_by_group(folder, parts, groups, options, notes)
     preset = dict(context="the rank of the image is", rank_names=names)
     task = make_task(folder.resolve().name, preset, root, parts, options, description)
@@ -158,6 +185,20 @@ def _to_ranks(
     return names, [part and [Sample(p, index[name]) for p, name in part] for part in rows], {}
 
 
+def _join_spellings(groups: dict[str, str], notes: list[str]) -> dict[str, str]:
+    """{path: group}, in one spelling: 1, 01 and 1.0 are the same group, Anna and anna, too."""
+    spellings: dict[str | int, set[str]] = {}
+    for name in set(groups.values()):
+        number = parse_integer(name)
+        key = _nfc(name).casefold() if number is None else number
+        spellings.setdefault(key, set()).add(name)
+    joined = [sorted(names) for names in spellings.values() if len(names) > 1]
+    some = " and ".join(map(repr, min(joined, default=())))
+    notes += [f"{len(joined):,} groups have several spellings, such as {some}"] * bool(joined)
+    first = {name: min(names) for names in spellings.values() for name in names}
+    return {path: first[name] for path, name in groups.items()}
+
+
 def _split_by_group(
     folder: Path,
     parts: list[list[Sample] | None],
@@ -197,6 +238,12 @@ def _split_by_group(
                 f"{folder}: group {min(shared)!r} is in both {PARTS[i]} and {PARTS[j]}; move its "
                 "images into one part"
             )
+    if not (train and val and (test or test is None)):
+        counts = [f"{len(part or ()):,} {name}" for name, part in zip(PARTS, (train, val, test))]
+        raise ValueError(
+            f"{folder.name}: {' / '.join(counts)} images, and none may be empty: "
+            f"{len(names)} groups are too few, train, val and test need one each"
+        )
     return [train, val, test]
 
 
@@ -216,6 +263,18 @@ def _find_parts(names: dict[Path, str]) -> list[Path | None]:
         if len(paths) > 1:
             raise ValueError(f"{paths[0]} and {paths[1].name} are both the {part} part; keep one")
     return [paths[0] if paths else None for paths in candidates]
+
+
+def _find_lists(folder: Path) -> list[Path]:
+    """Files that may be lists, by their names; not those that a run writes."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in (".txt", ".csv", ".tsv", ".json", ".jsonl")
+        and re.search(LIST_WORD, path.stem.casefold())
+        and path.name != REAL_LABELS
+        and not is_hidden(path.name)
+    ]
 
 
 def _read_ranks(folder: Path) -> list[str] | None:
@@ -241,10 +300,11 @@ def _read_part(
     options: Options,
     ranks: set[str],
     groups: dict[str, str],
+    split: dict[str, int],
     notes: list[str],
 ) -> list[Sample]:
-    """Images with the names of their ranks; adds to ranks these, to groups, to notes what is left
-    out."""
+    """Images with the names of their ranks; adds to ranks these, to groups, to split, to notes what
+    is left out."""
     entries = [entry for entry in sorted(part_dir.iterdir()) if not is_hidden(entry.name)]
     folders = [entry for entry in entries if entry.is_dir()]
     files = [entry for entry in entries if not entry.is_dir()]
@@ -268,16 +328,19 @@ def _read_part(
         if options.group:
             cells = read_texts(tables[0], part_dir, options.group)
             groups |= dict(_relative(part_dir, root, cells))
+        split |= dict(_relative(part_dir, root, _read_split(tables[0], part_dir)))
         notes.append(f"labels of {os.path.relpath(tables[0], root)}")
         images = {os.path.relpath(image, root) for image in find_images(part_dir)[0]}
         if unlisted := len(images - {path for path, _ in rows}):
             notes.append(f"{unlisted:,} images without a label left out")
     elif len(folders) < 2 and not ranks:
+        unread = ", ".join(path.name for path in _find_lists(part_dir))
+        lists = f"; not read: {unread}" if unread else ""
         nested = f"; if {folders[0].name} holds the ranks, give {folders[0]}" if folders else ""
         raise ValueError(
             f"{part_dir} holds {len(folders)} folders and {len(tables)} tables; expected a folder "
             "per rank, lists train.txt (.csv, .tsv) of path and rank index, or one table (.csv, "
-            f".tsv) with the columns path and label{nested}"
+            f".tsv) with the columns path and label{nested}{lists}"
         )
     elif options.group:
         raise ValueError(f"{part_dir} has no table with the group column {options.group!r}")
@@ -293,12 +356,41 @@ def _read_part(
             others += others_of_rank
         if beside := sum(map(is_image, files)):
             notes.append(f"{beside:,} images beside the folders of {part_dir.name} left out")
-        ranks |= {_nfc(rank_dir.name) for rank_dir in folders}
+        if names := {_nfc(rank_dir.name) for rank_dir in folders} - ranks:  # not in ranks.txt
+            for table in tables if all(map(_rank_key, names)) else ():
+                _check_agreement(part_dir, table)
+        ranks |= names
     if others:
         types = ", ".join(f"{suffix} {count:,}" for suffix, count in sorted(others.items()))
         notes.append(f"{others.total():,} files of other types left out ({types})")
     ranks |= {name for _, name in rows}
     return rows
+
+
+def _read_split(table: Path, root: Path, allow_missing: bool = False) -> list[Sample]:
+    """Parts (0, 1, 2) as labels, where a column such as split has names of parts; or []."""
+    for column in (name for name in read_header(table) if name in SPLIT_COLUMNS):
+        cells = read_texts(table, root, column, allow_missing)
+        parts = _find_parts({Path(cell): cell for _, cell in cells})
+        index = {path.name: part for part, path in enumerate(parts) if path}
+        if other := [cell for _, cell in cells if index and cell not in index]:
+            raise ValueError(f"{table}: column {column} has {other[0]!r}, no name of a part")
+        if index:
+            return [Sample(path, index[cell]) for path, cell in cells]
+    return []
+
+
+def _check_agreement(part_dir: Path, table: Path) -> None:
+    """ValueError if a table has other labels than the folders of ranks that it lies beside."""
+    if not {*LABEL_COLUMNS} & {*read_header(table)}:
+        return
+    for path, label in read_texts(table, part_dir, allow_missing=True):
+        name = Path(path).parts[0]
+        if label not in (name, str(parse_integer(name))):
+            raise ValueError(
+                f"{table} says {label!r} of {path}, but folders lie beside it: for the labels of "
+                f"the table give --train-list {table} --ranks present, else move it away"
+            )
 
 
 def _relative(part_dir: Path, root: Path, samples: list[Sample]) -> list[Sample]:
@@ -311,6 +403,7 @@ def _order_ranks(folder: Path, names: Iterable[str], order: list[str] | None) ->
     ValueError where there is none: a name without a number, two of one number, months and years.
     """
     how = f"name the ranks in {folder / 'ranks.txt'}, one a line, lowest first"
+    keys = {}
     if order is None:
         if parts := [name for name in sorted(names) if re.match(PART_WORD, name.casefold())]:
             raise ValueError(f"{folder}: {parts[0]!r} may be a part or a rank; {how}")
@@ -318,23 +411,35 @@ def _order_ranks(folder: Path, names: Iterable[str], order: list[str] | None) ->
         before = next(iter(keys.values()))[1] if keys else ""  # "class" of "class 3"
         by_number = {key[0]: name for name, key in keys.items() if key[1] == before}
         order = [by_number[number] for number in sorted(by_number)]
-        units = {key[2]: name for name, key in keys.items()}
-        small = units.keys() & {"k", "h", "d", "day", "w", "wk", "week", "mo", "month"}
-        if len(units.keys() - {""}) > 1 or "" in units and small:
-            pair = " and ".join(map(repr, sorted(units.values())[:2]))
-            raise ValueError(f"{folder}: the ranks {pair} have different units; {how}")
     if unknown := sorted(set(names) - set(order)):
         raise ValueError(f"{folder}: the order of rank {unknown[0]!r} is not known; {how}")
+    units, numbers = {key[2]: name for name, key in keys.items()}, {key[0] for key in keys.values()}
+    is_counted = any(numbers == {(i + first, 0) for i in range(len(units))} for first in (0, 1))
+    is_counted &= not any(word in UNITS for unit in units for word in unit)
+    if len(units) > 1 and not is_counted and units.keys() - LARGE != {()}:
+        pair = " and ".join(map(repr, sorted(units.values())[:2]))
+        raise ValueError(f"{folder}: the ranks {pair} have different units; {how}")
+    ends = [(keys[name][3], name) for name in order if name in keys and keys[name][3] is not None]
+    for (end, name), (next_end, next_name) in zip(ends, ends[1:]):  # Q1 2021, Q2 2020
+        if end > next_end:
+            raise ValueError(f"{folder}: is rank {name!r} below {next_name!r}? {how}")
     return order
 
 
-def _rank_key(name: str) -> tuple[tuple[float, int], str, str] | None:
-    """((number, -1 below it, 1 above it, else 0), word before it, unit after it)."""
-    match = re.match(rf"(\D*?)({NUMBER})(\s*\+)?(.*)", name.casefold().replace("\u2212", "-"))
-    if not match:
+def _rank_key(name: str) -> tuple[tuple[float, int], str, tuple[str, ...], float | None] | None:
+    """((number, -1 below it, 1 above it, else 0), word before it, words after it, second number).
+
+    None without a number, and where it may be read in two ways: 1,5 and 00s and minus 2.
+    """
+    name = name.casefold().replace("\u2212", "-")
+    match = re.match(rf"(\D*?)({NUMBER})(\s*\+)?(.*)", name)
+    without_thousands = re.sub(r"(?<![\d,.])[1-9]\d{0,2}(,\d{3})+(?![\d,])", "", name)
+    is_odd = re.search(r"^[^(\[]*\d,\d|^00s|^(minus|negative)\b", without_thousands)
+    if not match or is_odd:
         return None
     before, number = match[1].strip(" _-([#"), float(match[2].replace(",", ""))
     side = -1 if before in BELOW else int(before in ABOVE or bool(match[3]))
-    words = [word.rstrip("s") for word in re.findall(r"[^\W\d_]+", match[4])]
-    unit = next((word for word in words if word in UNITS), "")
-    return (number, side), before * (side == 0), unit
+    words = (re.sub(r"(?<=..)s$", "", word) for word in re.findall(r"[^\W\d_]+", match[4]))
+    second = re.search(NUMBER, re.sub(r"^\s*[-\u2013]\s*", "", match[4]))  # 30 of 18-30
+    end = float(second[0].replace(",", "")) if second else None
+    return (number, side), before * (side == 0), tuple(w for w in words if w not in FILLERS), end

@@ -26,6 +26,7 @@ from .files import IMAGE_TYPES, read_lines, write_lines
 
 PATH_COLUMNS = ("path", "image", "filename", "file", "file_name", "image_path", "photo")
 LABEL_COLUMNS = ("label", "rank", "age", "class", "target", "value", "score")
+SPLIT_COLUMNS = ("split", "part", "set", "subset", "fold", "partition")
 
 
 class Sample(NamedTuple):
@@ -110,7 +111,7 @@ def read_list(
     lines = array("q")
 
     def rows():
-        for line, image, label in parse_list(path):
+        for line, image, label in parse_list(path, root):
             if not 0 <= label < (2**63 if num_ranks is None else num_ranks):
                 highest = "" if num_ranks is None else f" .. {num_ranks - 1} ({num_ranks} ranks)"
                 raise ValueError(f"{path}:{line}: label {label}, but ranks are counted 0{highest}")
@@ -144,9 +145,9 @@ def check_labels(
             )
 
 
-def parse_list(path: str | Path) -> Iterator[tuple[int, str, int]]:
+def parse_list(path: str | Path, root: str | Path | None = None) -> Iterator[tuple[int, str, int]]:
     """(line number, image path, label) of a list file, with any whole number as label."""
-    for number, image, text in parse_rows(path):
+    for number, image, text in parse_rows(path, root=root):
         label = parse_integer(text)
         if label is None:
             what = f"label {text[:99]!r} is no whole number"
@@ -162,7 +163,7 @@ def read_texts(
 
     Errors: those of read_list, but for the values of labels.
     """
-    rows = [*parse_rows(path, column)]
+    rows = [*parse_rows(path, column, root)]
     integers = [None if column else parse_integer(text) for _, _, text in rows]
     texts = [text if n is None else str(n) for (_, _, text), n in zip(rows, integers)]
     samples = zip((image for _, image, _ in rows), texts)
@@ -171,12 +172,17 @@ def read_texts(
     return samples
 
 
-def parse_rows(path: str | Path, column: str | None = None) -> Iterator[tuple[int, str, str]]:
-    """(line number, image path, label as written) of a list file; or a column for the label."""
-    lines, number = read_lines(path), None
+def parse_rows(
+    path: str | Path, column: str | None = None, root: str | Path | None = None
+) -> Iterator[tuple[int, str, str]]:
+    """(line number, image path, label as written) of a list file; or a column for the label.
+
+    A first line that starts with a file under `root` is no header, and a # line cannot.
+    """
+    lines, number = _uncommented(path, root), None
     first = [*islice(lines, 1)]
     first_line = first[0][1] if first else ""
-    delimiter, image, label, header = _columns(path, first_line, column)
+    delimiter, image, label, header = _columns(path, first_line, column, root)
     width, last = len(_cells(first_line, delimiter)), max(image, label)
     for number, line in chain(first[header:], lines):
         cells = _cells(line, delimiter)
@@ -195,19 +201,23 @@ def parse_rows(path: str | Path, column: str | None = None) -> Iterator[tuple[in
 
 
 def _columns(
-    path: str | Path, first_line: str, column: str | None = None
+    path: str | Path, first_line: str, column: str | None = None, root: str | Path | None = None
 ) -> tuple[str | None, int, int, int]:
     """(delimiter, path column, label column, number of header lines), from a list's first line."""
     label_columns = (column.strip().lower(),) if column else LABEL_COLUMNS
     known = {".csv": ",", ".tsv": "\t"}.get(Path(path).suffix.lower())
     for delimiter in [known] if known else ["\t", ",", " "]:
         names = [cell.lower() for cell in _cells(first_line, delimiter)]
-        image, label = (
-            next((names.index(name) for name in columns if name in names), None)
-            for columns in (PATH_COLUMNS, label_columns)
-        )
-        if image is not None and label is not None:
-            return delimiter, image, label, 1
+        image = next((names.index(name) for name in PATH_COLUMNS if name in names), None)
+        labels = [name for name in names if name in label_columns]
+        label = "label" if labels.count("label") == 1 else labels[0] if labels else None
+        if image is not None and labels:
+            if len(labels) > 1 and label != "label":
+                raise ValueError(
+                    f"{path}:1: each of the columns {', '.join(labels)} may be the label; name one "
+                    "of them `label`"
+                )
+            return delimiter, image, names.index(label), 1
     if column:
         raise ValueError(
             f"{path}:1: expected a header with the columns path and {column}; got "
@@ -220,8 +230,37 @@ def _columns(
             f"{path}:1: expected two columns, or a header that names one `path` and one `label`, "
             f"separated by {known!r}; got {first_line[:200]!r}"
         )
-    is_header = parse_integer(names[1]) is None and Path(names[0]).suffix not in IMAGE_TYPES
-    return known, 0, 1, int(is_header)
+    is_header = parse_number(names[1]) is None and Path(names[0]).suffix not in IMAGE_TYPES
+    return known, 0, 1, int(is_header and not _is_listed(root, _cells(first_line, known)[0]))
+
+
+def _is_listed(root: str | Path | None, path: str) -> bool:
+    """Whether there is a file `path` under root, as resolve_paths spells it."""
+    path = next(resolve_paths(root or "", [(path, 0)], path, allow_missing=True))[0]
+    return root is not None and os.path.isfile(os.path.join(root, path))
+
+
+def _uncommented(path: str | Path, root: str | Path | None) -> Iterator[tuple[int, str]]:
+    """(line number, line) without comments; ValueError for one that starts with a file's name."""
+    for number, line in read_lines(path, comment=None):
+        if line[0] != "#":
+            yield number, line
+        elif root and any(
+            os.path.isfile(os.path.join(root, cell))
+            for delimiter in (None, "\t", ",")
+            for cell in _cells(line, delimiter)[:1]
+        ):
+            raise ValueError(
+                f"{path}:{number}: {line[:200]!r} is a comment, but there is such an image; write "
+                "./ before it, or remove the line"
+            )
+
+
+def read_header(path: str | Path) -> list[str]:
+    """The columns of a list, in lower case; [] where none is of paths."""
+    first_line = next((line for _, line in read_lines(path)), "")
+    rows = ([cell.lower() for cell in _cells(first_line, delimiter)] for delimiter in "\t, ")
+    return next((names for names in rows if {*names} & {*PATH_COLUMNS}), [])
 
 
 def _cells(line: str, delimiter: str | None) -> list[str]:

@@ -7,6 +7,7 @@ import pytest
 from data_makers import AESTHETICS_TABLE, MAKERS, MORPH_TABLE, PICTURE, edit
 
 import data
+from data.__main__ import main
 
 TWO = ["1/0.jpg", "1/1.jpg", "2/0.jpg", "2/1.jpg"]  # two ranks of two images
 TEXTS = dict(  # what several messages have in common
@@ -19,7 +20,14 @@ TEXTS = dict(  # what several messages have in common
     mind="mind case, suffix, accents",
     utf8="this is not UTF-8 text; save the file as UTF-8",
     missing="images are not under {root}, the first:",
+    either="each of the columns score, age may be the label; name one of them `label`",
+    comment=", but there is such an image; write ./ before it, or remove the line",
     columns="expected two columns, or a header that names one `path` and one `label`, separated by",
+)
+
+BESIDE = (
+    ", but folders lie beside it: for the labels of the table give --train-list {table} --ranks "
+    "present, else move it away"
 )
 
 
@@ -152,6 +160,15 @@ OWN = [  # (images, {file: content}, message)
      "{root}: the ranks '18m' and '2y' have different units{how}"),
     (folders("6 months", "2", "1"), {},
      "{root}: the ranks '2' and '6 months' have different units{how}"),
+    *((folders(a, b), {}, f"{{root}}: the ranks {a!r} and {b!r} have different units{{how}}")
+      for a, b in (("1 s", "500 ms"), ("1 mm", "10 um"), ("1 l", "500 ml"), ("1 ft", "2 inches"),
+                   ("1 decade", "5 years"), ("1M", "500"), ("1 B", "500 M"), ("1pm", "9am"),
+                   ("10 AD", "20 BC"), ("1 AD", "2 BC"), ("1 bad", "3 good"), ("1k-2k", "900-1k"))),
+    *((folders(a, b), {}, f"{{root}}: the order of rank {a!r} is not known{{how}}")
+      for a, b in (("minus 2", "minus 5"), ("00s", "60s"), ("0,125", "1,5"),
+                            ("1,5", "2"))),
+    *((folders(a, b), {}, f"{{root}}: is rank {a!r} below {b!r}?{{how}}")
+      for a, b in (("Q1 2021", "Q2 2020"), ("1-2021", "12-2020"))),
     (folders("fold_1", "fold_2"), {},
      "{root}: 'fold_1' may be a part or a rank{how}"),
     (folders("1/Train", "1/test", "2/Train"), {},
@@ -201,6 +218,32 @@ OWN = [  # (images, {file: content}, message)
      "('{root}/train' holds no '2.jpg')"),
     (folders("a", "b"), {"labels.csv": "path,label\na/0.jpg,1\n"},
      "{root}: the order of rank 'a' is not known{how}"),
+    (["a/0.jpg", "a/1.jpg"], {"train_list.txt": "a/0.jpg 0\n", "test_list.txt": "a/1.jpg 1\n"},
+     "{root} holds 1 folders and 0 tables;{wanted}; if a holds the ranks, give {root}/a; not "
+     "read: test_list.txt, train_list.txt"),
+    (["0.jpg", "1.jpg"], {"metadata.jsonl": "{}"},
+     "{root} holds 0 folders and 0 tables;{wanted}; not read: metadata.jsonl"),
+    (folders("001", "2"), {"labels.csv": "path,label,person\n001/0.jpg,1,a\n2/0.jpg,25,b\n"},
+     "{root}/labels.csv says '25' of 2/0.jpg{beside}"),
+    (folders("001", "2"), {"labels.csv": "file,age\n0.jpg,25\n"},
+     "{root}/labels.csv says '25' of 0.jpg{beside}"),
+    (folders("train/1", "train/2"), {"train/x.tsv": "file\tage\n1/0.jpg\t2\n"},
+     "{root}/train/x.tsv says '2' of 1/0.jpg{beside}"),
+    (["#0/x.jpg", *TWO], {"train.txt": "1/0.jpg 0\n#0/x.jpg 1\n"},
+     "{root}/train.txt:2: '#0/x.jpg 1' is a comment{comment}"),
+    (["#0/x y.jpg", *TWO], {"train.csv": "#0/x y.jpg,1\n1/0.jpg,0\n"},
+     "{root}/train.csv:1: '#0/x y.jpg,1' is a comment{comment}"),
+    (TWO, {"train.csv": "image,score,age\n1/0.jpg,1,30\n2/0.jpg,2,40\n"},
+     "{root}/train.csv:1: {either}"),
+    (["0.jpg", "1.jpg"], {"labels.csv": "image,score,age\n0.jpg,1,30\n1.jpg,2,40\n"},
+     "{root}/labels.csv:1: {either}"),
+    (TWO, {"train.csv": "path,label,split\n1/0.jpg,0,train\n1/1.jpg,1,test\n"},
+     "{root}: a column names other parts than its list; make train.csv, val.csv, test.csv"),
+    (["train/0.jpg", "train/1.jpg"],
+     {"train/a.csv": "path,label,split\n0.jpg,0,train\n1.jpg,1,val\n"},
+     "{root}: a column names other parts than its list; make train.csv, val.csv, test.csv"),
+    (["0.jpg", "1.jpg"], {"a.csv": "path,label,fold\n0.jpg,0,train\n1.jpg,1,extra\n"},
+     "{root}/a.csv: column fold has 'extra', no name of a part"),
 ]  # fmt: skip
 
 
@@ -214,6 +257,10 @@ def test_own_images(tmp_path, images, files, message):
         (root / name).write_bytes(content)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         data.load(root)
+    if "{beside}" in message:
+        table = message.split(" says ")[0]
+        message = message.replace("{beside}", BESIDE.format(table=table))
+    message = message.replace("?{how}", "?" + TEXTS["how"][1:])
     for name, text in TEXTS.items():
         message = message.replace(f"{{{name}}}", text)
     assert str(error.value) == message.replace("{root}", str(root))
@@ -270,6 +317,38 @@ def test_releases(tmp_path, name, old, new, message):
         data.load(name, tmp_path)
     texts = dict(table=table, header=header, expected=f"expected {expected}, got")
     assert str(error.value) == message.format(**texts)
+
+
+@pytest.mark.parametrize(
+    "num_groups, counts", [(1, "0 train / 0 val / 6"), (2, "0 train / 3 val / 3")]
+)
+def test_fewer_groups_than_parts(tmp_path, num_groups, counts):
+    rows = [(f"{i}.jpg", i // 2, i % num_groups) for i in range(6)]
+    for name, *_ in rows:
+        (tmp_path / name).write_bytes(PICTURE)
+    lines = ["path,label,who", *(",".join(map(str, row)) for row in rows)]
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    with pytest.raises(ValueError) as error:
+        data.load(tmp_path, group="who")
+    assert str(error.value) == (
+        f"{tmp_path.name}: {counts} test images, and none may be empty: {num_groups} groups are "
+        "too few, train, val and test need one each"
+    )
+
+
+@pytest.mark.parametrize("argv, message", [
+    ([""], "name is empty; give a value"),
+    (["{root}", "--data-root="], "data-root is empty; give a value"),
+    (["{root}", "--out={root}"], "--out {root} lies in {root}, where folders are data; give another"),
+    (["{root}", "--out={root}/1/x"], "--out {root}/1/x lies in {root}, where folders are data; give another"),
+])  # fmt: skip
+def test_bad_commands(tmp_path, capsys, argv, message):
+    for name in [f"{rank}/{i}.jpg" for rank in (1, 2) for i in range(9)]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(PICTURE)
+    assert main([word.replace("{root}", str(tmp_path)) for word in argv]) == 1
+    assert capsys.readouterr().err == f"error: {message.replace('{root}', str(tmp_path))}\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
 OPTIONS = [  # (dataset, options, message)

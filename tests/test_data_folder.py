@@ -160,6 +160,13 @@ def test_written_lists_give_the_task_back(tmp_path):
         ["3 years", "10_years"],
         ["under_18", "18-30", "31+"],
         ["age9", "Age10"],
+        ["0_none", "1_mild", "2_severe disease"],
+        ["1st", "2nd", "3rd", "4th"],
+        ["under 1 year", "1 year", "2-3 years old", "5 years and older"],
+        ["18 years", "20", "60+"],
+        ["[0,5)", "[5,10)", "[10,20)"],
+        ["-10 to -5", "-5 to 0", "1,000-2,000", "3,000-12,000"],
+        ["500-1,000", "1,001-1,500"],
     ],
 )
 def test_names_with_numbers_are_in_their_order(tmp_path, ranks):
@@ -186,10 +193,11 @@ def test_what_tools_leave_beside_images_is_not_read(tmp_path):
     expected = load(tmp_path / "own")
     folders = (
         ".ipynb_checkpoints", "@eaDir", "__MACOSX", ".thumbnails", "#recycle", "#snapshot", ".git",
-        "$RECYCLE.BIN", "System Volume Information", "lost+found",
+        "$RECYCLE.BIN", "@__thumb", "_vti_cnf", "System Volume Information", "lost+found",
     )  # fmt: skip
     files = (
         "._a 1.jpg",
+        "a 1~.jpg",
         "Thumbs.db",
         "desktop.ini",
         ".DS_Store",
@@ -246,6 +254,33 @@ def test_images_without_a_label_are_counted(tmp_path):
     assert load(tmp_path / "own").protocol.endswith("; 2 images without a label left out")
 
 
+def test_a_table_beside_folders_that_says_the_same(tmp_path):
+    root = make_folders(tmp_path / "own", ["01", "2"], 10)
+    (root / "labels.csv").write_text("path,label\n01/a 0.PNG,1\n2/a 0.PNG,2.0\n")
+    assert load(root).rank_names == ("01", "2")
+    (root / "labels.csv").write_text("rank,description\n2,good\n")
+    assert load(root).rank_names == ("01", "2")
+
+
+@pytest.mark.parametrize("column", ["split", "Part", "set", "subset", "fold", "partition"])
+def test_a_column_is_the_split(tmp_path, column):
+    make_folders(tmp_path / "own", ["photos"], 12)
+    parts = ["training", "training", "Val", "test"]
+    rows = [f"photos/{path.name},{i % 2},{parts[i // 2 % 4]}" for i, path in
+            enumerate(sorted((tmp_path / "own" / "photos").iterdir()))]  # fmt: skip
+    table = tmp_path / "own" / "labels.csv"
+    table.write_text("\n".join([f"path,label,{column}", *rows]))
+    task = load(tmp_path / "own")
+    expected = dict(row.split(",")[::2] for row in rows)
+    for part, name in zip(parts_of(task), ("training", "Val", "test")):
+        assert paths(part) == {path for path in expected if expected[path] == name}
+    assert task.protocol.startswith("own: own table, split by its column: 8 train / 2 val / 2 test")
+    table.write_text(table.read_text().replace("Val", "training").replace("test", "training"))
+    assert "split by seed 0" in load(tmp_path / "own").protocol
+    table.write_text(table.read_text().replace("training", "3"))  # folds of a cross validation
+    assert "split by seed 0" in load(tmp_path / "own").protocol
+
+
 def test_folders_that_are_no_part_are_named(tmp_path):
     root = make_lists(tmp_path / "own")
     make_folders(root / "test", ["0", "1"], 2)
@@ -253,6 +288,23 @@ def test_folders_that_are_no_part_are_named(tmp_path):
     make_folders(tmp_path / "two" / "train", ["0", "1"], 20)
     tiny(tmp_path / "two" / "more" / "0" / "x.png")
     assert load(tmp_path / "two").protocol.endswith("; folders left out: more")
+
+
+@pytest.mark.parametrize(
+    "name", ["val_list.txt", "train_split.txt", "labels.txt", "metadata.jsonl"]
+)
+def test_lists_that_are_not_read_are_named(tmp_path, name):
+    make_lists(tmp_path / "lists", ".csv")
+    make_folders(tmp_path / "folders", ["1", "2"], 10)
+    make_folders(tmp_path / "table", ["photos"], 10)
+    (tmp_path / "table" / "labels.csv").write_text(
+        "\n".join(f"photos/{path.name},{i % 2}" for i, path in
+                  enumerate((tmp_path / "table" / "photos").iterdir()))
+    )  # fmt: skip
+    for folder in ("lists", "folders", "table"):
+        assert "lists left out" not in load(tmp_path / folder).protocol
+        (tmp_path / folder / name).write_text("x")
+        assert load(tmp_path / folder).protocol.endswith(f"; lists left out: {name}")
 
 
 def test_an_image_that_is_listed_twice_is_counted(tmp_path):

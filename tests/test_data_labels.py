@@ -209,6 +209,21 @@ def test_the_column_of_lists_of_all_parts_is_a_check(tmp_path):
         load(tmp_path / "own", group="who")  # one person is left, and cannot be in two parts
 
 
+@pytest.mark.parametrize("spellings", [("5", "05"), ("7", "7.0"), ("Anna", "anna"),
+                                       ("caf\u00e9", "cafe\u0301")])  # fmt: skip
+def test_a_person_in_two_spellings_is_one(tmp_path, spellings):
+    rows = [(image, i % 2, person) for i, (image, _, person) in enumerate(people_rows(3))]
+    odd = [(f"odd {i}.jpg", i % 2, spellings[i % 2]) for i in range(4)]
+    root = make_table(tmp_path / "own", "path,label,who", rows[4:] + odd)
+    task = load(root, group="who")
+    assert task.num_groups == 3 and "; 1 groups have several spellings, such as " in task.protocol
+    assert sorted(sum("odd" in path for path, _ in part) for part in parts_of(task)) == [0, 0, 4]
+    for part, row in (("train", odd[0]), ("test", odd[1])):
+        make_table(tmp_path / "two", "path,label,who", [row], f"{part}.csv")
+    with pytest.raises(ValueError, match="is in both .* and test; move"):
+        load(tmp_path / "two", group="who", ranks="0-1")
+
+
 # --- real-valued labels ---
 
 

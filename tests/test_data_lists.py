@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 
 from data import Sample, atomic_write, read_list
+from data.lists import read_texts
 
 
 @pytest.fixture
@@ -36,6 +37,22 @@ def test_list_formats(pictures, name, text):
 def test_csv_quotes(pictures):
     (pictures / "l.csv").write_text('"e,f.jpg",1\n')
     assert read_list(pictures / "l.csv", pictures) == [Sample("e,f.jpg", 1)]
+
+
+@pytest.mark.parametrize("first, label", [("a.avif", "good"), ("sub/No Suffix", "1.5"),
+                                          ("a.AVIF", "good"), ("b.avif", "0.5")])  # fmt: skip
+def test_a_first_line_that_is_an_image_is_no_header(pictures, first, label):
+    for name in ("a.avif", "sub/No Suffix", "good/x.jpg"):
+        (pictures / name).parent.mkdir(exist_ok=True)
+        (pictures / name).write_bytes((pictures / "a.jpg").read_bytes())
+    (pictures / "l.csv").write_text(f"{first},{label}\na.jpg,{label}\n")
+    if first == "b.avif":
+        with pytest.raises(FileNotFoundError, match="l.csv: 1 of 2 images are not under"):
+            read_texts(pictures / "l.csv", pictures)
+    else:
+        assert [text for _, text in read_texts(pictures / "l.csv", pictures)] == [label] * 2
+    (pictures / "l.csv").write_text(f"good,{label}x\na.jpg,{label}\n")  # a folder is no image
+    assert read_texts(pictures / "l.csv", pictures) == [("a.jpg", label)]
 
 
 def test_negative_label_without_a_number_of_ranks(pictures):
