@@ -17,7 +17,7 @@ from test_checkpoints import check_equal_runs
 import data
 import train
 from training.methods import LossModule
-from training.run_folder import lock_run_dir, provenance
+from training.run_folder import differing_settings, lock_run_dir, provenance
 
 
 def test_a_finished_run_is_not_written_over(finished_run, stripes):
@@ -333,3 +333,10 @@ def test_text_files_are_utf8_in_any_locale(stripes, tmp_path):
         "train.py: the file name '1 stripes/imag\\udcc3\\udca9 0.png' cannot be read in this "
         "locale; set PYTHONUTF8=1\n"
     )
+
+
+def test_settings_are_compared_as_json_has_them():
+    """last.pt holds tuples, config.json lists."""
+    assert not differing_settings(dict(shift=(1, 0.5)), dict(shift=(1, 0.5)))
+    assert not differing_settings(dict(shift=(1, 0.5)), dict(shift=[1, 0.5]))
+    assert "--shift" in differing_settings(dict(shift=(1, 0.5)), dict(shift=[1, 0.25]))

@@ -144,7 +144,8 @@ def check_same_settings(args: Namespace, saved: dict, state: str) -> None:
 def differing_settings(requested: dict, saved: dict) -> str:
     """`--lr 0.1, not 0.2; ...`: each requested setting that differs from the saved one."""
     saved = dict(no_draft=True) | saved  # as runs were before there was the flag
-    requested = comparable_settings(json.loads(json.dumps(requested)))
+    requested, saved = (json.loads(json.dumps(d)) for d in (requested, saved))  # tuples as lists
+    requested = comparable_settings(requested)
     return "; ".join(
         f"--{key.replace('_', '-')} {saved.get(key)!r}, not {value!r}"
         for key, value in requested.items()
