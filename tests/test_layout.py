@@ -223,7 +223,7 @@ def test_every_train_command_parses():
 
     assert len(train_commands()) >= 20
     for words in train_commands():
-        if not {"--eval", "--resume", "--help"} & set(words):  # those need a run
+        if not {"--eval", "--resume", "--init", "--help"} & set(words):  # those need a run
             train.parse_args(words)
 
 
