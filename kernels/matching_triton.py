@@ -29,7 +29,7 @@ _counters: dict[tuple, Tensor] = {}  # (device, stream) -> int32 zeros
 _groups: dict[str, dist.ProcessGroup] = {}  # an operator takes strings, not groups
 
 
-def forward_config(B: int, D: int, dots: str, save: bool = True) -> dict[str, int]:
+def forward_config(B: int, D: int, dots: str, generation: int, save: bool = True) -> dict[str, int]:
     """BM and BK of forward_kernel and match_kernel, num_warps, num_stages; dots: see dot_type.
 
     BM below 64, so that no product is a wgmma: where the norms read its operands, too, Triton fills
@@ -37,10 +37,9 @@ def forward_config(B: int, D: int, dots: str, save: bool = True) -> dict[str, in
     """
     if dots != "half":
         return dict(BM=16, BK=16, num_warps=4 if dots == "ieee" else 8, num_stages=2)
-    BK = 32 if D % 64 else 64
-    return dict(
-        BM=32 if B > 2048 and D % 64 == 0 and save else 16, BK=BK, num_warps=8, num_stages=3
-    )
+    BM = 32 if B > 2048 and D % 64 == 0 and save else 16
+    is_wide = D % 64 == 0 and (BM == 16 or generation == HOPPER)  # elsewhere 64 spills registers
+    return dict(BM=BM, BK=64 if is_wide else 32, num_warps=8, num_stages=3)
 
 
 def backward_config(R: int, dots: str, generation: int) -> dict[str, int]:
@@ -53,7 +52,7 @@ def backward_config(R: int, dots: str, generation: int) -> dict[str, int]:
     if generation == HOPPER and dots != "ieee":
         return dict(BM=BM, BD=64, num_warps=4 if R <= 64 else 8, num_stages=1)
     BD, num_warps = 32 if dots == "half" else 16, 4 if dots == "tf32" else 8
-    return dict(BM=BM, BD=BD, num_warps=num_warps, num_stages=1)
+    return dict(BM=BM, BD=BD, num_warps=num_warps, num_stages=2)
 
 
 @functools.cache
@@ -152,7 +151,7 @@ def forward(
     """(cosines, rows, columns, counts, i2t, t2i), see the kernels; group: a key of _groups or ""."""
     x, p, y = _unit_stride(x), _unit_stride(p), y.contiguous()
     (B, D), R = x.shape, int(p.shape[0])
-    RPAD, config = _rpad(R), forward_config(B, D, dot_type(x, p), save)
+    RPAD, config = _rpad(R), forward_config(B, D, dot_type(x, p), gpu_generation(x.device), save)
     outputs = cosines, rows, columns, counts, i2t, t2i = _outputs(x, R, save)
     programs = _cdiv(B, config["BM"])
     parts = x.new_empty(max(programs, 1), 7, RPAD, dtype=torch.float32)
@@ -216,7 +215,7 @@ def probabilities(x: Tensor, p: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tens
     """(probs (B, R), expected (B,), argmax (B,))"""
     x, p = _unit_stride(x), _unit_stride(p)
     (B, D), R = x.shape, int(p.shape[0])
-    config = forward_config(B, D, dot_type(x, p))
+    config = forward_config(B, D, dot_type(x, p), gpu_generation(x.device))
     outputs = _empty_answers(x, p, s)
     if B:
         with _device(x):

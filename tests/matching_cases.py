@@ -11,8 +11,9 @@ TARGETS = ["normalized", "softmax10"]
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-# |ours - exact| / |exact| of a whole gradient. The interpreter truncates to bfloat16, a GPU rounds.
-GATES = {FP32: 1e-5, FP16: 2e-3, BF16: 6e-3 if CUDA else 2e-2}
+# |ours - exact| / |exact| of a whole gradient. The interpreter truncates to bfloat16, a GPU rounds:
+# where all images are of one rank, that bias alone makes 3e-2 of what rounding leaves at 2e-3.
+GATES = {FP32: 1e-5, FP16: 2e-3, BF16: 6e-3 if CUDA else 5e-2}
 
 
 def exact_logits(features, prototypes, scale):
