@@ -69,12 +69,12 @@ def test_a_step_out_of_time_leaves_no_process(tmp_path, monkeypatch):
     script.parent.mkdir()
     script.write_text(
         "import subprocess; print('{not json'); print('{\"a\": 1}', flush=True)\n"
-        f"subprocess.run(['sh', '-c', 'sleep 6; touch {tmp_path}/late'])\n"
+        f"subprocess.run(['sh', '-c', 'sleep 3; touch {tmp_path}/late'])\n"
     )
     monkeypatch.setattr(bench, "__file__", str(script))
     rows = []
-    assert bench.run_step(["machine", 1], 3.0, rows.append) == "out of time after 3 s"
-    time.sleep(4)
+    assert bench.run_step(["machine", 1], 2.0, rows.append) == "out of time after 2 s"
+    time.sleep(2)
     assert rows == [dict(a=1)] and not (tmp_path / "late").exists()
 
 

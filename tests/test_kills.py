@@ -34,7 +34,7 @@ def start(argv):
     return process
 
 
-@pytest.mark.parametrize("num_kills", [4, pytest.param(40, marks=pytest.mark.full)])
+@pytest.mark.parametrize("num_kills", [2, pytest.param(40, marks=pytest.mark.full)])
 def test_killed_runs_end_like_the_whole_one(stripes, tmp_path, num_kills):
     CONTEXT.set_forkserver_preload(["train"])
     argv = ["--data", str(stripes), *TINY, "--epochs", "2", "--save-every", "0", "--out"]
