@@ -222,9 +222,7 @@ def find_images(arguments: Sequence[str | Path]) -> list[str]:
         if argument.is_dir():
             images, others = data.find_images(argument)
             if others:
-                types = ", ".join(f"{suffix} {count:,}" for suffix, count in sorted(others.items()))
-                message = f"{others.total():,} files of other types left out ({types})"
-                print(message, file=sys.stderr)
+                print(data.count_types(others), file=sys.stderr)
         elif argument.suffix.lower() in (".txt", ".csv", ".tsv"):
             if not argument.exists():
                 raise ValueError(f"there is no list {argument}; give images, folders, lists")

@@ -26,7 +26,7 @@ from typing import Any
 from . import folder
 from .check import check_images
 from .demo import make_demo
-from .files import IMAGE_TYPES, atomic_write, find_images
+from .files import IMAGE_TYPES, atomic_write, count_types, find_images
 from .folder import LEAVE_ONE_OUT
 from .images import (
     CLIP_MEAN,

@@ -76,6 +76,12 @@ def find_images(folder: str | Path) -> tuple[list[Path], Counter[str]]:
     return sorted(images), other_types
 
 
+def count_types(other_types: Counter[str]) -> str:
+    """`3 files of other types left out (.md 2, .pdf 1)`; of find_images."""
+    types = ", ".join(f"{suffix} {count:,}" for suffix, count in sorted(other_types.items()))
+    return f"{other_types.total():,} files of other types left out ({types})"
+
+
 def read_lines(path: str | Path, comment: str | None = "#") -> Iterator[tuple[int, str]]:
     """(line number, line) of a UTF-8 text file, without blank lines and comments."""
     content = Path(path).read_bytes()

@@ -14,14 +14,12 @@ Read after lists.py, labels.py and task.py. Copy together with: those three, fil
 
 import os
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from .files import find_images, is_hidden, is_image, read_lines
-from .labels import MAX_RANKS, PRESENT, match_names, number_ranks
+from .files import count_types, find_images, is_hidden, is_image, read_lines
+from .labels import MAX_RANKS, PRESENT, match_names, nfc, number_ranks, order_ranks, rank_key
 from .lists import (
     LABEL_COLUMNS,
     SPLIT_COLUMNS,
@@ -40,19 +38,7 @@ PART_NAMES = {  # in upper or lower case; eval is whichever of val and test is m
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
-PART_WORD = r".*(?<![a-z])(train|test|valid|fold|split)"  # fold_1 and fold_2 are no ranks
-# Units: with one of these, or with any gap, 1 bad, 2 good are not just counted.
-UNITS = (
-    "mg g kg t lb oz mm cm m km in inch inche ft feet l ml ms s sec second min minute h hr hour d "
-    "day w wk week mo month y yo yr year decade century k b am pm ad bc bce ce"
-).split()
 LIST_WORD = "train|val|test|dev|label|meta|annotation|split|fold"  # in names of lists
-LARGE = {("year",), ("yr",), ("y",), ("yo",), ("kg",)}  # numbers without a unit may be in these
-FILLERS = "to and or more less older younger over under up plus old st nd rd th".split()
-NUMBER = (
-    r"(?:(?<!\w)[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|(?:\d+(?:\.\d+)?|(?<!\w)\.\d+)(?:e[+-]?\d+)?)"
-)
-BELOW, ABOVE = ("<", "≤", "under", "below", "up to"), (">", "≥", "over", "above")
 
 
 def load(folder: Path, root: Path, options: Options) -> Task:
@@ -178,7 +164,7 @@ def _to_ranks(
         )
         notes += outside
         return names, parts, real_labels
-    names = _order_ranks(folder, ranks, order)
+    names = order_ranks(folder, ranks, order)
     num_images = sum(len(part or ()) for part in rows)
     _check_num_ranks(folder, len(names), len(order or ()) or num_images)
     index = {name: rank for rank, name in enumerate(names)}
@@ -190,7 +176,7 @@ def _join_spellings(groups: dict[str, str], notes: list[str]) -> dict[str, str]:
     spellings: dict[str | int, set[str]] = {}
     for name in set(groups.values()):
         number = parse_integer(name)
-        key = _nfc(name).casefold() if number is None else number
+        key = nfc(name).casefold() if number is None else number
         spellings.setdefault(key, set()).add(name)
     joined = [sorted(names) for names in spellings.values() if len(names) > 1]
     some = " and ".join(map(repr, min(joined, default=())))
@@ -247,10 +233,6 @@ def _split_by_group(
     return [train, val, test]
 
 
-def _nfc(name: str) -> str:
-    return unicodedata.normalize("NFC", name)  # accents as one character: macOS parts them
-
-
 def _find_parts(names: dict[Path, str]) -> list[Path | None]:
     """The lists or folders of train, val and test among {path: name}, None where there is none."""
     candidates = [[path for path in names if names[path].lower() in PART_NAMES[p]] for p in PARTS]
@@ -279,7 +261,7 @@ def _find_lists(folder: Path) -> list[Path]:
 
 def _read_ranks(folder: Path) -> list[str] | None:
     path = next((path for path in folder.glob("*.*") if path.name.lower() == "ranks.txt"), None)
-    names = path and [_nfc(name) for _, name in read_lines(path)]
+    names = path and [nfc(name) for _, name in read_lines(path)]
     if names is not None and len(set(names)) < len(names):
         raise ValueError(f"{path} names a rank twice; give one name a line, lowest rank first")
     return names
@@ -324,7 +306,7 @@ def _read_part(
         ] * bool(unmatched)
     elif len(tables) == 1 and len(folders) < 2:
         rows = _relative(part_dir, root, read_texts(tables[0], part_dir))
-        rows = [Sample(path, _nfc(name)) for path, name in rows]
+        rows = [Sample(path, nfc(name)) for path, name in rows]
         if options.group:
             cells = read_texts(tables[0], part_dir, options.group)
             groups |= dict(_relative(part_dir, root, cells))
@@ -351,18 +333,17 @@ def _read_part(
                 wanted = part_dir / part.name / rank_dir.name
                 raise ValueError(f"{part}: the parts come first; expected {wanted}")
             images, others_of_rank = find_images(rank_dir)
-            rank = _nfc(rank_dir.name)
+            rank = nfc(rank_dir.name)
             rows += [Sample(os.path.relpath(image, root), rank) for image in images]
             others += others_of_rank
         if beside := sum(map(is_image, files)):
             notes.append(f"{beside:,} images beside the folders of {part_dir.name} left out")
-        if names := {_nfc(rank_dir.name) for rank_dir in folders} - ranks:  # not in ranks.txt
-            for table in tables if all(map(_rank_key, names)) else ():
+        if names := {nfc(rank_dir.name) for rank_dir in folders} - ranks:  # not in ranks.txt
+            for table in tables if all(map(rank_key, names)) else ():
                 _check_agreement(part_dir, table)
         ranks |= names
     if others:
-        types = ", ".join(f"{suffix} {count:,}" for suffix, count in sorted(others.items()))
-        notes.append(f"{others.total():,} files of other types left out ({types})")
+        notes.append(count_types(others))
     ranks |= {name for _, name in rows}
     return rows
 
@@ -395,51 +376,3 @@ def _check_agreement(part_dir: Path, table: Path) -> None:
 
 def _relative(part_dir: Path, root: Path, samples: list[Sample]) -> list[Sample]:
     return [Sample(os.path.relpath(part_dir / path, root), label) for path, label in samples]
-
-
-def _order_ranks(folder: Path, names: Iterable[str], order: list[str] | None) -> list[str]:
-    """The ranks in order: that of ranks.txt, or by the numbers in their names.
-
-    ValueError where there is none: a name without a number, two of one number, months and years.
-    """
-    how = f"name the ranks in {folder / 'ranks.txt'}, one a line, lowest first"
-    keys = {}
-    if order is None:
-        if parts := [name for name in sorted(names) if re.match(PART_WORD, name.casefold())]:
-            raise ValueError(f"{folder}: {parts[0]!r} may be a part or a rank; {how}")
-        keys = {name: key for name in sorted(names) if (key := _rank_key(name))}
-        before = next(iter(keys.values()))[1] if keys else ""  # "class" of "class 3"
-        by_number = {key[0]: name for name, key in keys.items() if key[1] == before}
-        order = [by_number[number] for number in sorted(by_number)]
-    if unknown := sorted(set(names) - set(order)):
-        raise ValueError(f"{folder}: the order of rank {unknown[0]!r} is not known; {how}")
-    units, numbers = {key[2]: name for name, key in keys.items()}, {key[0] for key in keys.values()}
-    is_counted = any(numbers == {(i + first, 0) for i in range(len(units))} for first in (0, 1))
-    is_counted &= not any(word in UNITS for unit in units for word in unit)
-    if len(units) > 1 and not is_counted and units.keys() - LARGE != {()}:
-        pair = " and ".join(map(repr, sorted(units.values())[:2]))
-        raise ValueError(f"{folder}: the ranks {pair} have different units; {how}")
-    ends = [(keys[name][3], name) for name in order if name in keys and keys[name][3] is not None]
-    for (end, name), (next_end, next_name) in zip(ends, ends[1:]):  # Q1 2021, Q2 2020
-        if end > next_end:
-            raise ValueError(f"{folder}: is rank {name!r} below {next_name!r}? {how}")
-    return order
-
-
-def _rank_key(name: str) -> tuple[tuple[float, int], str, tuple[str, ...], float | None] | None:
-    """((number, -1 below it, 1 above it, else 0), word before it, words after it, second number).
-
-    None without a number, and where it may be read in two ways: 1,5 and 00s and minus 2.
-    """
-    name = name.casefold().replace("\u2212", "-")
-    match = re.match(rf"(\D*?)({NUMBER})(\s*\+)?(.*)", name)
-    without_thousands = re.sub(r"(?<![\d,.])[1-9]\d{0,2}(,\d{3})+(?![\d,])", "", name)
-    is_odd = re.search(r"^[^(\[]*\d,\d|^00s|^(minus|negative)\b", without_thousands)
-    if not match or is_odd:
-        return None
-    before, number = match[1].strip(" _-([#"), float(match[2].replace(",", ""))
-    side = -1 if before in BELOW else int(before in ABOVE or bool(match[3]))
-    words = (re.sub(r"(?<=..)s$", "", word) for word in re.findall(r"[^\W\d_]+", match[4]))
-    second = re.search(NUMBER, re.sub(r"^\s*[-\u2013]\s*", "", match[4]))  # 30 of 18-30
-    end = float(second[0].replace(",", "")) if second else None
-    return (number, side), before * (side == 0), tuple(w for w in words if w not in FILLERS), end

@@ -1,4 +1,4 @@
-"""Labels of your own images: in file names, as numbers within limits, as real numbers in bins.
+"""Labels of your own images: in file names, as numbers, in bins; the order of ranks by their names.
 
     rows, unmatched = match_names(images, folder, "(?P<group>[0-9]+)A([0-9]+)")  # 001A02
     names, parts, values, notes = number_ranks([samples, None, None], bins="0,1.5,3,10")
@@ -8,6 +8,7 @@ Read after lists.py. Copy together with: lists.py, files.py.
 
 import math
 import re
+import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +18,21 @@ from .lists import Sample, parse_integer, parse_number
 MAX_RANKS = 10_000
 PRESENT = "present"  # ranks: the labels that occur, in order
 REAL = r"(-?\d+(?:\.\d+)?)"
+
+PART_WORD = r".*(?<![a-z])(train|test|valid|fold|split)"  # fold_1 and fold_2 are no ranks
+# Ranks such as `1 bad`, `2 good` are ordered although their words differ, if no word is one of
+# these units and no number is left out.
+UNITS = (
+    "mg g kg t lb oz mm cm m km in inch inche ft feet l ml ms s sec second min minute h hr hour d "
+    "day w wk week mo month y yo yr year decade century k b am pm ad bc bce ce"
+).split()
+# `5` and `6 years` are ordered, too; `5` and `6 months` are not.
+UNITS_LEFT_OUT = {("year",), ("yr",), ("y",), ("yo",), ("kg",)}
+NO_UNITS = "to and or more less older younger over under up plus old st nd rd th".split()
+NUMBER = (
+    r"(?:(?<!\w)[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|(?:\d+(?:\.\d+)?|(?<!\w)\.\d+)(?:e[+-]?\d+)?)"
+)
+BELOW, ABOVE = ("<", "≤", "under", "below", "up to"), (">", "≥", "over", "above")
 
 
 def match_names(
@@ -105,7 +121,8 @@ def parse_ranks(text: str, are_limits: bool = False) -> tuple[float, float]:
     match = re.fullmatch(f"{REAL}-{REAL}", text, re.ASCII)
     low, high = map(float, match.groups()) if match else (0, 0)
     if low >= high or not are_limits and (low % 1 or high % 1 or high - low >= MAX_RANKS):
-        raise ValueError(f"ranks {text!r}: expected LOW-HIGH such as 16-77, or {PRESENT}")
+        what = "LOW-HIGH" if are_limits else f"whole numbers LOW-HIGH, at most {MAX_RANKS:,} ranks,"
+        raise ValueError(f"ranks {text!r}: expected {what} such as 16-77, or {PRESENT}")
     return low, high
 
 
@@ -134,3 +151,55 @@ def parse_bins(text: str, ranks: str | None, numbers: Iterable[float]) -> list[f
 
 def _text(number: float) -> str:
     return str(int(number)) if number == int(number) else repr(number)
+
+
+def nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)  # accents as one character: macOS parts them
+
+
+def order_ranks(folder: Path, names: Iterable[str], order: list[str] | None) -> list[str]:
+    """The ranks in order: that of ranks.txt, or by the numbers in their names.
+
+    ValueError where there is none: a name without a number, two of one number, months and years.
+    """
+    how = f"name the ranks in {folder / 'ranks.txt'}, one a line, lowest first"
+    keys = {}
+    if order is None:
+        if parts := [name for name in sorted(names) if re.match(PART_WORD, name.casefold())]:
+            raise ValueError(f"{folder}: {parts[0]!r} may be a part or a rank; {how}")
+        keys = {name: key for name in sorted(names) if (key := rank_key(name))}
+        before = next(iter(keys.values()))[1] if keys else ""  # "class" of "class 3"
+        by_number = {key[0]: name for name, key in keys.items() if key[1] == before}
+        order = [by_number[number] for number in sorted(by_number)]
+    if unknown := sorted(set(names) - set(order)):
+        raise ValueError(f"{folder}: the order of rank {unknown[0]!r} is not known; {how}")
+    units, numbers = {key[2]: name for name, key in keys.items()}, {key[0] for key in keys.values()}
+    is_counted = any(numbers == {(i + first, 0) for i in range(len(units))} for first in (0, 1))
+    is_counted &= not any(word in UNITS for unit in units for word in unit)
+    if len(units) > 1 and not is_counted and units.keys() - UNITS_LEFT_OUT != {()}:
+        pair = " and ".join(map(repr, sorted(units.values())[:2]))
+        raise ValueError(f"{folder}: the ranks {pair} have different units; {how}")
+    ends = [(keys[name][3], name) for name in order if name in keys and keys[name][3] is not None]
+    for (end, name), (next_end, next_name) in zip(ends, ends[1:]):  # Q1 2021, Q2 2020
+        if end > next_end:
+            raise ValueError(f"{folder}: is rank {name!r} below {next_name!r}? {how}")
+    return order
+
+
+def rank_key(name: str) -> tuple[tuple[float, int], str, tuple[str, ...], float | None] | None:
+    """((number, -1 below it, 1 above it, else 0), word before it, words after it, second number).
+
+    None without a number, and where it may be read in two ways: 1,5 and 00s and minus 2.
+    """
+    name = name.casefold().replace("\u2212", "-")
+    match = re.match(rf"(\D*?)({NUMBER})(\s*\+)?(.*)", name)
+    without_thousands = re.sub(r"(?<![\d,.])[1-9]\d{0,2}(,\d{3})+(?![\d,])", "", name)
+    is_odd = re.search(r"^[^(\[]*\d,\d|^00s|^(minus|negative)\b", without_thousands)
+    if not match or is_odd:
+        return None
+    before, number = match[1].strip(" _-([#"), float(match[2].replace(",", ""))
+    side = -1 if before in BELOW else int(before in ABOVE or bool(match[3]))
+    words = (re.sub(r"(?<=..)s$", "", word) for word in re.findall(r"[^\W\d_]+", match[4]))
+    second = re.search(NUMBER, re.sub(r"^\s*[-\u2013]\s*", "", match[4]))  # 30 of 18-30
+    end = float(second[0].replace(",", "")) if second else None
+    return (number, side), before * (side == 0), tuple(w for w in words if w not in NO_UNITS), end

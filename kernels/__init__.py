@@ -4,8 +4,8 @@
     match           probabilities, expected rank, most probable rank
     similarity      the logits alone
 
-`impl="torch"` is `reference.py`, `impl="triton"` the fused kernels on CUDA. "auto" takes the kernels where
-they can compute (R <= 128, D a multiple of 16, bfloat16 or float16 or TF32) and gain something, else PyTorch, and says why once.
+`impl="torch"` is `reference.py`, `impl="triton"` the fused kernels on CUDA. "auto" takes the kernels for
+R <= 128 and D a multiple of 16, in bfloat16, float16 or TF32, else PyTorch, and prints why once.
 
 Copy-paste: needs the folder `kernels/`, torch>=2.4.
 """

@@ -22,7 +22,9 @@ exp(A - lse) - 1. So logits are taken relative to the maximum of their column, a
     row      lse_i - A_i,y_i = softplus(lse of the other ranks - A_i,y_i)
     column   lse_c = lse_in + softplus(lse_out - lse_in),   in: the images of rank c, out: all others
 
-With several images of a rank, its column's gradient is still a difference: exact to 1e-7 s of a probability.
+Where a rank has several images, the gradient of its column stays a difference of probabilities, each with
+an error of about 1e-7 s: at losses below that it is rounding only.
+
 A column needs a few numbers only. With a process group these are merged over the processes, so t2i runs
 over the global batch without gathering any feature.
 

@@ -18,6 +18,12 @@ DEVICE = "expected cpu, cuda or cuda:N"
 CONTEXT = "expected words, or a number of tokens from 1"
 SHIFT = "expected 1 .. 4 ranks and a share above 0, at most 1"
 CLIP_ENCODER = "needs --image-encoder clip: the last layer of the others starts at random"
+PATTERN = (
+    "expected one capture group, or (?P<label>...), and perhaps (?P<group>...); write (?:...) for "
+)
+PATTERN += "other parentheses"
+BINS = "expected a number of bins, 2 .. 10,000, or rising edges such as 0,1.5,3,10"
+RANKS = "expected whole numbers LOW-HIGH, at most 10,000 ranks, such as 16-77, or present"
 FROM_CHECKPOINT = "settings come from the checkpoint; leave them out, or start a new run"
 
 PARSER = [  # refused by the parser: after "error: "
@@ -45,6 +51,16 @@ PARSER = [  # refused by the parser: after "error: "
     ("--shift ten", "argument --shift: 'ten': expected K,KEEP such as 10,0.2"),
     ("--shift 10", "argument --shift: '10': expected K,KEEP such as 10,0.2"),
     ("--shift 1,2,3", "argument --shift: '1,2,3': expected K,KEEP such as 10,0.2"),
+    ("--save-every x", "argument --save-every: invalid float value: 'x'"),
+    ("--ema x", "argument --ema: invalid float value: 'x'"),
+    ("--accumulate x", "argument --accumulate: invalid int value: 'x'"),
+    ("--warmup x", "argument --warmup: invalid int value: 'x'"),
+    ("--patience x", "argument --patience: invalid int value: 'x'"),
+    ("--weight-decay x", "argument --weight-decay: invalid float value: 'x'"),
+    ("--batch-size 1.5", "argument --batch-size: invalid int value: '1.5'"),
+    ("--base-ranks two", "argument --base-ranks: invalid int value: 'two'"),
+    ("--shots many", "argument --shots: invalid int value: 'many'"),
+    ("--skip-bad 3", "unrecognized arguments: 3"),
 ]
 VALUES = [  # out of range, on images that are there
     ("--shots 0", "--shots 0: expected 1 .. 1000000"),
@@ -92,6 +108,56 @@ VALUES = [  # out of range, on images that are there
     ("--out=", "--out is empty; give a value, or leave it out"),
     ("--device=", "--device is empty; give a value, or leave it out"),
     ("--clip=", "--clip is empty; give a value, or leave it out"),
+    ("--accumulate 0", "--accumulate 0: expected 1 .. 10000"),
+    ("--warmup -1", "--warmup -1: expected 0 .. 0; it must be below --epochs"),
+    ("--patience 0", "--patience 0: expected 1 .. 1000000"),
+    ("--ema 1", "--ema 1.0: expected 0.0 .. 0.999999"),
+    ("--ema -0.5", "--ema -0.5: expected 0.0 .. 0.999999"),
+    ("--lr-image 0", "--lr-image 0.0: expected 1e-12 .. 1000.0"),
+    ("--lr-prompts nan", "--lr-prompts nan: expected 1e-12 .. 1000.0"),
+    ("--device cuda", "--device cuda: this machine has {gpus} CUDA device(s)"),
+    ("--device mps", f"--device mps: {DEVICE}"),
+    ("--label-pattern=", "--label-pattern is empty; give a value, or leave it out"),
+    ("--ranks=", "--ranks is empty; give a value, or leave it out"),
+    ("--bins=", "--bins is empty; give a value, or leave it out"),
+    ("--group=", "--group is empty; give a value, or leave it out"),
+    ("--label-pattern (", "train.py: label pattern '(' is no regular expression: missing ), "
+        "unterminated subpattern at position 0"),
+    ("--label-pattern x", f"train.py: label pattern 'x': {PATTERN}"),
+    ("--label-pattern (a)(b)", f"train.py: label pattern '(a)(b)': {PATTERN}"),
+    ("--label-pattern (?P<age>.)", f"train.py: label pattern '(?P<age>.)': {PATTERN}"),
+    ("--label-pattern (zzz)", "train.py: {data}: the label pattern matches no name of 70 images, "
+        "such as '0.png', '1.png', '2.png'"),
+    ("--label-pattern ([a-z]+)", "train.py: {data}: the order of rank 'png' is not known; name the "
+        "ranks in {data}/ranks.txt, one a line, lowest first"),
+    (r"--label-pattern (\d+) --group person", "train.py: group column 'person', but a label "
+        "pattern: write (?P<group>...) in it"),
+    ("--group person", "train.py: {data} has no table with the group column 'person'"),
+    ("--split leave-one-group-out", "train.py: {data}: split leave-one-group-out needs a group "
+        "column, or (?P<group>...) in the label pattern"),
+    (r"--label-pattern (?P<group>\d)(?P<label>\d) --split leave-one-group-out --fold 99",
+        "train.py: {data} has no fold 99; give 0 .. 2"),
+    (r"--label-pattern (\d+) --bins 0", f"train.py: bins '0': {BINS}"),
+    (r"--label-pattern (\d+) --bins 1", f"train.py: bins '1': {BINS}"),
+    (r"--label-pattern (\d+) --bins x", f"train.py: bins 'x': {BINS}"),
+    (r"--label-pattern (\d+) --bins 3,2,1", f"train.py: bins '3,2,1': {BINS}"),
+    (r"--label-pattern (\d+) --bins 0,1", f"train.py: bins '0,1': {BINS}"),
+    (r"--label-pattern (\d+) --bins 0,nan,2", f"train.py: bins '0,nan,2': {BINS}"),
+    (r"--label-pattern (\d+) --bins 20000", f"train.py: bins '20000': {BINS}"),
+    (r"--label-pattern (\d+) --bins=-1,-2", f"train.py: bins '-1,-2': {BINS}"),
+    (r"--label-pattern (\d+) --bins 0,1,2 --ranks 0-5",
+        "train.py: ranks '0-5' has no effect with bins '0,1,2'; remove it"),
+    (r"--label-pattern (\d+) --bins 3 --ranks present",
+        "train.py: ranks 'present' has no effect with bins '3'; remove it"),
+    (r"--label-pattern (\d+) --bins 3 --ranks 7",
+        "train.py: ranks '7': expected LOW-HIGH such as 16-77, or present"),
+    (r"--label-pattern (\d+) --ranks 5-1", f"train.py: ranks '5-1': {RANKS}"),
+    (r"--label-pattern (\d+) --ranks x", f"train.py: ranks 'x': {RANKS}"),
+    (r"--label-pattern (\d+) --ranks 0-99999", f"train.py: ranks '0-99999': {RANKS}"),
+    (r"--label-pattern (\d+) --ranks 0.5-2", f"train.py: ranks '0.5-2': {RANKS}"),
+    (r"--label-pattern (\d+) --ranks 90-99", "train.py: 70 labels are not within 90 .. 99, such as "
+        "0 of 0 gray/0.png, 1 of 0 gray/1.png, 2 of 0 gray/2.png"),
+    ("--bins 3", "train.py: label '0 gray' of 0 gray/0.png is no number, as ranks and bins need"),
 ]  # fmt: skip
 NO_LR = (
     "has no effect with --method ordinalclip and rates of its own for all that trains; remove it"
@@ -126,6 +192,16 @@ NO_EFFECT = [  # flags that go together with no other of the command
     ("--label-rule x", "train.py: {data} has no label_rule, got 'x'; leave it out"),
     ("--split x", "train.py: {data} has no split 'x'; give random or "
         "leave-one-group-out"),
+    ("--official --no-draft", "--no-draft has no effect with --official; remove it"),
+    (r"--train-list x.txt --label-pattern (\d)",
+        "--label-pattern has no effect with --data {data} and its lists; remove it"),
+    ("--method zeroshot --epochs 3", "--epochs has no effect with --method zeroshot; remove it"),
+    ("--method linear --context words", "--context has no effect with --method linear; remove it"),
+    ("--method linear --rank-init names",
+        "--rank-init has no effect with --method linear; remove it"),
+    ("--method linear --rank-position front",
+        "--rank-position has no effect with --method linear; remove it"),
+    ("--profile --accumulate 2", "--profile times steps of one batch; leave --accumulate out"),
 ]  # fmt: skip
 FILES = [  # names of things that are not there
     ("--report none", "no finished run in none; give folders of runs\n- left out none: no such folder"),

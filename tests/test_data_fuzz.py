@@ -20,7 +20,7 @@ from data.images import TRANSPOSE
 from data.task import Options, make_task
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, of odd EXIF
-CASES = [600, pytest.param(40_000, marks=pytest.mark.full)]
+CASES = [600, pytest.param(100_000, marks=pytest.mark.full)]
 
 
 @pytest.fixture(autouse=True)

@@ -344,7 +344,7 @@ PARENTHESES = (
     "other parentheses"
 )
 NUMBER = "expected a number of bins, 2 .. 10,000, or rising edges such as 0,1.5,3,10"
-LIMITS = "expected LOW-HIGH such as 16-77, or present"
+LIMITS = "expected whole numbers LOW-HIGH, at most 10,000 ranks, such as 16-77, or present"
 BAD = [  # (folder, options, message)
     ("names", dict(label_pattern="("), "label pattern '(' is no regular expression: missing ), "
      "unterminated subpattern at position 0"),

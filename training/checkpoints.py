@@ -106,6 +106,7 @@ class TrainingState:
         device, use_scaler = args.device.split(":")[0], args.precision == "fp16"
         self.scaler = torch.amp.GradScaler(device, enabled=use_scaler)
         self.average = build_average(args, run.model)
+        self.splits = run.splits  # of a million images it takes seconds
         self.log: list[dict[str, float]] = []  # one row per whole epoch
         self.progress: dict[str, Any] | None = None  # steps, loss sums, RNG of a cut-off epoch
         self.last_save = time.time()
@@ -140,7 +141,7 @@ class TrainingState:
             log=self.log,
             progress=progress,
             initial_similarity=self.initial_similarity,
-            splits=self.run.splits,
+            splits=self.splits,
             seconds=time.time() - self.start_time,
             optimizer=self.optimizer.state_dict(),
             schedule=self.schedule.state_dict(),
