@@ -1,11 +1,12 @@
-"""The matching op of OrdinalCLIP: images (B, D) against rank prototypes (R, D), loss and prediction.
+"""OrdinalCLIP's matching op: images (B, D) against rank prototypes (R, D), loss and prediction.
 
     matching_loss   both contrastive terms, with gradients     formulas: `reference.py`
     match           probabilities, expected rank, most probable rank
     similarity      the logits alone
 
-`impl="torch"` is `reference.py`, `impl="triton"` the fused kernels on CUDA. "auto" takes the kernels for
-R <= 128 and D a multiple of 16, in bfloat16, float16 or TF32, else PyTorch, and prints why once.
+`impl="torch"` is `reference.py`, `impl="triton"` the fused kernels on CUDA. "auto" takes the
+kernels for R <= 128 and D a multiple of 16, in bfloat16, float16 or TF32, else PyTorch, and prints
+why once.
 
 Copy-paste: needs the folder `kernels/`, torch>=2.4.
 """
@@ -13,6 +14,8 @@ Copy-paste: needs the folder `kernels/`, torch>=2.4.
 import sys
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from . import reference
 from .reference import similarity, unit
@@ -41,8 +44,15 @@ _logged = set()  # choices of impl="auto" that were printed in this process
 
 
 def matching_loss(
-    image_features, prototypes, labels, scale, *, target="normalized", impl="auto", group=None
-):
+    image_features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    scale: Tensor | float,
+    *,
+    target: str = "normalized",
+    impl: str = "auto",
+    group: "dist.ProcessGroup | None" = None,
+) -> tuple[Tensor, Tensor]:
     """Image-to-text and text-to-image matching loss (paper's L_i2t and L_t2i): two 0-dim tensors.
 
     Args:
@@ -56,8 +66,9 @@ def matching_loss(
             (DistributedDataParallel averages, so multiply the loss by the number of processes).
 
     Gradients flow to image_features, prototypes and scale.
-    Raises ValueError for shapes, dtypes, devices, labels, target or impl that do not fit. Labels on a
-    GPU are checked there, without waiting: an index outside 0..R-1 is a device-side assertion.
+    Raises ValueError for shapes, dtypes, devices, labels, target or impl that do not fit, and
+    ImportError for impl="triton" without Triton. Labels on a GPU are checked there, without
+    waiting: an index outside 0..R-1 is a device-side assertion.
     """
     if target not in TARGETS:
         raise ValueError(f"target={target!r}: expected one of {', '.join(TARGETS)}")
@@ -68,7 +79,9 @@ def matching_loss(
     return op.matching_loss(image_features, prototypes, labels, scale, target=target, group=group)
 
 
-def match(image_features, prototypes, scale, *, impl="auto"):
+def match(
+    image_features: Tensor, prototypes: Tensor, scale: Tensor | float, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Image features (B, D) against prototypes (R, D) -> probs (B, R), expected (B,), argmax (B,).
 
     `expected` is the mean rank index under `probs`, in 0..R-1. Arguments as in `matching_loss`.
@@ -83,7 +96,9 @@ def match(image_features, prototypes, scale, *, impl="auto"):
     return op.match(image_features, prototypes, scale)
 
 
-def which_impl(device, impl="auto", dtype=torch.float32):
+def which_impl(
+    device: torch.device | str, impl: str = "auto", dtype: torch.dtype = torch.float32
+) -> tuple[str, str]:
     """(implementation, why) that `impl` comes to: ("torch", "the fused kernels need CUDA, ...")."""
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLS)}")

@@ -20,7 +20,7 @@ features, prototypes and scale:
 
 fp32 is without TF32; tf32 with it, by `torch.set_float32_matmul_precision("high")`.
 
-Needs the project (the steps of whole training steps build its models), torch>=2.4, and no more.
+Needs the project, whose models the training steps build, and torch>=2.4.
 """
 
 import argparse
@@ -40,7 +40,6 @@ import threading
 import time
 from pathlib import Path
 
-CUDA_MISSING = "no GPU: small shapes through the interpreter; the times mean nothing"
 LIMITS = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 2e-2}  # of errors
 MIXED = ("tf32", "tf32"), ("bf16", "fp32")  # dtypes of features and prototypes
 SHAPES = [[32, 61, 512], [32, 101, 1024], [256, 101, 1024], [4096, 101, 512], [65536, 101, 512]]
@@ -222,12 +221,13 @@ def memcheck(device, shape):
     tool = shutil.which("compute-sanitizer")
     if device != "cuda" or not tool:
         return emit(skipped="needs a GPU and compute-sanitizer")
-    code = json.dumps(["exact", 60, shape])
+    code = json.dumps(["exact", shape])
     command = [tool, "--tool", "memcheck", sys.executable, "-m", "kernels.bench", "--step", code]
     environment = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     summary = [line for line in run.stdout.splitlines() if "ERROR SUMMARY" in line]
-    emit(summary=summary[-1].strip("= ") if summary else run.stderr[-200:], returncode=run.returncode)  # fmt: skip
+    summary = summary[-1].strip("= ") if summary else run.stderr[-200:]
+    emit(summary=summary, returncode=run.returncode)
 
 
 def speed(device, shape, x_dtype, p_dtype):
@@ -267,7 +267,7 @@ def speed(device, shape, x_dtype, p_dtype):
 
 
 def training_step(device, tower, B, R):
-    """Images to optimiser step: ours, and with all 77 tokens of every prompt and the loss as written."""
+    """Images to optimiser step: ours, and with 77 tokens a prompt and the loss as written."""
     import torch
 
     import clip_model
@@ -302,7 +302,8 @@ def training_step(device, tower, B, R):
 
     def official():
         features = model.image_encoder(images)
-        return sum(as_written(features.float(), all_tokens().float(), labels, model.logit_scale.exp()))  # fmt: skip
+        scale, prototypes = model.logit_scale.exp(), all_tokens().float()
+        return sum(as_written(features.float(), prototypes, labels, scale))
 
     def run(loss, autocast):
         optimizer.zero_grad()
@@ -358,7 +359,7 @@ def gpu_tests(device):
 
 
 def run_step(step, seconds, add_row):
-    """A step in a process of its own; each row goes to add_row as it comes. Returns what stopped it."""
+    """A step in its own process; each row goes to add_row as it comes. Returns what stopped it."""
     command = [sys.executable, "-m", "kernels.bench", "--step", json.dumps(step)]
     with tempfile.TemporaryFile("w+") as messages:
         child = subprocess.Popen(
@@ -418,8 +419,7 @@ def report(folder: Path, minutes: float, device: str) -> list[dict]:
             left = end - time.monotonic()
             record["problem"] = "not begun: no time left"
             if left > 5:
-                step = [name, limit, *arguments]
-                record["problem"] = run_step(step, min(left, limit), add_row)
+                record["problem"] = run_step(record["step"], min(left, limit), add_row)
             (folder / "report.md").write_text(markdown(records), encoding="utf-8")
             print(markdown([record]).split("\n", 2)[2], flush=True)
     return records
@@ -436,11 +436,11 @@ def main(words: list[str] | None = None) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.step:
-        name, _, *arguments = json.loads(args.step)
+        name, *arguments = json.loads(args.step)
         globals()[name](device, *arguments)
         return
     if device == "cpu":
-        print(CUDA_MISSING, file=sys.stderr)
+        print("no GPU: small shapes through the interpreter; no time counts", file=sys.stderr)
         os.environ["TRITON_INTERPRET"] = "1"
     report(args.report, args.minutes, device)
     print(f"wrote {args.report / 'report.md'} and {args.report / 'rows.jsonl'}")

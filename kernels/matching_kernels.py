@@ -18,8 +18,8 @@ Backward: each program computes G again from the cosines, for its slice of BD di
 chunk of images; the last one to arrive adds the chunks up in index order. r and q are sums over
 ranks and images, not over D, so a slice needs no other.
 
-    G_ic = B dL/dA_ic = g_i2t (p_ic - [y_i=c])                         p: softmax of the row
-                      + g_t2i B/|V| [c in V] (q_ic - lo_c - [y_i=c] (hi_c - lo_c))      q: of the column
+    G_ic = B dL/dA_ic = g_i2t (p_ic - [y_i=c])                              p: softmax of the row
+                      + g_t2i B/|V| [c in V] (q_ic - lo_c - [y_i=c] (hi_c - lo_c))  q: of a column
     r_i = sum_c G_ic C_ic                         q_c = sum_i G_ic C_ic
     dx_i = s / (B |x_i|) (sum_c G_ic p^_c - r_i x^_i)       x^, p^: divided by their length
     dp_c = s / (B |p_c|) (sum_i G_ic x^_i - q_c p^_c)       ds = 1/B sum_i r_i
@@ -75,7 +75,7 @@ def _load(X, rows, columns, B, stride, D: tl.constexpr, BD: tl.constexpr, OPERAN
 
 @triton.jit
 def _squares(a, ROWS: tl.constexpr, BK: tl.constexpr):
-    """(ROWS, BK) -> (ROWS, BK / 4): sums within a thread; over whole rows they would take shuffles."""
+    """(ROWS, BK) -> (ROWS, BK / 4): sums within a thread; whole rows would take shuffles."""
     a = a.to(tl.float32)
     return tl.sum(tl.reshape(a * a, [ROWS, BK // 4, 4]), 2)
 
@@ -191,7 +191,7 @@ def _parts(PARTS, first, row, ranks, count, empty, RPAD: tl.constexpr, CHUNK: tl
 def finish_kernel(
     PARTS,  # (count, 7, RPAD) fp32, see above
     MERGED,  # (7, RPAD) fp32 out: one part of all; written unless FINISH
-    COLUMNS,  # (6, RPAD) fp32 out: max_i A_ic (inf where c not in V), 1 / sum_i exp(A_ic - max), rest:
+    COLUMNS,  # (6, RPAD) fp32 out: max_i A_ic (inf where c not in V), 1 / sum_i exp(A_ic - max);
     # q_ic - target is (E - row 2) row 1 - row 3 where y_i = c, E row 1 - row 4 elsewhere
     COUNTS,  # (2,) fp32 out: B, |V|, over all processes
     I2T,  # () fp32 out
@@ -291,7 +291,7 @@ def finish_kernel(
 def _upstream(COUNTS, G_I2T, G_T2I, HAS_I2T: tl.constexpr, HAS_T2I: tl.constexpr):
     """Three scalars: what multiplies the two halves of G, and what undoes their scaling.
 
-    Whatever the upstream gradients are, |G| is at most twice FP16_ROOM, and confident rows keep theirs.
+    Whatever the upstream gradients are, |G| is at most twice FP16_ROOM; small ones stay in fp16.
     """
     images = tl.load(COUNTS)
     per_rank = images / tl.load(COUNTS + 1)  # B / |V|

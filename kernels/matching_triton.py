@@ -3,8 +3,10 @@
     matching_loss    two launches forward (three and a gather with a process group), one backward
     match            one launch
 
-for up to 128 ranks and D a multiple of 16, in float32, float16 or bfloat16. Where one side is in bfloat16 and the other in
-float32, the latter is rounded to bfloat16 for the products, and gets its gradient in float32. Saved for backward: 4 B (R rounded up to 16) + 12 B bytes. Results repeat bit for bit.
+for up to 128 ranks and D a multiple of 16, in float32, float16 or bfloat16. Where one side is in
+bfloat16 and the other in float32, the latter is rounded to bfloat16 for the products, and gets its
+gradient in float32. Saved for backward: 4 B (R rounded up to 16) + 12 B bytes. Results repeat bit
+for bit.
 
 Read next: `matching_kernels.py`. Formulas: `reference.py`. Needs torch>=2.4, triton>=3.6.
 """
@@ -75,7 +77,8 @@ def float32_dots() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-# What torch.compiler.assume_constant_result sets, without importing the compiler: dynamo calls them.
+# What torch.compiler.assume_constant_result sets, without importing the compiler: dynamo then
+# calls them as it traces.
 gpu_generation._dynamo_marked_constant = float32_dots._dynamo_marked_constant = True
 
 
@@ -148,7 +151,7 @@ def _outputs(x: Tensor, R: int, save: bool) -> tuple[Tensor, ...]:
 def forward(
     x: Tensor, p: Tensor, y: Tensor, s: Tensor, smooth: bool, save: bool, shared: bool, group: str
 ) -> tuple[Tensor, ...]:
-    """(cosines, rows, columns, counts, i2t, t2i), see the kernels; group: a key of _groups or ""."""
+    """(cosines, rows, columns, counts, i2t, t2i): see the kernels. group: key of _groups or ""."""
     x, p, y = _unit_stride(x), _unit_stride(p), y.contiguous()
     (B, D), R = x.shape, int(p.shape[0])
     RPAD, config = _rpad(R), forward_config(B, D, dot_type(x, p), gpu_generation(x.device), save)
@@ -265,7 +268,7 @@ def is_plain_eager(*tensors: Tensor) -> bool:
 
 
 def _operator(name: str, schema: str, implementation, fake):
-    """Opaque to torch.compile, which sees shapes only: counters and scratch stay out of its plans."""
+    """Opaque to torch.compile, which sees shapes only, not counters and scratch."""
     name = f"{__name__.replace('.', '_')}::{name}"  # copies in two packages do not meet
     operator = torch.library.custom_op(name, implementation, mutates_args=(), schema=schema)
     operator.register_fake(fake)
@@ -342,7 +345,15 @@ _backward.register_autograd(_raise_no_gradient)  # no second derivatives
 _match.register_autograd(_raise_no_gradient)
 
 
-def matching_loss(image_features, prototypes, labels, scale, *, target="normalized", group=None):
+def matching_loss(
+    image_features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    *,
+    target: str = "normalized",
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
     """As `reference.matching_loss`, fused; see there."""
     if labels.dtype not in (torch.int64, torch.int32):
         labels = labels.long()
@@ -359,7 +370,9 @@ def matching_loss(image_features, prototypes, labels, scale, *, target="normaliz
     return i2t, t2i
 
 
-def match(image_features, prototypes, scale):
+def match(
+    image_features: Tensor, prototypes: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.match`, fused and without gradients; see there."""
     tensors = image_features, prototypes, scale.float()
     direct = is_plain_eager(*tensors) and not needs_grad(tensors)  # the operator raises

@@ -1,7 +1,7 @@
-"""CLIP's text tower on prompts that begin alike: the beginning is encoded once, whatever their number.
+"""CLIP's text tower on prompts that begin alike: the beginning is encoded once for all.
 
     encode_prompts   embeddings of R prompts -> text features (R, D), exact in value and gradient
-    TextTower        the parts of a CLIP object that it needs: ours, OpenAI's, open_clip's, Hugging Face's
+    TextTower        what it needs of a CLIP object: ours, OpenAI's, open_clip's, Hugging Face's
     fingerprint      for same_tower: is it the same one?
     token_table      the embeddings of such an object's vocabulary
 

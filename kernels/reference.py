@@ -1,36 +1,35 @@
 """The matching op in plain PyTorch: the specification that the Triton kernels are tested against.
 
-Symbols, here and in `matching_triton.py`: B images, R ranks, D joint dim,
+Symbols, also in `matching_kernels.py`: B images, R ranks, D joint dim, x_i (B, D) image features,
+p_c (R, D) prototypes, y_i (B,) labels, s scale (exp of CLIP's logit_scale).
 
-    x_i (B, D) image features    p_c (R, D) prototypes    y_i (B,) labels    s scale (exp of CLIP's logit_scale)
-
-Similarity      A_ic = s * <x_i, p_c> / (|x_i| |p_c|)                                                  (B, R)
-Image to text   i2t  = 1/B sum_i [ lse_i - A_i,y_i ],                lse_i = log sum_c exp A_ic
+Similarity      A_ic = s * <x_i, p_c> / (|x_i| |p_c|)                                        (B, R)
+Image to text   i2t  = 1/B sum_i [ lse_i - A_i,y_i ],      lse_i = log sum_c exp A_ic
                      = mean KL(one-hot || softmax of row i), which is cross-entropy
-Text to image   t2i  = 1/|V| sum_{c in V} KL(q_c || softmax of column c),   V = ranks that occur in the batch
+Text to image   t2i  = 1/|V| sum_{c in V} KL(q_c || softmax of column c)
                      = 1/|V| sum_{c in V} [ sum_i q_ci log q_ci - sum_i q_ci A_ic + lse_c ],
-                lse_c = log sum_i exp A_ic,  n_c images of rank c,
-                q_ci = hi_c where y_i = c, lo_c elsewhere:
-                  target="normalized"  hi = 1/n_c,           lo = 0         (the paper: label column / its count)
-                  target="softmax10"   hi = e^10 / z_c,      lo = 1 / z_c,  z_c = n_c e^10 + B - n_c
-                                       (the official code: softmax over the batch of 10 * one-hot,
-                                       xk-huang/OrdinalCLIP@ca10a20 ordinalclip/runner/runner.py#L142-L158)
+                V the ranks that occur in the batch,       lse_c = log sum_i exp A_ic,
+                q_ci = hi_c where y_i = c, lo_c elsewhere, with n_c images of rank c:
+                  target="normalized"  hi = 1/n_c,       lo = 0       (paper: label column / count)
+                  target="softmax10"   hi = e^10 / z_c,  lo = 1 / z_c,  z_c = n_c e^10 + B - n_c
+                    (the official code: softmax over the batch of 10 * one-hot,
+                    xk-huang/OrdinalCLIP@ca10a20 ordinalclip/runner/runner.py#L142-L158)
 
-At a loss of 1e-8 the difference of two numbers near 100 would be all rounding, and so would a gradient
-exp(A - lse) - 1. So logits are taken relative to the maximum of their column, and
+At a loss of 1e-8 the difference of two numbers near 100 would be all rounding, and so would a
+gradient exp(A - lse) - 1. So logits are taken relative to the maximum of their column, and
 
     row      lse_i - A_i,y_i = softplus(lse of the other ranks - A_i,y_i)
-    column   lse_c = lse_in + softplus(lse_out - lse_in),   in: the images of rank c, out: all others
+    column   lse_c = lse_in + softplus(lse_out - lse_in)     in: images of rank c, out: all others
 
-Where a rank has several images, the gradient of its column stays a difference of probabilities, each with
-an error of about 1e-7 s: at losses below that it is rounding only.
+Where a rank has several images, the gradient of its column stays a difference of probabilities,
+each with an error of about 1e-7 s: at losses below that it is rounding only.
 
-A column needs a few numbers only. With a process group these are merged over the processes, so t2i runs
-over the global batch without gathering any feature.
+A column needs a few numbers only. With a process group these are merged over the processes, so t2i
+runs over the global batch without gathering any feature.
 
-Everything is computed in float32 (float64 for float64 input), also under autocast: at s = 100 a bfloat16
-logit is off by up to 0.25. A zero vector has similarity 0 to everything and gets gradient 0, where
-`F.normalize` would return a gradient of 1e12.
+Everything is computed in float32 (float64 for float64 input), also under autocast: at s = 100 a
+bfloat16 logit is off by up to 0.25. A zero vector has similarity 0 to everything and gets gradient
+0, where `F.normalize` would return a gradient of 1e12.
 
 Copy-paste: needs torch>=2.4.
 """
@@ -40,18 +39,27 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
 LOW = -1e30  # instead of -inf, which makes second derivatives nan where a sum is empty
 EPS = 1e-12  # a vector shorter than this counts as zero, as in F.normalize
 
 
-def matching_loss(image_features, prototypes, labels, scale, *, target="normalized", group=None):
+def matching_loss(
+    image_features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    *,
+    target: str = "normalized",
+    group: "dist.ProcessGroup | None" = None,
+) -> tuple[Tensor, Tensor]:
     """i2t and t2i of the module docstring, two 0-dim tensors, both >= 0 up to rounding.
 
     image_features (B, D), prototypes (R, D), labels (B,) integers in 0..R-1, scale 0-dim.
     A label outside is an assertion that a GPU checks in its own time: nothing waits for it here.
-    With `group` the result is that of all processes' images together. Each process's gradients are then its
-    own share of the whole: sum them over the processes (features need no sum, they live on one process).
+    With `group` the result is that of all processes' images together. Each process's gradients are
+    then its own share of the whole: sum them over the processes (features live on one alone).
     """
     inside = ((labels >= 0) & (labels < len(prototypes))).all()
     torch._assert_async(inside, f"labels outside 0..{len(prototypes) - 1}")
@@ -70,17 +78,19 @@ def matching_loss(image_features, prototypes, labels, scale, *, target="normaliz
     return row_sum / num_images.clamp_min(1), t2i
 
 
-def match(image_features, prototypes, scale):
+def match(
+    image_features: Tensor, prototypes: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Image features (B, D) against prototypes (R, D): what a trained model answers.
 
-    Returns probabilities (B, R), the expected rank index (B,) under them, and the most probable one (B,).
+    Returns probabilities (B, R), the expected rank index (B,) under them, the most probable (B,).
     """
     probs = similarity(image_features, prototypes, scale).softmax(1)  # (B, R)
     ranks = torch.arange(probs.shape[1], device=probs.device, dtype=probs.dtype)
     return probs, (probs * ranks).sum(1), probs.argmax(1)
 
 
-def similarity(image_features, prototypes, scale):
+def similarity(image_features: Tensor, prototypes: Tensor, scale: Tensor) -> Tensor:
     """Scaled cosine similarity: (B, D) x (R, D) -> logits (B, R), float32 (or float64)."""
     with torch.autocast(image_features.device.type, enabled=False):
         x, p = unit(image_features), unit(prototypes)
@@ -88,7 +98,7 @@ def similarity(image_features, prototypes, scale):
         return scale * (x.to(dtype) @ p.to(dtype).T)  # (B, D) x (D, R) -> (B, R)
 
 
-def unit(vectors):
+def unit(vectors: Tensor) -> Tensor:
     """Rows of (M, D) divided by their length, in float32 (or float64); zero rows stay zero."""
     vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
     square = vectors.square().sum(-1, keepdim=True)  # (M, 1)
@@ -139,8 +149,8 @@ def _all_processes(stats, group):
 class _Gather(torch.autograd.Function):
     """all_gather whose backward keeps this process's share and needs no communication.
 
-    Every process computes the same loss from the same stack, so the gradient of its own row is already
-    the gradient of the global loss.
+    Every process computes the same loss from the same stack, so the gradient of its own row is
+    already the gradient of the global loss.
     """
 
     @staticmethod

@@ -73,7 +73,7 @@ def test_a_step_out_of_time_leaves_no_process(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(bench, "__file__", str(script))
     rows = []
-    assert bench.run_step(["machine", 1], 2.0, rows.append) == "out of time after 2 s"
+    assert bench.run_step(["machine"], 2.0, rows.append) == "out of time after 2 s"
     time.sleep(2)
     assert rows == [dict(a=1)] and not (tmp_path / "late").exists()
 
