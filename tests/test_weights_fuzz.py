@@ -14,6 +14,7 @@ import train
 from clip_model import tiny_clip
 from clip_weights import load_file
 from ordinalclip import FixedPrototypes, OrdinalCLIP
+from training.checkpoints import NEEDED_TO_RESUME, load_checkpoint, load_model
 
 NAN = float("nan")
 
@@ -135,6 +136,29 @@ def test_mutated_checkpoints(finished_run, tmp_path, monkeypatch, cases):
         except Exception as error:
             raise AssertionError(f"{flag} {change}") from error
     print(f"{cases} mutated checkpoints: {refused} refused in one line, {read} read")
+    assert refused > cases // 3 and read > 0 and refused + read == cases
+
+
+@pytest.mark.parametrize("cases", [200, pytest.param(100_000, marks=pytest.mark.full)])
+def test_reading_mutated_checkpoints(finished_run, tmp_path, cases):
+    """The reading alone, of a model so small that many can be read."""
+    rng, path, model = random.Random(cases), tmp_path / "last.pt", torch.nn.Linear(3, 2)
+    content = torch.load(finished_run[0] / "last.pt", weights_only=True)
+    content |= dict(model=model.state_dict(), optimizer={}, initial_similarity=torch.eye(2))
+    refused = read = 0
+    for _ in range(cases):
+        change = mutate_checkpoint(rng, content, path)
+        try:
+            saved = load_checkpoint(path, *NEEDED_TO_RESUME)
+            load_model(model, saved["model"], path)
+            assert all(value.isfinite().all() for value in model.parameters()), change
+            read += 1
+        except SystemExit as error:
+            refused += 1
+            assert "\n" not in str(error) and str(path) in str(error), (change, error)
+        except Exception as error:
+            raise AssertionError(change) from error
+    print(f"{cases} small checkpoints: {refused} refused in one line, {read} read")
     assert refused > cases // 3 and read > 0 and refused + read == cases
 
 
