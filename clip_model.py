@@ -22,16 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_weights import (
-    MODELS,
-    check_finite,
-    download,
-    load_weights,
-    read_safetensors,
-    to_openai_layout,
-)
+from clip_weights import MODELS, check_finite, load_weights, to_openai_layout
 
-__all__ = ["CLIP", "MODELS", "download", "image_tower", "read_safetensors", "tiny_clip"]
+__all__ = ["CLIP", "MODELS", "image_tower", "tiny_clip"]
 
 VOCAB_SIZE = 49408  # of CLIP's tokenizer; its last id is [EOT]
 # Heads are 64 wide, except in open_clip's ViT-H, ViT-g, ViT-bigG and ViT-e; shapes cannot tell.
@@ -50,15 +43,14 @@ class CLIP(nn.Module):
         layers: int,
         mlp_width: int | None = None,
         context_length: int = 77,
-        vocab_size: int = VOCAB_SIZE,
         quick_gelu: bool = True,
     ) -> None:
         super().__init__()
         self.image_size, self.embed_dim = visual.image_size, embed_dim
-        self.context_length, self.vocab_size = context_length, vocab_size
+        self.context_length, self.vocab_size = context_length, VOCAB_SIZE
         self.visual = visual
         self.transformer = Transformer(width, layers, mlp_width, quick_gelu, causal=True)
-        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.token_embedding = nn.Embedding(VOCAB_SIZE, width)
         self.positional_embedding = nn.Parameter(torch.randn(context_length, width) * 0.01)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
@@ -190,10 +182,7 @@ def image_tower(
 
 def _architecture(state, quick_gelu):
     """The arguments of CLIP that the shapes in `state` call for."""
-    vocab_size, width = state["token_embedding.weight"].shape
-    _, embed_dim = state["text_projection"].shape
-    if vocab_size != VOCAB_SIZE:
-        raise ValueError(f"a vocabulary of {vocab_size}; expected CLIP's {VOCAB_SIZE}")
+    width, embed_dim = state["text_projection"].shape
     return dict(
         visual=image_tower(state, embed_dim, quick_gelu, "visual."),
         embed_dim=embed_dim,

@@ -88,12 +88,10 @@ _HUGGING_FACE_NAMES = {  # part of a name -> part of OpenAI's, applied in order
     ".mlp.fc1.": ".mlp.c_fc.",
     ".mlp.fc2.": ".mlp.c_proj.",
 }
-
-
 # Of training checkpoints; the first that is there is read
 _WRAPPERS = "state_dict model_state_dict model net module params model_ema ema".split()
-# Of DataParallel, torch.compile, Lightning and other packages' modules around a CLIP.
-_PREFIXES = re.compile(r"((module|_orig_mod|model|clip|clip_model|net|backbone)\.)+")
+# Of DataParallel, torch.compile, Lightning and other packages' modules around a CLIP
+_PREFIXES = re.compile(r"((module|_orig_mod|model|clip|clip_model|net|backbone)\.)*")
 _OTHER_MODELS = {  # part of a name -> whose it is
     "logit_bias": "SigLIP",
     "vision_model.head.": "SigLIP",
@@ -116,8 +114,8 @@ def unwrap(state_dict: dict, origin: str, quiet: bool = False) -> dict:
         removed.append(f"the wrapper {wrapper!r}")
     out, prefixes = {}, set()
     for key, value in state_dict.items():
-        prefix = match[0] if (match := _PREFIXES.match(str(key))) else ""
-        name = str(key)[len(prefix) :]
+        prefix = _PREFIXES.match(str(key))[0]
+        name = str(key).removeprefix(prefix)
         if name in out:
             raise ValueError(
                 f"{origin}: several entries are named {name} without their prefixes "
@@ -336,13 +334,11 @@ def _read_weights(path, trusted):
     return content
 
 
-# fmt: off
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}
-# fmt: on
+_SAFETENSORS_DTYPES = dict(
+    F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
+    I64=torch.int64, I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8,
+    BOOL=torch.bool,
+)  # fmt: skip
 
 
 def read_safetensors(path: str | PathLike) -> StateDict:
@@ -370,18 +366,18 @@ def read_safetensors(path: str | PathLike) -> StateDict:
 def _quick_gelu_from_config(path):
     """Whether the config files beside the weights, Hugging Face's or open_clip's, say QuickGELU."""
     activations = set()
-    for file in map(path.with_name, _CONFIGS):
+    for file in filter(Path.is_file, map(path.with_name, _CONFIGS)):
         try:
-            config = json.loads(file.read_bytes()) if file.is_file() else {}
-        except ValueError as error:
+            config = json.loads(file.read_bytes())
+            if "model_cfg" in config:
+                activations.add("quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu")
+            elif config.get("model_type") == "clip":  # whose default is quick_gelu
+                towers = (config.get("text_config") or {}, config.get("vision_config") or {})
+                activations.update(tower.get("hidden_act", "quick_gelu") for tower in towers)
+        except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"{file} is no JSON ({error}); expected a model's config: get it again"
             ) from error
-        if "model_cfg" in config:
-            activations.add("quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu")
-        elif config.get("model_type") == "clip":  # whose default is quick_gelu
-            towers = (config.get("text_config") or {}, config.get("vision_config") or {})
-            activations.update(tower.get("hidden_act", "quick_gelu") for tower in towers)
     if activations not in ({"quick_gelu"}, {"gelu"}):
         raise ValueError(
             f"the activation of {path} is unknown: config files beside it say "

@@ -245,9 +245,12 @@ def test_activation_from_the_config_beside_the_weights(tiny_folder, configs, exp
         assert activations(CLIP.from_pretrained(tiny_folder)) == {expected}
 
 
-def test_damaged_config(tiny_folder):
-    (tiny_folder / "config.json").write_text("<html>")
-    message = r"config.json is no JSON \(.*char 0\).*; expected a model's config: get it again"
+@pytest.mark.parametrize(
+    "text, reason", [("<html>", ".*char 0"), ("[1]", ".*no attribute.*"), ("3", ".*not iterable.*")]
+)
+def test_damaged_config(tiny_folder, text, reason):
+    (tiny_folder / "config.json").write_text(text)
+    message = rf"config.json is no JSON \({reason}\).*; expected a model's config: get it again"
     with pytest.raises(ValueError, match=message):
         CLIP.from_pretrained(tiny_folder)
 
