@@ -78,9 +78,7 @@ def interpolation_weights(num_ranks: int, num_base_ranks: int, kind: str) -> Ten
     elif kind == "inverse":
         weights = 1 / (distance + 1e-5)
     else:
-        raise ValueError(
-            f"interpolation {kind!r}: expected 'linear', 'inverse', or 'none' for CoOp"
-        )
+        raise ValueError(f"interpolation {kind!r}: expected linear, inverse (prompts: or none)")
     return (weights / weights.sum(1, keepdim=True)).to(torch.get_default_dtype())
 
 
@@ -368,7 +366,7 @@ class Regression(nn.Module):
         target: str | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, 3, H, W), rank indices (B,) -> (mean loss, the same, 0); any `target`."""
+        """Images (B, 3, H, W), ranks (B,) -> (mean loss, the same, 0); `target` has no effect."""
         error = self(images) - labels
         total = (error.abs() if self.loss_type == "l1" else error.square()).mean()
         if group is not None:  # the value of all processes, the gradient of this one's share
