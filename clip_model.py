@@ -22,9 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_weights import MODELS, check_finite, load_weights, to_openai_layout
+from clip_weights import (
+    MODELS,
+    check_finite,
+    download,
+    load_weights,
+    read_safetensors,
+    to_openai_layout,
+)
 
-__all__ = ["CLIP", "MODELS", "image_tower", "tiny_clip"]
+__all__ = ["CLIP", "MODELS", "download", "image_tower", "read_safetensors", "tiny_clip"]
 
 VOCAB_SIZE = 49408  # of CLIP's tokenizer; its last id is [EOT]
 # Heads are 64 wide, except in open_clip's ViT-H, ViT-g, ViT-bigG and ViT-e; shapes cannot tell.

@@ -144,6 +144,7 @@ def test_damaged_and_foreign_files(state, archive, tmp_path):
     page = b"<!DOCTYPE html><html><body>404 Not Found</body></html>"
     bad |= {
         "junk.safetensors": whole["safetensors"] + b"junk",
+        "directory.pt": whole["zip.pt"].replace(b"PK\x01\x02", b"PK\x09\x02"),
         "types.safetensors": safetensors_bytes({"a": torch.zeros(2)}).replace(b"F32", b"F99"),
         "list.safetensors": (2).to_bytes(8, "little") + b"[]",
         "page.pt": page,

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import data
 from backbones import build_image_encoder
-from clip_model import CLIP, tiny_clip
-from clip_weights import check_finite, download, unwrap
+from clip_model import CLIP, download, tiny_clip
+from clip_weights import check_finite, unwrap
 from ordinalclip import FixedPrototypes, LinearPrototypes, OrdinalCLIP, RankPrompts, Regression
 from tokenizer import Tokenizer
 from training.checkpoints import load_checkpoint
