@@ -50,15 +50,14 @@ class CLIP(nn.Module):
         layers: int,
         mlp_width: int | None = None,
         context_length: int = 77,
-        vocab_size: int = VOCAB_SIZE,
         quick_gelu: bool = True,
     ) -> None:
         super().__init__()
         self.image_size, self.embed_dim = visual.image_size, embed_dim
-        self.context_length, self.vocab_size = context_length, vocab_size
+        self.context_length, self.vocab_size = context_length, VOCAB_SIZE
         self.visual = visual
         self.transformer = Transformer(width, layers, mlp_width, quick_gelu, causal=True)
-        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.token_embedding = nn.Embedding(VOCAB_SIZE, width)
         self.positional_embedding = nn.Parameter(torch.randn(context_length, width) * 0.01)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
@@ -190,10 +189,7 @@ def image_tower(
 
 def _architecture(state, quick_gelu):
     """The arguments of CLIP that the shapes in `state` call for."""
-    vocab_size, width = state["token_embedding.weight"].shape
-    _, embed_dim = state["text_projection"].shape
-    if vocab_size != VOCAB_SIZE:
-        raise ValueError(f"a vocabulary of {vocab_size}; expected CLIP's {VOCAB_SIZE}")
+    width, embed_dim = state["text_projection"].shape
     return dict(
         visual=image_tower(state, embed_dim, quick_gelu, "visual."),
         embed_dim=embed_dim,

@@ -409,7 +409,7 @@ ALONE = (
     "evaluation/plots.py",
     "clip_model.py",
 )
-ALONE += ("clip_weights.py", "regression.py")
+ALONE += ("clip_weights.py",)
 
 
 def test_it_runs_without_the_rest_of_the_project(run, exported, tmp_path):
