@@ -22,17 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_weights import (
-    MODELS,
-    check_finite,
-    download,
-    load_weights,
-    read_safetensors,
-    to_openai_layout,
-)
+if __package__:  # pasted into a package, clip_weights.py beside it
+    from . import clip_weights
+else:
+    import clip_weights
 
 __all__ = ["CLIP", "MODELS", "download", "image_tower", "read_safetensors", "tiny_clip"]
 
+MODELS = clip_weights.MODELS
+download, read_safetensors = clip_weights.download, clip_weights.read_safetensors
 VOCAB_SIZE = 49408  # of CLIP's tokenizer; its last id is [EOT]
 # Heads are 64 wide, except in open_clip's ViT-H, ViT-g, ViT-bigG and ViT-e; shapes cannot tell.
 VISION_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
@@ -103,7 +101,7 @@ class CLIP(nn.Module):
         Raises FileNotFoundError, ConnectionError (download), ImportError (huggingface_hub),
         ValueError (damaged, unsafe or unsuitable file).
         """
-        weights = load_weights(name_or_path, cache_dir, quick_gelu, trust_torchscript)
+        weights = clip_weights.load_weights(name_or_path, cache_dir, quick_gelu, trust_torchscript)
         return cls.from_state_dict(*weights)
 
     @classmethod
@@ -121,7 +119,7 @@ class CLIP(nn.Module):
                 "quick_gelu=None, and a state dict does not say its activation; pass "
                 "quick_gelu=True (OpenAI, MetaCLIP) or quick_gelu=False (LAION, DataComp)"
             )
-        state = to_openai_layout(state_dict)
+        state = clip_weights.to_openai_layout(state_dict)
         try:
             with torch.device("meta"):  # no time spent on initial values
                 clip = cls(**_architecture(state, quick_gelu)).to_empty(device="cpu").float()
@@ -135,7 +133,7 @@ class CLIP(nn.Module):
                 f"({', '.join([*state][:3])}), expected both towers, named as by OpenAI, open_clip "
                 "or Hugging Face's CLIPModel: choose other weights"
             ) from error
-        check_finite(clip.state_dict(), "the state dict")
+        clip_weights.check_finite(clip.state_dict(), "the state dict")
         return clip.eval()
 
 
