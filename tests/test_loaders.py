@@ -15,6 +15,7 @@ import train
 from training import loaders
 from training.loaders import load_task, make_images, make_loaders, without_image_encoder
 from training.methods import build_model
+from training.run_folder import Run
 
 
 def build(folder, tmp_path, *flags):
@@ -28,7 +29,7 @@ def test_batches_are_shared_out_evenly(monkeypatch):
     args = train.parse_args(["--batch-size", "9"])
     monkeypatch.setattr(loaders, "world_size", lambda: 2)
     with pytest.raises(SystemExit, match="--batch-size 9 is over all processes: 2 must divide it"):
-        make_loaders(args, None, {}, None)
+        make_loaders(Run(args, None, None, {}))
 
 
 def test_workers_that_stay_augment_as_none_do(gray, tmp_path):
@@ -39,7 +40,7 @@ def test_workers_that_stay_augment_as_none_do(gray, tmp_path):
             ["--data", str(gray), "--out", str(tmp_path / "x"), *TINY, "--workers", workers]
         )
         preprocess = dict(image_size=14)
-        loader, val, test = make_loaders(args, load_task(args), preprocess, None)
+        loader, val, test = make_loaders(Run(args, load_task(args), None, preprocess))
         assert loader.persistent_workers == val.persistent_workers == (workers == "2")
         assert not test.persistent_workers  # read once
         processes, batches = [], []
@@ -103,7 +104,7 @@ def test_training_uses_drafts_unless_official_or_told_otherwise(photos, tmp_path
         )
         task = load_task(args)
         model, preprocess = build_model(args, task)
-        loaders = make_loaders(args, task, preprocess, model)
+        loaders = make_loaders(Run(args, task, model, preprocess))
         options = {key: preprocess[key] for key in ("squash", "resample") if key in preprocess}
         exact = data.ImageList(task.test, task.root, image_size=preprocess["image_size"], **options)
         test_images = torch.cat([images for images, _ in loaders[2]])

@@ -68,7 +68,7 @@ def test_official_pixels_and_ordinality(gray, tmp_path):
         and preprocess["squash"]
         and preprocess["resample"] == "bilinear"
     )
-    images = make_loaders(args, task, preprocess, model)[0].dataset.images
+    images = make_loaders(Run(args, task, model, preprocess))[0].dataset.images
     assert images.squash and images.resample == Image.Resampling.BILINEAR
     scores = ordinality_scores(Run(args, task, model, preprocess))
     assert scores["ordinality_chance"] > 0.5  # the diagonal counts there

@@ -72,7 +72,7 @@ def test_gradients_of_several_batches_are_averaged(gray, gray_task, tmp_path, mo
         self.optimizer.zero_grad()
 
     monkeypatch.setattr(TrainingState, "step", step)
-    loader = train.make_loaders(args, gray_task, preprocess, model)[0]
+    loader = train.make_loaders(run)[0]
     train.train_one_epoch(run, LossModule(model, "normalized"), state, loader, 1)
     batches = [batch for batch in loader]
     assert [len(labels) for _, labels in batches] == [16, 16, 16, 8] and len(gradients) == 2
@@ -149,8 +149,7 @@ def test_images_are_mirrored_half_the_time_or_never(gray, gray_task, tmp_path, f
     samples = (data.Sample("half.png", 0),) * 20
     task = dataclasses.replace(gray_task, train=samples, root=tmp_path)
     args = parse(gray, tmp_path, *flags)
-    model = nn.Identity()
-    loader = train.make_loaders(args, task, dict(image_size=64), model)[0]
+    loader = train.make_loaders(Run(args, task, None, dict(image_size=64)))[0]
     images = torch.cat([batch for batch, _ in loader])
     assert {bool(image[:, :, 0].max() < image[:, :, -1].min()) for image in images} == orders
 

@@ -89,7 +89,7 @@ def test_a_profiled_step_is_one_of_training(gray, method):
         torch.manual_seed(0)
         model, preprocess = build_model(args, task)
         models.append(model)
-    images, labels = next(iter(make_loaders(args, task, preprocess, models[0])[0]))
+    images, labels = next(iter(make_loaders(Run(args, task, models[0], preprocess))[0]))
     models[0].train()
     loss_module = LossModule(models[0], "normalized")
     loss_module(prepare_batch(images, args, preprocess), labels)[0].backward()

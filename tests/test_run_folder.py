@@ -27,7 +27,7 @@ def test_a_finished_run_is_not_written_over(finished_run, stripes):
     ):
         train.main(["--data", str(stripes), "--out", str(out), *TINY, "--epochs", "5"])
     with pytest.raises(
-        SystemExit, match="holds a finished run; --eval .* tests it again, --out starts"
+        SystemExit, match="is finished, see .*results.json; --eval .* tests it again, another --out"
     ):
         train.main(["--data", str(stripes), "--out", str(out), *TINY, "--epochs", "3"])
     with pytest.raises(SystemExit, match="is finished, see .*results.json"):
@@ -190,7 +190,7 @@ def test_labels_that_changed_within_their_bins_are_refused(gray, tmp_path):
 
 def test_two_processes_do_not_write_one_run(gray, tmp_path):
     argv = ["--data", str(gray), *TINY, "--out", str(tmp_path / "run")]
-    with lock_run_dir(tmp_path / "run"):
+    with lock_run_dir(train.parse_args(argv)):
         with pytest.raises(SystemExit, match="another process is writing this run; wait for it"):
             train.main(argv)
         assert (tmp_path / "run").is_dir()

@@ -70,17 +70,18 @@ def load_checkpoint(path: str | Path, *needed: str) -> dict[str, Any]:
     return saved
 
 
-def load_last(args: Namespace, task: data.Task) -> dict[str, Any] | None:
-    """last.pt of the run, None where there is none; SystemExit if it is of another run.
+def load_last(run: Run) -> dict[str, Any] | None:
+    """last.pt, its weights loaded into the model; None where there is none.
 
-    config.json, which was compared before, may have been deleted.
+    SystemExit if it is of another run: config.json, which was compared before, may be deleted.
     """
-    path = Path(args.out) / "last.pt"
+    path = run.dir / "last.pt"
     if not path.exists():
         return None
     saved = load_checkpoint(path, *NEEDED_TO_RESUME)
-    check_same_settings(args, saved["settings"], "was begun")
-    check_digests(args, saved.get("splits", {}), task)
+    check_same_settings(run.args, saved["settings"], "was begun")
+    check_digests(run.args, saved.get("splits", {}), run.task)
+    load_model(run.model, saved["model"], path)
     return saved
 
 
@@ -112,15 +113,13 @@ class TrainingState:
         self.last_save = time.time()
 
     def load(self, saved: dict[str, Any]) -> None:
-        for name in ("optimizer", "schedule", "scaler"):
-            part, source = getattr(self, name), f"{self.run.dir / 'last.pt'}: its {name}"
-            if name == "schedule" and saved[name].keys() != part.state_dict().keys():
-                raise SystemExit(f"{source} holds {', '.join(map(str, saved[name])) or 'nothing'}")
-            if saved[name] or name != "scaler":  # which is empty without --precision fp16
-                load_model(part, saved[name], source)
-        if self.average:
-            source = f"{self.run.dir / 'last.pt'}: its average"
-            load_model(self.average, saved.get("average") or {}, source)
+        for name in ("optimizer", "schedule", "scaler", "average"):
+            part, state = getattr(self, name), saved.get(name) or {}
+            source = f"{self.run.dir / 'last.pt'}: its {name}"
+            if name == "schedule" and state.keys() != part.state_dict().keys():
+                raise SystemExit(f"{source} holds {', '.join(map(str, state)) or 'nothing'}")
+            if part and (state or name != "scaler"):  # which is empty without --precision fp16
+                load_model(part, state, source)
         self.log, self.progress = saved["log"], saved.get("progress")
 
     def step(self) -> None:
@@ -155,25 +154,19 @@ class TrainingState:
         return is_main() and time.time() - self.last_save >= 60 * self.run.args.save_every
 
     def save_within_epoch(self, steps: int, loss_sums: Tensor) -> None:
-        rng = get_rng_state(self.run.args.device)
+        rng = [torch.get_rng_state()]
+        if self.run.args.device.startswith("cuda"):
+            rng.append(torch.cuda.get_rng_state(self.run.args.device))
         self.save(dict(steps=steps, loss_sums=loss_sums.cpu(), rng=rng))
 
     def start_epoch(self, loss_sums: Tensor) -> int:
         """Steps of this epoch that were done before an interruption, restored with their losses."""
         if not self.progress:
             return 0
+        steps, rng = self.progress["steps"], self.progress["rng"]
         loss_sums += self.progress["loss_sums"].to(loss_sums.device)
-        set_rng_state(self.progress["rng"], self.run.args.device)
-        steps, self.progress = self.progress["steps"], None
+        torch.set_rng_state(rng[0])
+        if self.run.args.device.startswith("cuda") and len(rng) > 1:
+            torch.cuda.set_rng_state(rng[1], self.run.args.device)
+        self.progress = None
         return steps
-
-
-def get_rng_state(device: str) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.startswith("cuda") else states
-
-
-def set_rng_state(states: list[Tensor], device: str) -> None:
-    torch.set_rng_state(states[0])
-    if device.startswith("cuda") and len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)

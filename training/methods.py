@@ -29,7 +29,8 @@ from regression import Regression
 from tokenizer import Tokenizer
 from training.checkpoints import load_checkpoint
 from training.distributed import is_main, main_process_first
-from training.run_folder import is_number
+from training.loaders import exit_on_user_error, without_image_encoder
+from training.run_folder import Run, is_number
 
 LINEAR_DIM, LINEAR_SCALE = 1024, math.log(100)  # of the baselines where no CLIP is loaded
 
@@ -104,6 +105,7 @@ METHODS = {  # in the order of the paper's rows
 }
 
 
+@exit_on_user_error()
 def build_model(args: Namespace, task: data.Task) -> tuple[nn.Module, dict[str, Any]]:
     """-> the model on its device, and how its images are prepared (image_size, mean, std, ...)."""
     clip = None
@@ -167,6 +169,11 @@ class LossModule(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         group = dist.group.WORLD if dist.is_initialized() else None
         return self.model.loss(images, labels, target=self.target, group=group)
+
+
+def build_loss(run: Run) -> LossModule:
+    model = without_image_encoder(run.model) if run.args.freeze_image else run.model
+    return LossModule(model, "softmax10" if run.args.official else "normalized")
 
 
 # --- --init ---
