@@ -268,7 +268,8 @@ HAS_EFFECT: list[tuple[str, Callable[[Namespace], bool], str]] = [
     ("lr_prompts", lambda a: trains(a) and a.method != "regression", BY_METHOD),
     ("lr_image no_flip", trains_encoder, f"--freeze-image or {BY_METHOD}"),
     ("ema", lambda a: trains(a) and a.ema != 0, f"{BY_METHOD} and DECAY {{ema}}"),
-    ("patience", lambda a: trains(a) and a.patience < a.epochs, f"{BY_METHOD} and {{epochs}} epochs"),
+    ("patience", lambda a: trains(a) and a.patience < a.epochs,
+        f"{BY_METHOD} and {{epochs}} epochs"),
     ("shift", lambda a: trains(a) and all(keep != 1 for _, keep in as_list(a.shift)),
         f"{BY_METHOD} and its share of images"),
     ("no_draft", lambda a: not a.official, "--official"),
@@ -292,18 +293,17 @@ def check_values(args: Namespace) -> None:
     for key, value in vars(args).items():
         if isinstance(value, str) and not value.strip():
             raise SystemExit(f"{flag_of(key)} is empty; give a value, or leave it out")
-    needs_clip = (
-        "--freeze-image" if args.freeze_image else "" if trains(args) else "--method zeroshot"
-    )
-    if needs_clip and args.image_encoder != "clip":
+    if args.image_encoder != "clip" and (args.freeze_image or not trains(args)):
+        flag = "--freeze-image" if args.freeze_image else "--method zeroshot"
         raise SystemExit(
-            f"{needs_clip} needs --image-encoder clip: the last layer of the others starts at random"
+            f"{flag} needs --image-encoder clip: the last layer of the others starts at random"
         )
     context = args.context
     if context and not (is_number(context) and int(context) or any(map(str.isalpha, context))):
         raise SystemExit(f"--context {context!r}: expected words, or a number of tokens from 1")
     for keys, low, high, why in (
-        ("epochs", 1 if trains(args) else 0, 1_000_000, "; --method zeroshot does without training"),
+        ("epochs", 1 if trains(args) else 0, 1_000_000,
+            "; --method zeroshot does without training"),
         ("batch_size patience shots", 1, 1_000_000, ""),
         ("lr lr_image lr_prompts", 1e-12, 1e3, ""),
         ("weight_decay", 0, 1e3, ""),
