@@ -15,7 +15,6 @@ config.json, splits/*.txt, log.csv, last.pt, best.pt, exported.pt, results.json,
 predictions-best.csv, pictures/*.png.
 """
 
-import math
 import signal
 import sys
 import time
@@ -33,27 +32,14 @@ from torch.utils.data import DataLoader
 
 from evaluation.evaluate import evaluate_test_set, part_metrics, predict_loader, similarity_matrix
 from evaluation.report import write_report
-from training.checkpoints import (
-    TrainingState,
-    load_checkpoint,
-    load_last,
-    load_model,
-    save_checkpoint,
-)
+from training.checkpoints import TrainingState, load_last, load_weights, save_checkpoint
 from training.distributed import barrier, data_parallel, init_distributed, is_main, world_size
 from training.loaders import autocast, load_task, make_loaders, prepare_batch
 from training.methods import build_loss, build_model, warm_start
 from training.optim import check_finite, epochs_without_progress
 from training.options import parse_args
 from training.profile import profile_run
-from training.progress import (
-    ProgressLine,
-    TensorBoard,
-    clear_line,
-    print_epoch,
-    print_run_header,
-    summary_writer,
-)
+from training.progress import ProgressLine, TensorBoard, clear_line, print_epoch, print_run_header
 from training.run_folder import (
     Run,
     check_same_images,
@@ -61,7 +47,6 @@ from training.run_folder import (
     load_finished_results,
     lock_run_dir,
     peak_memory,
-    save_csv,
     save_json,
     table_name,
     write_config,
@@ -76,8 +61,6 @@ def main(argv: list[str] | None = None) -> dict | list[dict] | str:
     """
     args = parse_args(argv)
     try:
-        if args.tensorboard and not args.eval:
-            summary_writer()  # it is installed, or the program ends here
         if args.report:
             return write_report(args.report)
         init_distributed(args)
@@ -126,8 +109,7 @@ def train(args: Namespace) -> dict[str, Any]:
             fit(run, state, train_loader, val_loader)
         # 5. The test images are looked at once, with the best epoch
         barrier()  # the main process writes best.pt
-        best = run.dir / "best.pt"
-        load_model(run.model, load_checkpoint(best, "model")["model"], best)
+        load_weights(run.model, run.dir / "best.pt")
         results = evaluate_test_set(run, val_loader, test_loader, start_time, initial_similarity)
         if is_main():
             export_model(run.dir / "exported.pt", run, results)
@@ -150,8 +132,6 @@ def fit(run: Run, state: TrainingState, train_loader: DataLoader, val_loader: Da
     loss_module = data_parallel(build_loss(run))
     eval_run = run._replace(model=state.average.module) if state.average else run
     start_epoch, fit_start = len(log) + 1, time.time()
-    if log and is_main():  # it is written after last.pt
-        save_csv(run.dir / "log.csv", log)
     board = TensorBoard(run, start_epoch)
     for epoch in range(start_epoch, args.epochs + 1):
         if args.patience and epochs_without_progress(log) >= args.patience:
@@ -163,8 +143,8 @@ def fit(run: Run, state: TrainingState, train_loader: DataLoader, val_loader: Da
         val = part_metrics(run.task, "val", *predict_loader(eval_run, val_loader))
         row |= {f"val_{name}": value for name, value in val.items()}
         row |= dict(peak_mb=peak_memory(args.device))
-        is_best = row["val_mae_argmax"] < min((r["val_mae_argmax"] for r in log), default=math.inf)
         log.append(row)
+        is_best = epochs_without_progress(log) == 0
         if is_main():
             seconds = (time.time() - fit_start) / (epoch - start_epoch + 1)
             print_epoch(row, args.epochs, seconds * (args.epochs - epoch), is_best)
@@ -172,7 +152,7 @@ def fit(run: Run, state: TrainingState, train_loader: DataLoader, val_loader: Da
                 save_checkpoint(run.dir / "best.pt", eval_run.model, args, epoch=epoch)
             board.write(epoch, row)  # before last.pt, too
             state.save()
-            save_csv(run.dir / "log.csv", log)
+            state.save_log()
     board.close()
 
 
@@ -219,12 +199,10 @@ def train_one_epoch(
 
 def evaluate_checkpoint(args: Namespace) -> dict[str, Any]:
     """--eval: a checkpoint on the test images of its run; writes eval-NAME.json beside it."""
-    start_time = time.time()
-    saved = load_checkpoint(args.eval, "model")
-    run = build_run(args)
+    start_time, run = time.time(), build_run(args)
     same_initialisation = args.epochs and not args.init
     initial_similarity = similarity_matrix(run.model) if same_initialisation else None
-    load_model(run.model, saved["model"], args.eval)
+    load_weights(run.model, args.eval)
     _, val_loader, test_loader = make_loaders(run)
     name = f"eval-{Path(args.eval).stem}"
     results = evaluate_test_set(run, val_loader, test_loader, start_time, initial_similarity, name)

@@ -15,7 +15,7 @@ import data
 from clip_weights import check_finite, load_file
 from training.distributed import is_main
 from training.optim import build_average, build_optimizer, build_schedule
-from training.run_folder import Run, check_digests, check_same_settings, settings_dict
+from training.run_folder import Run, check_same_images, check_same_settings, save_csv, settings_dict
 
 
 def save_checkpoint(path: Path, model: nn.Module, args: Namespace, **more: Any) -> None:
@@ -80,9 +80,14 @@ def load_last(run: Run) -> dict[str, Any] | None:
         return None
     saved = load_checkpoint(path, *NEEDED_TO_RESUME)
     check_same_settings(run.args, saved["settings"], "was begun")
-    check_digests(run.args, saved.get("splits", {}), run.task)
+    check_same_images(run.args, run.task, saved)
     load_model(run.model, saved["model"], path)
     return saved
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """The weights of the checkpoint at path into the model; SystemExit if it is of another one."""
+    load_model(model, load_checkpoint(path, "model")["model"], path)
 
 
 def load_model(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
@@ -121,6 +126,11 @@ class TrainingState:
             if part and (state or name != "scaler"):  # which is empty without --precision fp16
                 load_model(part, state, source)
         self.log, self.progress = saved["log"], saved.get("progress")
+        self.save_log()  # it is written after last.pt
+
+    def save_log(self) -> None:
+        if self.log and is_main():
+            save_csv(self.run.dir / "log.csv", self.log)
 
     def step(self) -> None:
         """One step of the optimizer with the gradients of the last batches, which then go."""

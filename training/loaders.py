@@ -126,7 +126,9 @@ def make_loaders(run: Run) -> list[DataLoader]:
         if args.freeze_image:
             images = cached_features(run, images)
         if is_train:
-            weights = rank_weights(run.task) if args.balanced else None
+            labels, weights = torch.tensor(run.task.train.labels), None
+            if args.balanced:  # all ranks are equally likely
+                weights = labels.bincount().double().reciprocal()[labels]
             sampler = EpochSampler(len(images), args.seed, weights)
             images = SeededImages(images, args.seed)
         elif dist.is_initialized():
@@ -171,12 +173,6 @@ class EpochSampler(Sampler[int]):
         rank = dist.get_rank() if dist.is_initialized() else 0
         keys = order[rank :: world_size()] + self.epoch * self.num_images
         return iter(keys[self.start :].tolist())
-
-
-def rank_weights(task: data.Task) -> Tensor:
-    """Weights (M,) of the training images under which all ranks are equally likely."""
-    labels = torch.tensor(task.train.labels)
-    return labels.bincount().double().reciprocal()[labels]
 
 
 class SeededImages(Dataset):
@@ -245,21 +241,15 @@ def cached_features(run: Run, images: data.ImageList) -> Dataset:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = cache / "ordinalclip" / "features" / f"{digest.hexdigest()}.pt"
     with main_process_first():
-        features = load_features(path, len(images))
-        if features is None:
+        try:
+            features = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:  # none there, or broken: zip, pickle and torch have errors of their own
+            features = None
+        if not torch.is_tensor(features) or len(features) != len(images):
             path.parent.mkdir(parents=True, exist_ok=True)
             features = compute_features(run, images)
             data.atomic_write(path, lambda tmp_path: torch.save(features, tmp_path))
     return TensorDataset(features, torch.tensor(images.samples.labels, dtype=torch.long))
-
-
-def load_features(path: Path, num_images: int) -> Tensor | None:
-    """Features (M, D) of a cache file; None where there is none, or a broken one."""
-    try:
-        features = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # zip, pickle and torch each have errors of their own
-        return None
-    return features if torch.is_tensor(features) and len(features) == num_images else None
 
 
 @torch.no_grad()

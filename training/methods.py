@@ -105,12 +105,14 @@ METHODS = {  # in the order of the paper's rows
 }
 
 
+def needs_clip(args: Namespace) -> bool:
+    return METHODS[args.method].needs_clip or args.image_encoder == "clip"
+
+
 @exit_on_user_error()
 def build_model(args: Namespace, task: data.Task) -> tuple[nn.Module, dict[str, Any]]:
     """-> the model on its device, and how its images are prepared (image_size, mean, std, ...)."""
-    clip = None
-    if METHODS[args.method].needs_clip or args.image_encoder == "clip":
-        clip = load_clip(args)
+    clip = load_clip(args) if needs_clip(args) else None
     dim = clip.embed_dim if clip else LINEAR_DIM
     if args.image_encoder == "clip":
         encoder = clip.visual.requires_grad_(True)

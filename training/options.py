@@ -19,8 +19,17 @@ from clip_model import MODELS
 from ordinalclip import POSITIONS
 from training.checkpoints import load_checkpoint
 from training.loaders import PRECISIONS
-from training.methods import METHODS, init_state
-from training.run_folder import as_list, differing_settings, flag_of, is_number, load_json, run_name
+from training.methods import METHODS, init_state, needs_clip
+from training.progress import summary_writer
+from training.run_folder import (
+    as_list,
+    dataset_defaults,
+    differing_settings,
+    flag_of,
+    is_number,
+    load_json,
+    run_name,
+)
 from training.sweep import SWEEP_FLAGS, is_sweep
 
 # xk-huang/OrdinalCLIP@ca10a20 configs/meta_cfgs/morph_compare.yaml, configs/default.yaml
@@ -29,6 +38,7 @@ PAPER = dict(
     epochs=100, batch_size=32, lr=1e-4, weight_decay=5e-4,
 )  # fmt: skip
 DATASET_DEFAULTS = {"demo": dict(clip="tiny", image_encoder="clip", epochs=9, lr=3e-3)}
+INTERPOLATIONS = ("linear", "inverse", "none")
 MAX_SEED = 2**32 - 1
 
 
@@ -38,9 +48,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     argv_flags = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
     explicit_flags = {a.dest for a in parser._actions if argv_flags & {*a.option_strings}}
-    for key in ("resume", "eval"):
-        if getattr(args, key) == "":
-            parser.error(f"--{key} is empty; give a run, or leave it out")
     if args.resume or args.eval:
         return args_from_checkpoint(args, explicit_flags, parser)
     if {"seed", "seeds"} <= explicit_flags:
@@ -73,34 +80,32 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("protocol").add_argument
     add("--split", help="morph2: random, subject-exclusive; own images: random, "
         "leave-one-group-out (default: the first)")  # fmt: skip
-    add("--fold", type=fold_number, default=0, help="which split of the dataset; all: a run for "
-        "each")  # fmt: skip
+    add("--fold", type=fold_number, default=0, help="number of the split; all: a run for each")
     add("--split-seed", type=int, default=1, help="of splits made here; all --seeds share them")
     add("--category", help="aesthetics: nature, animal, urban, people, each (a run for each), all")
     add("--label-rule", help="how labels follow from the release, where it leaves a choice: docs/")
     add("--shots", type=int, nargs="+", help="training images per rank; several: a run for each")
     add("--shift", type=ranks_and_share, nargs="+", metavar="K,KEEP", help="keep this share of the "
-        "K most frequent ranks' images; several: a run for each")  # fmt: skip
+        "images of the K most frequent ranks; several: a run for each")  # fmt: skip
 
     add = parser.add_argument_group("method").add_argument
     add("--method", default="ordinalclip", choices=METHODS, help="where rank prototypes come from")
-    add("--interp", default="linear", choices=("linear", "inverse", "none"), help="base ranks to "
-        "ranks; none: CoOp")  # fmt: skip
+    add(
+        "--interp", default="linear", choices=INTERPOLATIONS, help="base ranks to ranks; none: CoOp"
+    )
     add("--base-ranks", type=int, nargs="+", default=3, help="K; several values: a run for each")
     add("--context", help="words that start the prompt, or a number of random tokens (default: "
         "the dataset's words)")  # fmt: skip
-    add("--rank-position", default="tail", choices=POSITIONS, help="rank after, amid, before "
-        "context")  # fmt: skip
+    add("--rank-position", default="tail", choices=POSITIONS, help="after, amid, before context")
     add("--rank-init", choices=("random", "names"), help="(default: names for coop, else random)")
     add("--clip", help=f"{', '.join(MODELS)}, tiny, or a weights file")
     add("--tune", default="both", choices=("both", "rank", "context"), help="embeddings that learn")
     add("--regression-loss", default="l1", choices=("l1", "l2"), help="of --method regression")
     add("--official", action="store_true", help="the official code's target, pixels, ordinality")
-    add("--quick-gelu", action=argparse.BooleanOptionalAction, help="if a weights file does not "
-        "say")  # fmt: skip
+    add("--quick-gelu", action=argparse.BooleanOptionalAction, help="where weights do not say")
     add("--trust-torchscript", action="store_true", help="open an unknown TorchScript archive")
-    add("--image-encoder", help="clip (the tower of --clip; the default for own images with "
-        "--clip), vgg16, timm:NAME, torchvision:NAME")  # fmt: skip
+    add("--image-encoder", help="vgg16, timm:NAME, torchvision:NAME, or clip: the tower of --clip, "
+        "the default for own images with it")  # fmt: skip
     add("--image-weights", help="imagenet, none, or a state dict file; not for clip")
     add("--freeze-image", action="store_true", help="train prompts only, on cached features")
     add("--init", metavar="CKPT", help="start from another run: its encoder, context, base ranks")
@@ -117,8 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
         "are matched to the images of one batch, not of all N")  # fmt: skip
     add("--ema", type=float, metavar="DECAY", help="validate and keep this moving average of the "
         "weights, such as 0.999")  # fmt: skip
-    add("--patience", type=int, metavar="N", help="stop after N epochs without a lower validation "
-        "MAE")  # fmt: skip
+    add("--patience", type=int, metavar="N", help="stop N epochs after the lowest validation MAE")
     add("--no-flip", action="store_true", help="do not mirror images: digits, text, left and right")
     add("--no-draft", action="store_true", help="decode large JPEGs in full, as --official does")
     add("--balanced", action="store_true", help="draw images of all ranks equally often")
@@ -132,8 +136,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--workers", type=int, help="processes that read images (default: up to 8, leaving a core)")
     add("--out", help="folder of the run (default: runs/DATA-METHOD-...-seedS)")
     add("--save-every", type=float, default=10, metavar="MINUTES", help="write last.pt this often")
-    add("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
-        help="write figures and pictures for TensorBoard, too")  # fmt: skip
+    add("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="figures and "
+        "pictures, too")  # fmt: skip
     add("--debug", action="store_true", help="show the traceback of every error")
     add("--resume", metavar="RUN", help="go on with the run in this folder, with its own settings")
     add("--eval", metavar="CKPT", help="only test this checkpoint, with its own settings")
@@ -172,17 +176,11 @@ def ranks_and_share(text: str) -> tuple[int, float]:
 
 def resolve_defaults(args: Namespace, explicit_flags: set[str]) -> Namespace:
     """Fill in what the dataset, the method and the machine decide."""
-    preset = data.DATASETS.get(args.data, {})
-    defaults = PAPER | DATASET_DEFAULTS.get(args.data, {})
+    defaults = PAPER | DATASET_DEFAULTS.get(args.data, {}) | dataset_defaults(args.data)
     if has_own_images(args) and args.clip is not None:
         defaults["image_encoder"] = "clip"
-    defaults |= dict(  # written out or not, the same experiment
-        split=preset.get("splits", ("random",))[0],
-        label_rule=preset.get("label_rules", (None,))[0],
-        category=preset.get("categories", (None,))[0],
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        workers=min(8, (os.cpu_count() or 1) - 1),
-    )
+    defaults["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    defaults["workers"] = min(8, (os.cpu_count() or 1) - 1)
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -230,16 +228,8 @@ def copies_prompts(args: Namespace) -> bool:
     return bool(args.init) and has_prompts(args) and CONTEXT in init_state(args)
 
 
-def loads_clip(args: Namespace) -> bool:
-    return METHODS[args.method].needs_clip or args.image_encoder == "clip"
-
-
 def trains(args: Namespace) -> bool:
     return args.method != "zeroshot"
-
-
-def trains_encoder(args: Namespace) -> bool:
-    return trains(args) and not args.freeze_image
 
 
 # When flags change the result, and what decides that. Elsewhere they are refused: they would change
@@ -257,8 +247,8 @@ HAS_EFFECT: list[tuple[str, Callable[[Namespace], bool], str]] = [
     ("rank_init", lambda a: a.rank_init == "random" or not copies_prompts(a), BY_INIT),
     ("rank_init rank_position tune", has_prompts, BY_METHOD),
     ("regression_loss", lambda a: a.method == "regression", BY_METHOD),
-    ("clip", loads_clip, f"{BY_METHOD} and {BY_ENCODER}"),
-    ("quick_gelu trust_torchscript", lambda a: loads_clip(a) and a.clip != "tiny",
+    ("clip", needs_clip, f"{BY_METHOD} and {BY_ENCODER}"),
+    ("quick_gelu trust_torchscript", lambda a: needs_clip(a) and a.clip != "tiny",
         f"--clip {{clip}} and {BY_METHOD}"),
     ("image_weights", lambda a: a.image_encoder != "clip", BY_ENCODER),
     ("freeze_image epochs weight_decay save_every warmup accumulate balanced profile shots seeds",
@@ -266,7 +256,8 @@ HAS_EFFECT: list[tuple[str, Callable[[Namespace], bool], str]] = [
     ("lr", lambda a: trains(a) and not (a.lr_prompts and (a.lr_image or a.freeze_image)),
         f"{BY_METHOD} and rates of its own for all that trains"),
     ("lr_prompts", lambda a: trains(a) and a.method != "regression", BY_METHOD),
-    ("lr_image no_flip", trains_encoder, f"--freeze-image or {BY_METHOD}"),
+    ("lr_image no_flip", lambda a: trains(a) and not a.freeze_image,
+        f"--freeze-image or {BY_METHOD}"),
     ("ema", lambda a: trains(a) and a.ema != 0, f"{BY_METHOD} and DECAY {{ema}}"),
     ("patience", lambda a: trains(a) and a.patience < a.epochs,
         f"{BY_METHOD} and {{epochs}} epochs"),
@@ -324,6 +315,8 @@ def check_values(args: Namespace) -> None:
         values = as_list(getattr(args, key))
         if len({*values}) < len(values):
             raise SystemExit(f"{flag_of(key)} names a value twice: {values}; name each once")
+    if args.tensorboard and not args.eval:
+        summary_writer()  # it is installed, or the program ends here
     if not re.fullmatch(r"(cpu|cuda)(:(0|[1-9][0-9]*))?", args.device):
         raise SystemExit(f"--device {args.device!r}: expected cpu, cuda or cuda:N")
     count, index = torch.cuda.device_count(), int(args.device.partition(":")[2] or 0)

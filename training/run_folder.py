@@ -16,7 +16,7 @@ import platform
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +74,15 @@ def as_list(value: Any) -> list:
     return value if isinstance(value, list) else [value]
 
 
+def dataset_defaults(name: str) -> dict[str, str | None]:
+    preset = data.DATASETS.get(name, {})
+    return dict(
+        split=preset.get("splits", ("random",))[0],
+        label_rule=preset.get("label_rules", (None,))[0],
+        category=preset.get("categories", (None,))[0],
+    )
+
+
 def flag_of(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
@@ -84,16 +93,14 @@ def run_name(args: Namespace) -> str:
 
 def table_name(args: Namespace) -> str:
     """Run name without the seed."""
-    preset = data.DATASETS.get(args.data, {})
-    default_split = preset.get("splits", ("random",))[0]
-    default_rule = preset.get("label_rules", (None,))[0]
+    default = dataset_defaults(args.data)
     shifts = ["{}-{:g}".format(*shift) for shift in as_list(args.shift)] if args.shift else []
     parts = [
         Path(args.data).name,
         args.category,
         method_name(args),
-        args.split if args.split != default_split else None,
-        args.label_rule if args.label_rule != default_rule else None,
+        args.split if args.split != default["split"] else None,
+        args.label_rule if args.label_rule != default["label_rule"] else None,
         f"split{args.split_seed}" if args.split_seed != 1 else None,
         "shots" + join_values(args.shots) if args.shots else None,
         "shift" + "+".join(shifts) if args.shift else None,
@@ -230,27 +237,24 @@ def split_digests(task: data.Task) -> dict[str, str]:
     lines = {part: (f"{path} {label}" for path, label in samples[part]) for part in data.PARTS}
     lines["ranks"] = (f"{value!r} {name}" for value, name in zip(task.rank_values, task.rank_names))
     lines["labels"] = (repr(real[path]) for part in data.PARTS if real for path, _ in samples[part])
-    return {name: sha256_of_lines(texts) for name, texts in lines.items()}
+    digests = {name: hashlib.sha256() for name in lines}
+    for name, digest in digests.items():
+        for i, line in enumerate(lines[name]):
+            digest.update((f"\n{line}" if i else line).encode())
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-def sha256_of_lines(lines: Iterable[str]) -> str:
-    digest, separator = hashlib.sha256(), ""
-    for line in lines:
-        digest.update(f"{separator}{line}".encode())
-        separator = "\n"
-    return digest.hexdigest()
+def check_same_images(args: Namespace, task: data.Task, saved: dict | None = None) -> None:
+    """SystemExit if images or ranks are not those of config.json, or of `saved`, a checkpoint.
 
-
-def check_same_images(args: Namespace, task: data.Task) -> None:
-    """SystemExit if the images and ranks of a run that was begun are not those of config.json."""
+    Runs of earlier versions lack some digests.
+    """
     path = Path(args.out) / "config.json"
-    if path.exists():
-        check_digests(args, load_json(path).get("splits", {}), task)
-
-
-def check_digests(args: Namespace, saved: dict[str, str], task: data.Task) -> None:
-    """SystemExit if the saved split_digests, of which older runs lack some, are of another task."""
-    changed = [k for k, digest in split_digests(task).items() if saved.get(k, digest) != digest]
+    if saved is None:
+        saved = load_json(path) if path.exists() else {}
+    splits = saved.get("splits")
+    digests = split_digests(task) if splits else {}  # of a million images it takes seconds
+    changed = [name for name, digest in digests.items() if splits.get(name, digest) != digest]
     if changed:
         words = dict(ranks="the ranks, their names or order,", labels="the labels in the bins")
         parts = [part for part in changed if part in data.PARTS]
