@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def fit(run: Run, state: TrainingState, train_loader: DataLoader, val_loader: Da
     """All epochs; leaves last.pt, and best.pt: the lowest validation MAE (argmax)."""
     args, log = run.args, state.log
     loss_module = data_parallel(build_loss(run))
-    eval_run = run._replace(model=state.average.module) if state.average else run
+    eval_run = replace(run, model=state.average.module) if state.average else run
     start_epoch, fit_start = len(log) + 1, time.time()
     board = TensorBoard(run, start_epoch)
     for epoch in range(start_epoch, args.epochs + 1):

@@ -137,7 +137,7 @@ def test_images_are_mirrored_half_the_time_or_never(gray, tmp_path, flags, order
     Image.fromarray(pixels.numpy()).save(tmp_path / "half.png")
     samples = (data.Sample("half.png", 0),) * 20
     run = tiny_run(gray, *flags)
-    run = run._replace(task=dataclasses.replace(run.task, train=samples, root=tmp_path))
+    run = dataclasses.replace(run, task=dataclasses.replace(run.task, train=samples, root=tmp_path))
     loader = train.make_loaders(run)[0]
     images = torch.cat([batch for batch, _ in loader])
     assert {bool(image[:, :, 0].max() < image[:, :, -1].min()) for image in images} == orders

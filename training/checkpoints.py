@@ -1,6 +1,6 @@
 """Checkpoints: last.pt, from which a run goes on, and best.pt, the best epoch by validation MAE.
 
-Needs: data (for atomic_write), training.distributed, training.run_folder.
+Needs: data, clip_weights, training.distributed, .optim, .run_folder.
 """
 
 import time
@@ -112,7 +112,6 @@ class TrainingState:
         device, use_scaler = args.device.split(":")[0], args.precision == "fp16"
         self.scaler = torch.amp.GradScaler(device, enabled=use_scaler)
         self.average = build_average(args, run.model)
-        self.splits = run.splits  # of a million images it takes seconds
         self.log: list[dict[str, float]] = []  # one row per whole epoch
         self.progress: dict[str, Any] | None = None  # steps, loss sums, RNG of a cut-off epoch
         self.last_save = time.time()
@@ -150,7 +149,7 @@ class TrainingState:
             log=self.log,
             progress=progress,
             initial_similarity=self.initial_similarity,
-            splits=self.splits,
+            splits=self.run.splits,
             seconds=time.time() - self.start_time,
             optimizer=self.optimizer.state_dict(),
             schedule=self.schedule.state_dict(),

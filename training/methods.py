@@ -6,8 +6,8 @@ A builder gets a Parts and returns a module with
     predict(images) -> dict(probs (B, R))
     export() -> the module that evaluates (text tower run once)
 
-Needs: ordinalclip, regression, clip_model, tokenizer, backbones, data, training.distributed,
-.run_folder.
+Needs: ordinalclip, regression, clip_model, tokenizer, backbones, data, training.checkpoints,
+.distributed, .loaders, .run_folder.
 """
 
 import math

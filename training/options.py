@@ -136,8 +136,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--workers", type=int, help="processes that read images (default: up to 8, leaving a core)")
     add("--out", help="folder of the run (default: runs/DATA-METHOD-...-seedS)")
     add("--save-every", type=float, default=10, metavar="MINUTES", help="write last.pt this often")
-    add("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="figures and "
-        "pictures, too")  # fmt: skip
+    add("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="write figures "
+        "and pictures for TensorBoard, too")  # fmt: skip
     add("--debug", action="store_true", help="show the traceback of every error")
     add("--resume", metavar="RUN", help="go on with the run in this folder, with its own settings")
     add("--eval", metavar="CKPT", help="only test this checkpoint, with its own settings")
@@ -233,7 +233,7 @@ def trains(args: Namespace) -> bool:
 
 
 # When flags change the result, and what decides that. Elsewhere they are refused: they would change
-# the name of the run and look as if they had done something. Flags not named have always effect.
+# the name of the run and look as if they had done something. Flags not named always have one.
 CONTEXT = "prototypes.context_embeds"
 BY_METHOD, BY_ENCODER = "--method {method}", "--image-encoder {image_encoder}"
 BY_DATA, BY_LISTS = "--data {data}", "--data {data} and its lists"

@@ -3,11 +3,12 @@
 runs/NAME/ holds config.json, splits/*.txt, log.csv, last.pt, best.pt, exported.pt, results.json,
 predictions-best.csv and pictures/*.png. Every file is written under a temporary name and moved.
 
-Needs: data (for atomic_write), training.distributed.
+Needs: data, ordinalclip, clip_weights, training.distributed.
 """
 
 import contextlib
 import csv
+import functools
 import hashlib
 import json
 import math
@@ -17,8 +18,9 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,7 +47,8 @@ NOT_COMPARED = (
 NOT_SETTINGS = ("resume", "eval", "report", "profile", "debug")  # what to do, not what the run is
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class Run:
     """One run: its settings, images and ranks, model, and how images are prepared."""
 
     args: Namespace
@@ -57,7 +60,7 @@ class Run(NamedTuple):
     def dir(self) -> Path:
         return Path(self.args.out)
 
-    @property
+    @functools.cached_property  # of a million images it takes seconds
     def splits(self) -> dict[str, str]:
         return split_digests(self.task)
 
@@ -253,7 +256,7 @@ def check_same_images(args: Namespace, task: data.Task, saved: dict | None = Non
     if saved is None:
         saved = load_json(path) if path.exists() else {}
     splits = saved.get("splits")
-    digests = split_digests(task) if splits else {}  # of a million images it takes seconds
+    digests = split_digests(task) if splits else {}
     changed = [name for name, digest in digests.items() if splits.get(name, digest) != digest]
     if changed:
         words = dict(ranks="the ranks, their names or order,", labels="the labels in the bins")
