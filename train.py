@@ -15,11 +15,11 @@ config.json, splits/*.txt, log.csv, last.pt, best.pt, exported.pt, results.json,
 predictions-best.csv, pictures/*.png.
 """
 
-import math
 import signal
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,59 +28,31 @@ if __name__ == "__main__":  # Ctrl-C while importing ends without a traceback
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from evaluation.evaluate import evaluate_test_set, part_metrics, predict_loader, similarity_matrix
 from evaluation.report import write_report
-from training import options
-from training.checkpoints import (
-    TrainingState,
-    load_checkpoint,
-    load_last,
-    load_model,
-    save_checkpoint,
-)
+from training.checkpoints import TrainingState, load_last, load_weights, save_checkpoint
 from training.distributed import barrier, data_parallel, init_distributed, is_main, world_size
-from training.loaders import (
-    autocast,
-    check_sweep,
-    exit_on_user_error,
-    expand_all_folds,
-    load_task,
-    make_loaders,
-    prepare_batch,
-    without_image_encoder,
-)
-from training.methods import LossModule, build_model, warm_start
+from training.loaders import autocast, load_task, make_loaders, prepare_batch
+from training.methods import build_loss, build_model, warm_start
 from training.optim import check_finite, epochs_without_progress
+from training.options import parse_args
 from training.profile import profile_run
-from training.progress import (
-    ProgressLine,
-    TensorBoard,
-    clear_line,
-    print_epoch,
-    print_run_header,
-    summary_writer,
-)
+from training.progress import ProgressLine, TensorBoard, clear_line, print_epoch, print_run_header
 from training.run_folder import (
     Run,
-    check_run_dir,
     check_same_images,
     export_model,
     load_finished_results,
     lock_run_dir,
     peak_memory,
-    save_csv,
     save_json,
     table_name,
     write_config,
 )
-from training.sweep import expand_runs, is_sweep
-
-
-def parse_args(argv: list[str] | None = None) -> Namespace:
-    return options.parse_args(argv, description=__doc__.split("\n\n")[0])
+from training.sweep import check_runs, expand_runs, is_sweep
 
 
 def main(argv: list[str] | None = None) -> dict | list[dict] | str:
@@ -90,8 +62,6 @@ def main(argv: list[str] | None = None) -> dict | list[dict] | str:
     """
     args = parse_args(argv)
     try:
-        if args.tensorboard and not args.eval:
-            summary_writer()  # it is installed, or the program ends here
         if args.report:
             return write_report(args.report)
         init_distributed(args)
@@ -112,78 +82,57 @@ def main(argv: list[str] | None = None) -> dict | list[dict] | str:
 
 
 def train(args: Namespace) -> dict[str, Any]:
-    """One run, from where its folder stands: a new one, or an unfinished one that goes on."""
-    with lock_run_dir(Path(args.out)):
-        check_run_dir(args)
-        for path in Path(args.out).rglob("*.part") if is_main() else ():  # of a killed process
-            path.unlink()
-        return train_run(args)
+    """One run in the order of the paper: ranks, model, matching loss, best epoch, test.
 
-
-def train_run(args: Namespace) -> dict[str, Any]:
-    """The run in the order of the paper: ranks, model, matching loss, best epoch, test."""
+    A run that was cut off goes on from its last.pt.
+    """
     start_time = time.time()
+    with lock_run_dir(args):
+        run = build_run(args)
+        if saved := load_last(run):
+            start_time -= saved["seconds"]
+            initial_similarity = saved["initial_similarity"]
+        else:
+            if args.init:
+                warm_start(args, run.model)
+            initial_similarity = similarity_matrix(run.model) if args.epochs else None
+        train_loader, val_loader, test_loader = make_loaders(run)
+        print_run_header(run)
+        write_config(run)
+        # 3. RAdam and a cosine over all epochs; 4. match images to ranks and ranks to images
+        # (Eq. 4), keep the epoch with the lowest validation MAE
+        if args.epochs == 0:
+            save_checkpoint(run.dir / "best.pt", run.model, args, epoch=0)
+        else:
+            state = TrainingState(run, start_time, initial_similarity)
+            if saved:
+                state.load(saved)
+            fit(run, state, train_loader, val_loader)
+        # 5. The test images are looked at once, with the best epoch
+        barrier()  # the main process writes best.pt
+        load_weights(run.model, run.dir / "best.pt")
+        results = evaluate_test_set(run, val_loader, test_loader, start_time, initial_similarity)
+        if is_main():
+            export_model(run.dir / "exported.pt", run, results)
+            save_json(run.dir / "results.json", results)
+        return results
+
+
+def build_run(args: Namespace) -> Run:
     # 1. Images and their ranks, under a named protocol (paper, section 4.1)
     task = load_task(args)
     check_same_images(args, task)
     # 2. Image encoder, rank prototypes, temperature (sections 3.1 to 3.3)
     torch.manual_seed(args.seed)
-    with exit_on_user_error():
-        model, preprocess = build_model(args, task)
-    run = Run(args, task, model, preprocess)
-    saved = load_last(args, task)
-    if saved:  # before the loaders: features are of this encoder
-        load_model(model, saved["model"], run.dir / "last.pt")
-        start_time -= saved["seconds"]
-    elif args.init:
-        warm_start(args, model)
-    initial_similarity = saved["initial_similarity"] if saved else None
-    if args.epochs and not saved:
-        initial_similarity = similarity_matrix(model)
-    train_loader, val_loader, test_loader = make_loaders(args, task, preprocess, model)
-    print_run_header(run)
-    write_config(run)
-    # 3. RAdam and a cosine over all epochs; 4. match images to ranks and ranks to images (Eq. 4),
-    # keep the epoch with the lowest validation MAE
-    if args.epochs == 0:
-        save_checkpoint(run.dir / "best.pt", model, args, epoch=0)
-    else:
-        fit(run, train_loader, val_loader, saved, start_time, initial_similarity)
-    # 5. The test images are looked at once, with the best epoch
-    barrier()  # the main process writes best.pt
-    load_model(model, load_checkpoint(run.dir / "best.pt", "model")["model"], run.dir / "best.pt")
-    results = evaluate_test_set(run, val_loader, test_loader, start_time, initial_similarity)
-    if is_main():
-        export_model(run.dir / "exported.pt", run, results)
-        save_json(run.dir / "results.json", results)
-    return results
+    return Run(args, task, *build_model(args, task))
 
 
-def fit(
-    run: Run,
-    train_loader: DataLoader,
-    val_loader: DataLoader,
-    saved: dict[str, Any] | None,
-    start_time: float,
-    initial_similarity: Tensor | None,
-) -> None:
-    """All epochs; leaves last.pt, and best.pt: the lowest validation MAE (argmax).
-
-    saved: last.pt of the run, from which it goes on, perhaps within an epoch.
-    """
-    args, model = run.args, run.model
-    state = TrainingState(run, start_time, initial_similarity)
-    if saved:
-        state.load(saved)
-    loss_module = LossModule(
-        without_image_encoder(model) if args.freeze_image else model,
-        "softmax10" if args.official else "normalized",
-    )
-    loss_module = data_parallel(loss_module)
-    eval_run = run._replace(model=state.average.module) if state.average else run
-    log, start_epoch, fit_start = state.log, len(state.log) + 1, time.time()
-    if log and is_main():  # it is written after last.pt
-        save_csv(run.dir / "log.csv", log)
+def fit(run: Run, state: TrainingState, train_loader: DataLoader, val_loader: DataLoader) -> None:
+    """All epochs; leaves last.pt, and best.pt: the lowest validation MAE (argmax)."""
+    args, log = run.args, state.log
+    loss_module = data_parallel(build_loss(run))
+    eval_run = replace(run, model=state.average.module) if state.average else run
+    start_epoch, fit_start = len(log) + 1, time.time()
     board = TensorBoard(run, start_epoch)
     for epoch in range(start_epoch, args.epochs + 1):
         if args.patience and epochs_without_progress(log) >= args.patience:
@@ -195,8 +144,8 @@ def fit(
         val = part_metrics(run.task, "val", *predict_loader(eval_run, val_loader))
         row |= {f"val_{name}": value for name, value in val.items()}
         row |= dict(peak_mb=peak_memory(args.device))
-        is_best = row["val_mae_argmax"] < min((r["val_mae_argmax"] for r in log), default=math.inf)
         log.append(row)
+        is_best = epochs_without_progress(log) == 0
         if is_main():
             seconds = (time.time() - fit_start) / (epoch - start_epoch + 1)
             print_epoch(row, args.epochs, seconds * (args.epochs - epoch), is_best)
@@ -204,7 +153,7 @@ def fit(
                 save_checkpoint(run.dir / "best.pt", eval_run.model, args, epoch=epoch)
             board.write(epoch, row)  # before last.pt, too
             state.save()
-            save_csv(run.dir / "log.csv", log)
+            state.save_log()
     board.close()
 
 
@@ -215,13 +164,12 @@ def train_one_epoch(
 
     Goes on where `state` says that the epoch was cut off.
     """
-    args, scaler, accumulate = run.args, state.scaler, run.args.accumulate
+    args, accumulate = run.args, run.args.accumulate
     run.model.train()
     loss_sums = torch.zeros(4, device=args.device)
     steps = state.start_epoch(loss_sums)
     loader.sampler.epoch, loader.sampler.start = epoch, steps * loader.batch_size
     num_steps = steps + len(loader)
-    whole_groups = num_steps // accumulate * accumulate
     start = loader.sampler.start * world_size()
     progress = ProgressLine(f"epoch {epoch}/{args.epochs}", start)
     num_images, start_time = 0, time.time()
@@ -230,10 +178,11 @@ def train_one_epoch(
         labels = labels.to(args.device, non_blocking=True)
         with autocast(args):
             total, i2t, t2i = loss_module(images, labels)
-        group_size = accumulate if step <= whole_groups else num_steps - whole_groups
+        group_start = (step - 1) // accumulate * accumulate
+        group_size = min(accumulate, num_steps - group_start)
         scale = world_size() / group_size  # DistributedDataParallel takes the mean of gradients
-        scaler.scale(total * scale).backward()
-        is_group_end = step % accumulate == 0 or step == num_steps
+        state.scaler.scale(total * scale).backward()
+        is_group_end = step == group_start + group_size
         if is_group_end:
             state.step()
         losses = torch.stack([total, i2t, t2i, total.new_ones(())])
@@ -251,18 +200,11 @@ def train_one_epoch(
 
 def evaluate_checkpoint(args: Namespace) -> dict[str, Any]:
     """--eval: a checkpoint on the test images of its run; writes eval-NAME.json beside it."""
-    start_time = time.time()
-    saved = load_checkpoint(args.eval, "model")
-    task = load_task(args)
-    check_same_images(args, task)
-    torch.manual_seed(args.seed)
-    with exit_on_user_error():
-        model, preprocess = build_model(args, task)
-    run = Run(args, task, model, preprocess)
+    start_time, run = time.time(), build_run(args)
     same_initialisation = args.epochs and not args.init
-    initial_similarity = similarity_matrix(model) if same_initialisation else None
-    load_model(model, saved["model"], args.eval)
-    _, val_loader, test_loader = make_loaders(args, task, preprocess, model)
+    initial_similarity = similarity_matrix(run.model) if same_initialisation else None
+    load_weights(run.model, args.eval)
+    _, val_loader, test_loader = make_loaders(run)
     name = f"eval-{Path(args.eval).stem}"
     results = evaluate_test_set(run, val_loader, test_loader, start_time, initial_similarity, name)
     if is_main():
@@ -273,8 +215,8 @@ def evaluate_checkpoint(args: Namespace) -> dict[str, Any]:
 
 def train_sweep(args: Namespace) -> list[dict[str, Any]]:
     """A run for each combination of values. Finished runs are read, interrupted ones resumed."""
-    runs = expand_all_folds(args)
-    check_sweep(args, runs)
+    runs = expand_runs(args)
+    check_runs(runs)
     results = [load_finished_results(run) or train(run) for run in runs]
     if is_main():
         write_report([run.out for run in runs], f"report-{table_name(args)}.md")

@@ -74,6 +74,13 @@ def finished_run(stripes, tmp_path_factory):
     return run_dir, train.main(argv)
 
 
+def tiny_run(folder, *flags):
+    """The Run of the tiny model on a folder of images, before training."""
+    import train
+
+    return train.build_run(train.parse_args(["--data", str(folder), *TINY, *flags]))
+
+
 @pytest.fixture
 def small_encoder(monkeypatch):
     """Stands in for VGG-16, which has 500 MB."""

@@ -5,6 +5,7 @@ same for images and lists, and for weights and checkpoints.
 """
 
 import json
+import os
 import shutil
 
 import pytest
@@ -35,8 +36,6 @@ PARSER = [  # refused by the parser: after "error: "
     ("--report x --lr 1", "--report takes no other flag"),
     ("--report", "argument --report: expected at least one argument"),
     ("--resume", "argument --resume: expected one argument"),
-    ("--resume=", "--resume is empty; give a run, or leave it out"),
-    ("--eval=", "--eval is empty; give a run, or leave it out"),
     ("--seed 1 --seeds 1 2", "--seed and --seeds: give one of them"),
     ("--seeds", "argument --seeds: expected at least one argument"),
     ("--seeds a", "argument --seeds: invalid int value: 'a'"),
@@ -65,7 +64,7 @@ PARSER = [  # refused by the parser: after "error: "
 VALUES = [  # out of range, on images that are there
     ("--shots 0", "--shots 0: expected 1 .. 1000000"),
     ("--shots 1 -1", "--shots -1: expected 1 .. 1000000"),
-    ("--shots 4 4", "--shots names a value twice: 4-4; name each once"),
+    ("--shots 4 4", "--shots names a value twice: [4, 4]; name each once"),
     ("--epochs 0", "--epochs 0: expected 1 .. 1000000; --method zeroshot does without training"),
     ("--epochs -3", "--epochs -3: expected 1 .. 1000000; --method zeroshot does without training"),
     ("--base-ranks 4 1", "--base-ranks 1: expected 2 .. 10000; with 1 base rank every interpolated "
@@ -85,12 +84,12 @@ VALUES = [  # out of range, on images that are there
     ("--seed -1", f"--seed -1: expected 0 .. {MAX_SEED}"),
     ("--seed 99999999999999999999", f"--seed 99999999999999999999: expected 0 .. {MAX_SEED}"),
     ("--seeds 1 -2", f"--seeds -2: expected 0 .. {MAX_SEED}"),
-    ("--seeds 1 1", "--seeds names a value twice: 1-1; name each once"),
+    ("--seeds 1 1", "--seeds names a value twice: [1, 1]; name each once"),
     ("--split-seed -1", f"--split-seed -1: expected 0 .. {MAX_SEED}"),
     ("--save-every nan", "--save-every nan: expected 0 .. 1000000.0"),
     ("--save-every -1", "--save-every -1.0: expected 0 .. 1000000.0"),
     ("--device gpu", f"--device 'gpu': {DEVICE}"),
-    ("--device meta", f"--device meta: {DEVICE}"),
+    ("--device meta", f"--device 'meta': {DEVICE}"),
     ("--device cuda:77", "--device cuda:77: this machine has {gpus} CUDA device(s)"),
     ("--context ²", f"--context '²': {CONTEXT}"),
     ("--context 0", f"--context '0': {CONTEXT}"),
@@ -103,6 +102,8 @@ VALUES = [  # out of range, on images that are there
     ("--shift 1,0", f"train.py: shift of 1 ranks to 0.0: {SHIFT}"),
     ("--shift 1,2", f"train.py: shift of 1 ranks to 2.0: {SHIFT}"),
     ("--shift 1,nan", f"train.py: shift of 1 ranks to nan: {SHIFT}"),
+    ("--resume=", "--resume is empty; give a value, or leave it out"),
+    ("--eval=", "--eval is empty; give a value, or leave it out"),
     ("--init=", "--init is empty; give a value, or leave it out"),
     ("--data=", "--data is empty; give a value, or leave it out"),
     ("--out=", "--out is empty; give a value, or leave it out"),
@@ -116,7 +117,7 @@ VALUES = [  # out of range, on images that are there
     ("--lr-image 0", "--lr-image 0.0: expected 1e-12 .. 1000.0"),
     ("--lr-prompts nan", "--lr-prompts nan: expected 1e-12 .. 1000.0"),
     ("--device cuda", "--device cuda: this machine has {gpus} CUDA device(s)"),
-    ("--device mps", f"--device mps: {DEVICE}"),
+    ("--device mps", f"--device 'mps': {DEVICE}"),
     ("--label-pattern=", "--label-pattern is empty; give a value, or leave it out"),
     ("--ranks=", "--ranks is empty; give a value, or leave it out"),
     ("--bins=", "--bins is empty; give a value, or leave it out"),
@@ -167,7 +168,7 @@ NO_EFFECT = [  # flags that go together with no other of the command
     ("--method zeroshot --image-encoder vgg16", f"--method zeroshot {CLIP_ENCODER}"),
     ("--method coop --base-ranks 2 4",
         "--base-ranks has no effect with --method coop; remove it"),
-    ("--method coop --interp inverse", "--interp inverse has no effect with --method coop; remove it"),
+    ("--method coop --interp inverse", "--interp has no effect with --method coop; remove it"),
     ("--method linear --interp inverse", "--interp has no effect with --method linear; remove it"),
     ("--method regression --tune rank", "--tune has no effect with --method regression; remove it"),
     ("--method zeroshot --seeds 1 2", "--seeds has no effect with --method zeroshot; remove it"),
@@ -181,7 +182,8 @@ NO_EFFECT = [  # flags that go together with no other of the command
     ("--ema 0", "--ema has no effect with --method ordinalclip and DECAY 0.0; remove it"),
     ("--shift 1,1", "--shift has no effect with --method ordinalclip and its share of images; "
         "remove it"),
-    ("--shift 1,0.5 1,0.50", "--shift names a value twice; name each once"),
+    ("--shift 1,0.5 1,0.50", "--shift names a value twice: [(1, 0.5), (1, 0.5)]; name each "
+        "once"),
     ("--lr-image 1e-3 --lr-prompts 1e-3", f"--lr {NO_LR}"),
     ("--freeze-image --lr-prompts 1e-3", f"--lr {NO_LR}"),
     ("--train-list x.txt --val-list y.txt --fold all",
@@ -238,7 +240,7 @@ def test_one_line_says_what_is_wrong(gray, tmp_path, command, message):
         common = ["--data", str(gray), *common, "--out", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as error:
         train.main([*common, *(word.format(data=gray) for word in command.split())])
-    cpus, gpus = train.options.os.cpu_count() or 1, train.torch.cuda.device_count()
+    cpus, gpus = os.cpu_count() or 1, train.torch.cuda.device_count()
     names = dict(data=gray, max_workers=max(64, 2 * cpus), gpus=gpus)
     assert error.value.code == message.format(**names)
     assert not [*tmp_path.rglob("*.pt")]

@@ -11,9 +11,10 @@ from conftest import TINY_MODEL
 
 import train
 from training import options
-from training.loaders import load_task, make_loaders, prepare_batch
+from training.loaders import load_task, make_loaders, prepare_batch, without_image_encoder
 from training.methods import METHODS, build_model, warm_start
 from training.optim import build_optimizer, build_schedule
+from training.run_folder import Run
 
 VALUES = {  # flag: another value than the default
     "interp": "inverse",
@@ -57,14 +58,14 @@ def fingerprint(args):
     model, preprocess = build_model(args, task)
     if args.init:
         warm_start(args, model)
-    train_loader, _, test_loader = make_loaders(args, task, preprocess, model)
+    train_loader, _, test_loader = make_loaders(Run(args, task, model, preprocess))
     numbers = []
     if args.epochs:
         optimizer = build_optimizer(args, model)
         build_schedule(args, optimizer)  # sets the learning rate of the first epoch
         target = "softmax10" if args.official else "normalized"
         model.train()
-        step_model = train.without_image_encoder(model) if args.freeze_image else model
+        step_model = without_image_encoder(model) if args.freeze_image else model
         for images, labels in itertools.islice(train_loader, 2):
             images = prepare_batch(images, args, preprocess)
             total = step_model.loss(images, labels, target=target)[0]
@@ -75,7 +76,7 @@ def fingerprint(args):
         numbers.append(torch.tensor([args.epochs, len(train_loader)]))
     eval_model = model.export().eval()
     if args.freeze_image:
-        eval_model = train.without_image_encoder(eval_model)
+        eval_model = without_image_encoder(eval_model)
     for images, labels in test_loader:
         probs = eval_model.predict(prepare_batch(images, args, preprocess))["probs"]
         numbers += [probs.flatten(), labels]
@@ -131,7 +132,8 @@ def test_every_flag_with_conditions_is_tried():
     untested |= {"accumulate", "ema", "patience"}  # test_optim.py
     untested |= {"label_pattern", "ranks", "bins", "group"}  # test_data_labels.py
     untested |= {"no_draft"}  # test_loaders.py
-    assert set(options.HAS_EFFECT) - set(VALUES) == untested
+    flags = {key for keys, _, _ in options.HAS_EFFECT for key in keys.split()}
+    assert flags - set(VALUES) == untested
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, tiny_run
 from PIL import Image
 
 import data
@@ -14,21 +14,14 @@ import predict
 import train
 from training import loaders
 from training.loaders import load_task, make_images, make_loaders, without_image_encoder
-from training.methods import build_model
-
-
-def build(folder, tmp_path, *flags):
-    """The model of a run before training."""
-    args = train.parse_args(["--data", str(folder), "--out", str(tmp_path / "x"), *TINY, *flags])
-    torch.manual_seed(args.seed)
-    return build_model(args, load_task(args))[0]
+from training.run_folder import Run
 
 
 def test_batches_are_shared_out_evenly(monkeypatch):
     args = train.parse_args(["--batch-size", "9"])
     monkeypatch.setattr(loaders, "world_size", lambda: 2)
     with pytest.raises(SystemExit, match="--batch-size 9 is over all processes: 2 must divide it"):
-        make_loaders(args, None, {}, None)
+        make_loaders(Run(args, None, None, {}))
 
 
 def test_workers_that_stay_augment_as_none_do(gray, tmp_path):
@@ -39,7 +32,7 @@ def test_workers_that_stay_augment_as_none_do(gray, tmp_path):
             ["--data", str(gray), "--out", str(tmp_path / "x"), *TINY, "--workers", workers]
         )
         preprocess = dict(image_size=14)
-        loader, val, test = make_loaders(args, load_task(args), preprocess, None)
+        loader, val, test = make_loaders(Run(args, load_task(args), None, preprocess))
         assert loader.persistent_workers == val.persistent_workers == (workers == "2")
         assert not test.persistent_workers  # read once
         processes, batches = [], []
@@ -96,14 +89,10 @@ def photos(tmp_path_factory):
     return root
 
 
-def test_training_uses_drafts_unless_official_or_told_otherwise(photos, tmp_path):
+def test_training_uses_drafts_unless_official_or_told_otherwise(photos):
     def batches(*flags):
-        args = train.parse_args(
-            ["--data", str(photos), "--out", str(tmp_path / "x"), *TINY, *flags]
-        )
-        task = load_task(args)
-        model, preprocess = build_model(args, task)
-        loaders = make_loaders(args, task, preprocess, model)
+        run = tiny_run(photos, *flags)
+        task, preprocess, loaders = run.task, run.preprocess, make_loaders(run)
         options = {key: preprocess[key] for key in ("squash", "resample") if key in preprocess}
         exact = data.ImageList(task.test, task.root, image_size=preprocess["image_size"], **options)
         test_images = torch.cat([images for images, _ in loaders[2]])
@@ -159,7 +148,7 @@ def test_a_frozen_encoder_stays_and_its_features_are_computed_once(gray, tmp_pat
     monkeypatch.setattr(
         loaders, "compute_features", lambda *args: calls.append(1) or compute(*args)
     )
-    start = build(gray, tmp_path, "--freeze-image").image_encoder.state_dict()
+    start = tiny_run(gray, "--freeze-image").model.image_encoder.state_dict()
     argv = ["--data", str(gray), *TINY, "--freeze-image", "--out"]
     results = train.main([*argv, str(tmp_path / "a")])
     assert len(calls) == 3  # train, val, test
@@ -171,8 +160,8 @@ def test_a_frozen_encoder_stays_and_its_features_are_computed_once(gray, tmp_pat
     assert any(key.startswith("image_encoder.") for key in whole)
 
 
-def test_features_give_the_logits_that_images_give(gray, tmp_path):
-    model = build(gray, tmp_path, "--freeze-image").eval()
+def test_features_give_the_logits_that_images_give(gray):
+    model = tiny_run(gray, "--freeze-image").model.eval()
     images = torch.randn(4, 3, 96, 96)
     with torch.no_grad():
         features = model.image_encoder(images)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from conftest import TINY, tiny_run
 from PIL import Image
 
 import data
@@ -16,21 +16,14 @@ from evaluation.evaluate import ordinality_scores
 from evaluation.metrics import expected_rank
 from ordinalclip import OrdinalCLIP, RankPrompts, interpolation_weights
 from tokenizer import Tokenizer
-from training.loaders import load_task, make_loaders
-from training.methods import build_model, init_state
+from training.loaders import make_loaders
+from training.methods import init_state
 from training.optim import param_groups
-from training.run_folder import Run
-
-
-def build(gray, tmp_path, *options):
-    args = train.parse_args(["--data", str(gray), "--out", str(tmp_path / "x"), *TINY, *options])
-    torch.manual_seed(args.seed)
-    return build_model(args, load_task(args))[0]
 
 
 @pytest.mark.parametrize("loss", ["l1", "l2"])
-def test_regression_is_one_neuron(gray, tmp_path, loss):
-    model = build(gray, tmp_path, "--method", "regression", "--regression-loss", loss)
+def test_regression_is_one_neuron(gray, loss):
+    model = tiny_run(gray, "--method", "regression", "--regression-loss", loss).model
     images, labels = torch.randn(6, 3, 96, 96), torch.tensor([0, 1, 2, 3, 1, 0])
     answers = model.head(model.image_encoder(images))[:, 0]
     total, same, zero = model.loss(images, labels)
@@ -57,20 +50,13 @@ def test_every_trainable_parameter_is_in_exactly_one_group():
         param_groups(model)
 
 
-def test_official_pixels_and_ordinality(gray, tmp_path):
-    args = train.parse_args(
-        ["--data", str(gray), "--out", str(tmp_path / "o"), *TINY, "--official"]
-    )
-    task = load_task(args)
-    model, preprocess = build_model(args, task)
-    assert (
-        preprocess["mean"] == data.IMAGENET_MEAN
-        and preprocess["squash"]
-        and preprocess["resample"] == "bilinear"
-    )
-    images = make_loaders(args, task, preprocess, model)[0].dataset.images
+def test_official_pixels_and_ordinality(gray):
+    run = tiny_run(gray, "--official")
+    assert run.preprocess["mean"] == data.IMAGENET_MEAN and run.preprocess["squash"]
+    assert run.preprocess["resample"] == "bilinear"
+    images = make_loaders(run)[0].dataset.images
     assert images.squash and images.resample == Image.Resampling.BILINEAR
-    scores = ordinality_scores(Run(args, task, model, preprocess))
+    scores = ordinality_scores(run)
     assert scores["ordinality_chance"] > 0.5  # the diagonal counts there
 
 
@@ -260,18 +246,8 @@ def test_prompt_words_beside_a_copied_prompt_are_refused(source, seven, tmp_path
 
 
 def test_warm_start_of_another_shape_is_told_plainly(source, seven, tmp_path):
-    argv = [
-        "--data",
-        str(seven),
-        *TINY,
-        "--init",
-        str(source[0]),
-        "--out",
-        str(tmp_path / "l"),
-        "--context",
-        "2",
-    ]
+    argv = ["--data", str(seven), *TINY, "--init", str(source[0]), "--out", str(tmp_path / "l")]
     with pytest.raises(
         SystemExit, match=r"context_embeds is \(\d+, \d+\) there, here \(2, \d+\); use the same"
     ):
-        train.main(argv)
+        train.main([*argv, "--context", "2"])

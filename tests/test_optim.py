@@ -8,7 +8,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, tiny_run
 from PIL import Image
 from torch import nn
 
@@ -17,19 +17,8 @@ import train
 from evaluation.metrics import compute_metrics
 from training import loaders
 from training.checkpoints import TrainingState
-from training.loaders import EpochSampler, rank_weights
-from training.methods import LossModule, build_model
+from training.methods import LossModule
 from training.optim import build_average, build_schedule, epochs_without_progress
-from training.run_folder import Run
-
-
-def parse(folder, tmp_path, *flags):
-    return train.parse_args(["--data", str(folder), *TINY, "--out", str(tmp_path / "run"), *flags])
-
-
-@pytest.fixture(scope="module")
-def gray_task(gray):
-    return data.load(gray)
 
 
 def learning_rates(epochs, warmup):
@@ -49,20 +38,18 @@ def test_the_learning_rate_rises_then_falls_as_a_cosine():
     assert learning_rates(7, 3) == pytest.approx([0.5, 1.0, 1.5, *cosine])
 
 
-def test_encoder_and_prompts_have_learning_rates_of_their_own(gray, gray_task, tmp_path):
-    args = parse(gray, tmp_path, "--lr-image", "0.25")
-    args.lr_prompts = 0.5  # without --lr, which would have no effect
-    model, preprocess = build_model(args, gray_task)
-    state = TrainingState(Run(args, gray_task, model, preprocess), 0.0, None)
+def test_encoder_and_prompts_have_learning_rates_of_their_own(gray):
+    run = tiny_run(gray, "--lr-image", "0.25")
+    run.args.lr_prompts = 0.5  # without --lr, which would have no effect
+    state = TrainingState(run, 0.0, None)
     rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
     assert rates == dict(image_encoder=0.25, prototypes=0.5)
 
 
-def test_gradients_of_several_batches_are_averaged(gray, gray_task, tmp_path, monkeypatch):
+def test_gradients_of_several_batches_are_averaged(gray, monkeypatch):
     """56 images, batches of 16 in groups of 3: 16, 16, 16 and 8."""
-    args = parse(gray, tmp_path, "--accumulate", "3", "--save-every", "1000")
-    model, preprocess = build_model(args, gray_task)
-    run = Run(args, gray_task, model, preprocess)
+    run = tiny_run(gray, "--accumulate", "3", "--save-every", "1000")
+    model = run.model
     state = TrainingState(run, 0.0, None)
     gradients, weights = [], [copy.deepcopy(model)]
 
@@ -72,14 +59,14 @@ def test_gradients_of_several_batches_are_averaged(gray, gray_task, tmp_path, mo
         self.optimizer.zero_grad()
 
     monkeypatch.setattr(TrainingState, "step", step)
-    loader = train.make_loaders(args, gray_task, preprocess, model)[0]
+    loader = train.make_loaders(run)[0]
     train.train_one_epoch(run, LossModule(model, "normalized"), state, loader, 1)
     batches = [batch for batch in loader]
     assert [len(labels) for _, labels in batches] == [16, 16, 16, 8] and len(gradients) == 2
     for group, expected, start in zip((batches[:3], batches[3:]), gradients, weights):
         start.train().zero_grad()
         for images, labels in group:
-            images = loaders.prepare_batch(images, args, preprocess)
+            images = loaders.prepare_batch(images, run.args, run.preprocess)
             (start.loss(images, labels)[0] / len(group)).backward()
         actual = [p.grad for p in start.parameters() if p.grad is not None]
         assert len(actual) == len(expected) > 10
@@ -129,36 +116,37 @@ def test_a_run_without_progress_stops(gray, tmp_path, monkeypatch):
     assert len(train.torch.load(tmp_path / "run" / "last.pt")["log"]) == 3
 
 
-def test_balanced_draws_all_ranks_equally_often(gray_task):
-    weights = rank_weights(gray_task)
+def test_balanced_draws_all_ranks_equally_often(gray):
+    run = tiny_run(gray, "--balanced")
+    gray_task = run.task
+    sampler, num_images = train.make_loaders(run)[0].sampler, len(gray_task.train)
     counts = torch.tensor([s.label for s in gray_task.train]).bincount()
     assert counts.max() > 3 * counts.min()
-    sampler, drawn = EpochSampler(len(weights), seed=1, weights=weights), []
+    drawn = []
     for sampler.epoch in range(1, 51):
-        drawn += [gray_task.train[key % len(weights)].label for key in sampler]
-    assert len(drawn) == 50 * len(weights)
+        drawn += [gray_task.train[key % num_images].label for key in sampler]
+    assert len(drawn) == 50 * num_images
     shares = torch.tensor(drawn).bincount() / len(drawn)
     assert (shares - 0.25).abs().max() < 0.04, shares  # 2800 draws: standard deviation 0.008
 
 
 @pytest.mark.parametrize("flags, orders", [((), {True, False}), (("--no-flip",), {True})])
-def test_images_are_mirrored_half_the_time_or_never(gray, gray_task, tmp_path, flags, orders):
+def test_images_are_mirrored_half_the_time_or_never(gray, tmp_path, flags, orders):
     pixels = torch.zeros(96, 96, 3, dtype=torch.uint8)
     pixels[:, 48:] = 255  # dark on the left
     Image.fromarray(pixels.numpy()).save(tmp_path / "half.png")
     samples = (data.Sample("half.png", 0),) * 20
-    task = dataclasses.replace(gray_task, train=samples, root=tmp_path)
-    args = parse(gray, tmp_path, *flags)
-    model = nn.Identity()
-    loader = train.make_loaders(args, task, dict(image_size=64), model)[0]
+    run = tiny_run(gray, *flags)
+    run = dataclasses.replace(run, task=dataclasses.replace(run.task, train=samples, root=tmp_path))
+    loader = train.make_loaders(run)[0]
     images = torch.cat([batch for batch, _ in loader])
     assert {bool(image[:, :, 0].max() < image[:, :, -1].min()) for image in images} == orders
 
 
-def test_compile_compiles_the_image_encoder(gray, gray_task, tmp_path, monkeypatch):
+def test_compile_compiles_the_image_encoder(gray, monkeypatch):
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
-    model, _ = build_model(parse(gray, tmp_path, "--compile"), gray_task)
+    model = tiny_run(gray, "--compile").model
     assert compiled == [model.image_encoder]
 
 

@@ -9,8 +9,7 @@ from conftest import TINY
 from processes import run_script
 
 import train
-from training import loaders
-from training.sweep import is_sweep
+from training import sweep
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,6 +56,26 @@ def test_a_later_run_of_a_sweep_is_checked_before_the_first(gray, tmp_path):
     assert not list((tmp_path / "runs").glob("*seed1"))
 
 
+def test_one_run_of_several_is_resumed_alone(gray, tmp_path):
+    argv = ["--data", str(gray), *TINY, "--seeds", "1", "27", "--shift", "1,0.5"]
+    results = train.main([*argv, "--out", str(tmp_path / "runs")])[1]
+    run_dir = next((tmp_path / "runs").glob("*seed27"))
+    for names in (["results.json"], ["results.json", "log.csv", "last.pt", "best.pt"]):
+        for name in names:  # the second time config.json alone has its settings
+            (run_dir / name).unlink()
+        assert train.main(["--resume", str(run_dir)])["test"] == results["test"]
+    assert len([*tmp_path.rglob("config.json")]) == 2
+
+
+def test_each_group_is_left_out_with_each_number_of_shots(gray):
+    argv = ["--data", str(gray), *TINY, "--label-pattern", r"(?P<group>\d)(?P<label>\d)"]
+    argv += ["--split", "leave-one-group-out", "--fold", "all", "--shots", "1", "2"]
+    runs = sweep.expand_runs(train.parse_args(argv))
+    assert [(run.fold, run.shots) for run in runs] == [
+        (fold, shots) for fold in range(3) for shots in (1, 2)
+    ]
+
+
 def test_a_row_of_a_table_is_one_command(monkeypatch):
     calls = []
     monkeypatch.setattr(
@@ -65,7 +84,7 @@ def test_a_row_of_a_table_is_one_command(monkeypatch):
         lambda args: calls.append((args.shots, args.shift, args.seed, Path(args.out).name)),
     )
     reports = []
-    monkeypatch.setattr(loaders, "load_task", lambda run: SimpleNamespace(num_ranks=101))
+    monkeypatch.setattr(sweep, "load_task", lambda run: SimpleNamespace(num_ranks=101))
     monkeypatch.setattr(train, "write_report", lambda runs, name: reports.append(name))
     train.main(["--data", "morph2", "--base-ranks", "2", "9"])
     assert [run[3] for run in calls] == [f"morph2-ordinalclip-linear-K{k}-seed1" for k in (2, 9)]
@@ -82,7 +101,9 @@ def test_a_row_of_a_table_is_one_command(monkeypatch):
     alone = train.parse_args(
         ["--data", "morph2", "--shots", "4", "--shift", "10,0.2", "--base-ranks", "5"]
     )
-    assert (alone.shots, alone.shift, alone.base_ranks) == (4, (10, 0.2), 5) and not is_sweep(alone)
+    assert (alone.shots, alone.shift, alone.base_ranks) == (4, (10, 0.2), 5) and not sweep.is_sweep(
+        alone
+    )
 
 
 def test_category_each_runs_all_four_and_refuses_other_data(tmp_path, monkeypatch, capsys):
@@ -91,7 +112,7 @@ def test_category_each_runs_all_four_and_refuses_other_data(tmp_path, monkeypatc
         train, "train", lambda args: calls.append((args.category, args.fold, args.seed, args.out))
     )
     monkeypatch.setattr(train, "write_report", lambda runs, name: calls.append(name))
-    monkeypatch.setattr(loaders, "load_task", lambda run: SimpleNamespace(num_ranks=5))
+    monkeypatch.setattr(sweep, "load_task", lambda run: SimpleNamespace(num_ranks=5))
     train.main(["--data", "aesthetics", "--category", "each", "--fold", "all", "--seed", "3"])
     names = ["nature", "animal", "urban", "people"]
     assert [run[:3] for run in calls[:-1]] == [

@@ -4,15 +4,14 @@ import re
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, tiny_run
 from torch.optim.swa_utils import AveragedModel
 
 import train
 from training import profile
 from training.checkpoints import TrainingState
-from training.loaders import load_task, make_loaders, prepare_batch
-from training.methods import LossModule, build_model
-from training.run_folder import Run
+from training.loaders import make_loaders, prepare_batch
+from training.methods import LossModule
 
 PARTS = ["waiting for data", "transfer", "image tower", "text tower", "matching", "optimiser"]
 
@@ -48,8 +47,7 @@ def test_the_table_has_each_part_and_no_run_begins(gray, tmp_path, capsys):
 
 def test_memory_is_that_of_the_tensors(gray, tmp_path):
     rows, _ = profiled(gray, tmp_path)
-    args = train.parse_args(["--data", str(gray), *TINY])
-    model, _ = build_model(args, load_task(args))
+    model = tiny_run(gray).model
     size = sum(p.nbytes for p in model.image_encoder.parameters()) / 2**20
     weights, gradients, state, saved = rows["image tower"][3:]
     assert gradients == pytest.approx(size, abs=0.01) and weights >= gradients
@@ -82,20 +80,14 @@ def test_on_a_gpu_a_step_without_waiting_is_timed_too(gray, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("method", ["ordinalclip", "linear", "regression"])
 def test_a_profiled_step_is_one_of_training(gray, method):
-    args = train.parse_args(["--data", str(gray), *TINY, "--method", method])
-    task = load_task(args)
-    models = []
-    for _ in range(3):
-        torch.manual_seed(0)
-        model, preprocess = build_model(args, task)
-        models.append(model)
-    images, labels = next(iter(make_loaders(args, task, preprocess, models[0])[0]))
-    models[0].train()
-    loss_module = LossModule(models[0], "normalized")
-    loss_module(prepare_batch(images, args, preprocess), labels)[0].backward()
-    TrainingState(Run(args, task, models[0], preprocess), 0, None).step()
-    profile.StepProfiler(Run(args, task, models[1], preprocess)).step(images, labels)
-    plain, timed, first = (list(model.parameters()) for model in models)
+    runs = [tiny_run(gray, "--method", method) for _ in range(3)]
+    images, labels = next(iter(make_loaders(runs[0])[0]))
+    runs[0].model.train()
+    batch = prepare_batch(images, runs[0].args, runs[0].preprocess)
+    LossModule(runs[0].model, "normalized")(batch, labels)[0].backward()
+    TrainingState(runs[0], 0, None).step()
+    profile.StepProfiler(runs[1]).step(images, labels)
+    plain, timed, first = (list(run.model.parameters()) for run in runs)
     assert len(plain) == len(timed) and all(map(torch.equal, plain, timed))
     assert sum(not torch.equal(*pair) for pair in zip(timed, first)) > 2
 

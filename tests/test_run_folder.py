@@ -27,7 +27,7 @@ def test_a_finished_run_is_not_written_over(finished_run, stripes):
     ):
         train.main(["--data", str(stripes), "--out", str(out), *TINY, "--epochs", "5"])
     with pytest.raises(
-        SystemExit, match="holds a finished run; --eval .* tests it again, --out starts"
+        SystemExit, match="is finished, see .*results.json; --eval .* tests it again, another --out"
     ):
         train.main(["--data", str(stripes), "--out", str(out), *TINY, "--epochs", "3"])
     with pytest.raises(SystemExit, match="is finished, see .*results.json"):
@@ -45,14 +45,6 @@ def test_a_half_written_file_never_gets_the_name(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         data.atomic_write(path, broken)
     assert path.read_bytes() == b"whole" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_checkpoint_of_something_else_is_refused(tmp_path):
-    torch.save({"state_dict": {}}, tmp_path / "x.pt")
-    with pytest.raises(
-        SystemExit, match="is no checkpoint of this script for that use: it holds no 'settings'"
-    ):
-        train.main(["--eval", str(tmp_path / "x.pt")])
 
 
 def test_a_checkpoint_away_from_its_run_is_told_plainly(finished_run, tmp_path):
@@ -190,7 +182,7 @@ def test_labels_that_changed_within_their_bins_are_refused(gray, tmp_path):
 
 def test_two_processes_do_not_write_one_run(gray, tmp_path):
     argv = ["--data", str(gray), *TINY, "--out", str(tmp_path / "run")]
-    with lock_run_dir(tmp_path / "run"):
+    with lock_run_dir(train.parse_args(argv)):
         with pytest.raises(SystemExit, match="another process is writing this run; wait for it"):
             train.main(argv)
         assert (tmp_path / "run").is_dir()
@@ -203,16 +195,6 @@ def test_an_out_that_cannot_be_a_folder_is_refused(gray, tmp_path, out):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match=r"--out .*; choose another --out"):
         train.main(["--data", str(gray), *TINY, "--out", str(tmp_path / out)])
-
-
-def test_a_damaged_json_is_named(gray, tmp_path):
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    for name in ("results.json", "config.json"):
-        (run_dir / name).write_text("{")
-        with pytest.raises(SystemExit, match=f"{name} is damaged .*; restore it, or move it"):
-            train.main(["--data", str(gray), *TINY, "--out", str(run_dir)])
-        (run_dir / name).unlink()
 
 
 def test_a_run_without_its_config_goes_on_with_its_own_settings_only(gray, tmp_path):

@@ -1,6 +1,6 @@
 """Checkpoints: last.pt, from which a run goes on, and best.pt, the best epoch by validation MAE.
 
-Needs: data (for atomic_write), training.distributed, training.run_folder.
+Needs: data, clip_weights, training.distributed, .optim, .run_folder.
 """
 
 import time
@@ -15,7 +15,7 @@ import data
 from clip_weights import check_finite, load_file
 from training.distributed import is_main
 from training.optim import build_average, build_optimizer, build_schedule
-from training.run_folder import Run, check_digests, check_same_settings, settings_dict
+from training.run_folder import Run, check_same_images, check_same_settings, save_csv, settings_dict
 
 
 def save_checkpoint(path: Path, model: nn.Module, args: Namespace, **more: Any) -> None:
@@ -70,18 +70,24 @@ def load_checkpoint(path: str | Path, *needed: str) -> dict[str, Any]:
     return saved
 
 
-def load_last(args: Namespace, task: data.Task) -> dict[str, Any] | None:
-    """last.pt of the run, None where there is none; SystemExit if it is of another run.
+def load_last(run: Run) -> dict[str, Any] | None:
+    """last.pt, its weights loaded into the model; None where there is none.
 
-    config.json, which was compared before, may have been deleted.
+    SystemExit if it is of another run: config.json, which was compared before, may be deleted.
     """
-    path = Path(args.out) / "last.pt"
+    path = run.dir / "last.pt"
     if not path.exists():
         return None
     saved = load_checkpoint(path, *NEEDED_TO_RESUME)
-    check_same_settings(args, saved["settings"], "was begun")
-    check_digests(args, saved.get("splits", {}), task)
+    check_same_settings(run.args, saved["settings"], "was begun")
+    check_same_images(run.args, run.task, saved)
+    load_model(run.model, saved["model"], path)
     return saved
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """The weights of the checkpoint at path into the model; SystemExit if it is of another one."""
+    load_model(model, load_checkpoint(path, "model")["model"], path)
 
 
 def load_model(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
@@ -106,22 +112,24 @@ class TrainingState:
         device, use_scaler = args.device.split(":")[0], args.precision == "fp16"
         self.scaler = torch.amp.GradScaler(device, enabled=use_scaler)
         self.average = build_average(args, run.model)
-        self.splits = run.splits  # of a million images it takes seconds
         self.log: list[dict[str, float]] = []  # one row per whole epoch
         self.progress: dict[str, Any] | None = None  # steps, loss sums, RNG of a cut-off epoch
         self.last_save = time.time()
 
     def load(self, saved: dict[str, Any]) -> None:
-        for name in ("optimizer", "schedule", "scaler"):
-            part, source = getattr(self, name), f"{self.run.dir / 'last.pt'}: its {name}"
-            if name == "schedule" and saved[name].keys() != part.state_dict().keys():
-                raise SystemExit(f"{source} holds {', '.join(map(str, saved[name])) or 'nothing'}")
-            if saved[name] or name != "scaler":  # which is empty without --precision fp16
-                load_model(part, saved[name], source)
-        if self.average:
-            source = f"{self.run.dir / 'last.pt'}: its average"
-            load_model(self.average, saved.get("average") or {}, source)
+        for name in ("optimizer", "schedule", "scaler", "average"):
+            part, state = getattr(self, name), saved.get(name) or {}
+            source = f"{self.run.dir / 'last.pt'}: its {name}"
+            if name == "schedule" and state.keys() != part.state_dict().keys():
+                raise SystemExit(f"{source} holds {', '.join(map(str, state)) or 'nothing'}")
+            if part and (state or name != "scaler"):  # which is empty without --precision fp16
+                load_model(part, state, source)
         self.log, self.progress = saved["log"], saved.get("progress")
+        self.save_log()  # it is written after last.pt
+
+    def save_log(self) -> None:
+        if self.log and is_main():
+            save_csv(self.run.dir / "log.csv", self.log)
 
     def step(self) -> None:
         """One step of the optimizer with the gradients of the last batches, which then go."""
@@ -141,7 +149,7 @@ class TrainingState:
             log=self.log,
             progress=progress,
             initial_similarity=self.initial_similarity,
-            splits=self.splits,
+            splits=self.run.splits,
             seconds=time.time() - self.start_time,
             optimizer=self.optimizer.state_dict(),
             schedule=self.schedule.state_dict(),
@@ -155,25 +163,19 @@ class TrainingState:
         return is_main() and time.time() - self.last_save >= 60 * self.run.args.save_every
 
     def save_within_epoch(self, steps: int, loss_sums: Tensor) -> None:
-        rng = get_rng_state(self.run.args.device)
+        rng = [torch.get_rng_state()]
+        if self.run.args.device.startswith("cuda"):
+            rng.append(torch.cuda.get_rng_state(self.run.args.device))
         self.save(dict(steps=steps, loss_sums=loss_sums.cpu(), rng=rng))
 
     def start_epoch(self, loss_sums: Tensor) -> int:
         """Steps of this epoch that were done before an interruption, restored with their losses."""
         if not self.progress:
             return 0
+        steps, rng = self.progress["steps"], self.progress["rng"]
         loss_sums += self.progress["loss_sums"].to(loss_sums.device)
-        set_rng_state(self.progress["rng"], self.run.args.device)
-        steps, self.progress = self.progress["steps"], None
+        torch.set_rng_state(rng[0])
+        if self.run.args.device.startswith("cuda") and len(rng) > 1:
+            torch.cuda.set_rng_state(rng[1], self.run.args.device)
+        self.progress = None
         return steps
-
-
-def get_rng_state(device: str) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.startswith("cuda") else states
-
-
-def set_rng_state(states: list[Tensor], device: str) -> None:
-    torch.set_rng_state(states[0])
-    if device.startswith("cuda") and len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)

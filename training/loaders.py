@@ -1,6 +1,6 @@
 """The task under its protocol, DataLoaders, batches to the device, features of a frozen encoder.
 
-Needs: data, training.distributed, .options, .progress, .run_folder.
+Needs: data, training.distributed, .progress, .run_folder.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import hashlib
 import os
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
 import data
-from training.distributed import is_main, main_process_first, world_size
-from training.options import PRECISIONS
+from training.distributed import main_process_first, world_size
 from training.progress import ProgressLine
-from training.run_folder import (
-    as_list,
-    check_run_dir,
-    check_same_images,
-    join_values,
-    load_finished_results,
-    load_json,
-    split_digests,
-)
-from training.sweep import expand_runs, has_sweep_values
+from training.run_folder import Run, load_json, split_digests
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextlib.contextmanager
@@ -44,91 +35,63 @@ def exit_on_user_error() -> Iterator[None]:
         raise SystemExit(f"train.py: {error}") from error
 
 
+@exit_on_user_error()
+@main_process_first()  # it draws the demo, the others find it
 def load_task(args: Namespace) -> data.Task:
-    """The dataset under its protocol.
-
-    When resuming or evaluating, the split is read from the run's splits/ folder.
-    """
-    run_exists = args.resume or args.eval
-    lists = (args.train_list, args.val_list, args.test_list)
-    if run_exists and args.data not in data.DATASETS and not Path(args.data).is_dir():
-        raise SystemExit(
-            f"the images of {args.out} lay in {args.data!r}, which is not there; put them there, "
-            f"or go to the folder in which the run was started (now {Path.cwd()})"
-        )
-    if run_exists:
-        lists = tuple(Path(args.out) / "splits" / f"{part}.txt" for part in data.PARTS)
-    if args.data == "demo" and run_exists or not any(lists):
-        lists = None  # the demo has one split
-    elif lists[0] is None:
-        raise SystemExit("--val-list and --test-list need a --train-list")
-    for part, path in zip(data.PARTS, lists or ()):
-        if path and not run_exists and not Path(path).is_file():
-            what = "a folder" if Path(path).is_dir() else "not there"
-            raise SystemExit(f"--{part}-list {path} is {what}; give a list file `path label`")
-    options = dict(lists=lists, category=args.category, label_rule=args.label_rule)
-    if not run_exists:  # else its lists have the split, the ranks and the labels
+    """The dataset under its protocol; that of a run that exists is read from its folder."""
+    run_exists, is_own = bool(args.resume or args.eval), args.data not in data.DATASETS
+    reads_splits = run_exists and args.data != "demo"  # which has one split
+    options = dict(category=args.category, label_rule=args.label_rule)
+    if reads_splits:  # they have the split, the ranks and the labels
+        if is_own and not Path(args.data).is_dir():
+            raise SystemExit(
+                f"the images of {args.out} lay in {args.data!r}, which is not there; put them "
+                f"there, or go to the folder in which the run was started (now {Path.cwd()})"
+            )
+        options["lists"] = [Path(args.out) / "splits" / f"{part}.txt" for part in data.PARTS]
+    else:
         names = ("split", "label_pattern", "ranks", "bins", "group")
-        options |= {name: getattr(args, name) for name in names}
+        options |= {name: getattr(args, name) for name in names} | dict(lists=given_lists(args))
     fold = dict(fold=args.fold, seed=args.split_seed)
-    with main_process_first(), exit_on_user_error():  # it draws the demo, the others find it
-        task = data.load(args.data, args.data_root, **fold, **options)
-        if not run_exists and args.data not in data.DATASETS and fold != dict(fold=0, seed=1):
+    task = data.load(args.data, args.data_root, **fold, **options)
+    if not reads_splits:
+        if is_own and fold != dict(fold=0, seed=1):
             first = data.load(args.data, args.data_root, fold=0, seed=1, **options)
             if split_digests(first) == split_digests(task):
                 raise SystemExit(
                     f"--fold and --split-seed have no effect with {args.data}, which has one split "
                     "of its own (lists, or train / val / test folders); remove them"
                 )
-        if lists is None or not run_exists:  # else the lists of the run are these images
-            if args.shots is not None:
-                task = data.few_shot(task, args.shots, args.seed)
-            if args.shift:
-                task = data.distribution_shift(task, *args.shift, args.seed)
-        max_base_ranks = max(as_list(args.base_ranks))  # of a sweep, where all folds are loaded
-        if args.method == "ordinalclip" and max_base_ranks > task.num_ranks:
+        if args.shots is not None:
+            task = data.few_shot(task, args.shots, args.seed)
+        if args.shift:
+            task = data.distribution_shift(task, *args.shift, args.seed)
+    if args.method == "ordinalclip" and args.base_ranks > task.num_ranks:
+        raise SystemExit(
+            f"--base-ranks {args.base_ranks}, but {args.data} has {task.num_ranks} ranks; "
+            f"give at most {task.num_ranks}"
+        )
+    task = check_images(args, task, args.skip_bad and not reads_splits)
+    if run_exists:  # the same images, so the same protocol
+        path = Path(args.out) / "config.json"
+        if not path.exists():
             raise SystemExit(
-                f"--base-ranks {max_base_ranks}, but {args.data} has {task.num_ranks} ranks; "
-                f"give at most {task.num_ranks}"
+                f"{path} is missing; repeat the command of the run, which goes on and writes it"
             )
-        task = check_images(args, task, args.skip_bad and (lists is None or not run_exists))
-        if run_exists:  # the same images, so the same protocol
-            path = Path(args.out) / "config.json"
-            if not path.exists():
-                raise SystemExit(
-                    f"{path} is missing; repeat the command of the run, which goes on and writes it"
-                )
-            config = load_json(path, "settings")
-            task = replace(task, protocol=str(config.get("protocol")))
+        task = replace(task, protocol=str(load_json(path).get("protocol")))
     return task
 
 
-def expand_all_folds(args: Namespace) -> list[Namespace]:
-    """The runs of a command, as expand_runs; --fold all leaves out each group in turn, if asked."""
-    if args.fold == "all" and args.split == data.LEAVE_ONE_OUT:
-        first = copy.copy(args)
-        first.fold = 0
-        return expand_runs(args, load_task(first).num_groups)
-    return expand_runs(args)
-
-
-def check_sweep(args: Namespace, runs: list[Namespace]) -> None:
-    """SystemExit for whatever would stop a later run: before the first one, not after hours."""
-    for run in runs:
-        if load_finished_results(run) is None:
-            check_run_dir(run)
-        elif is_main():
-            print(f"{run.out}: already finished, reading results.json")
-    tasks: dict[str, data.Task] = {}
-    for run in runs:
-        values = [run.base_ranks, run.shots, run.shift, run.fold]
-        is_begun = (Path(run.out) / "config.json").exists()
-        if is_begun:  # its images are compared
-            values += [run.category, run.seed if run.shots or run.shift else None]
-        if is_begun or has_sweep_values(args) or args.fold == "all":
-            key = join_values(values)
-            tasks[key] = tasks.get(key) or load_task(run)
-            check_same_images(run, tasks[key])
+def given_lists(args: Namespace) -> list[str | None] | None:
+    """--train-list, --val-list and --test-list; None without them."""
+    lists = [args.train_list, args.val_list, args.test_list]
+    if any(lists) and lists[0] is None:
+        raise SystemExit("--val-list and --test-list need a --train-list")
+    for part, path in zip(data.PARTS, lists):
+        if path and not Path(path).is_file():
+            what = "a folder" if Path(path).is_dir() else "not there"
+            raise SystemExit(f"--{part}-list {path} is {what}; give a list file `path label`")
+    return lists if any(lists) else None
 
 
 def check_images(args: Namespace, task: data.Task, may_skip: bool) -> data.Task:
@@ -146,27 +109,26 @@ def check_images(args: Namespace, task: data.Task, may_skip: bool) -> data.Task:
     return task
 
 
-def make_loaders(
-    args: Namespace, task: data.Task, preprocess: dict[str, Any], model: nn.Module
-) -> list[DataLoader]:
+def make_loaders(run: Run) -> list[DataLoader]:
     """Train, validation and test loaders of (uint8 images (B, 3, S, S), labels (B,)).
 
     With --freeze-image of (features (B, D), labels (B,)).
     """
+    args, loaders = run.args, []
     if args.batch_size % world_size():
         raise SystemExit(
             f"--batch-size {args.batch_size} is over all processes: {world_size()} must divide it"
         )
-    loaders = []
     for part in data.PARTS:
-        is_train = part == "train"
-        images = make_images(task, part, preprocess, augment=is_train and not args.freeze_image)
-        images.flip = not args.no_flip
+        is_train, sampler = part == "train", None
+        augment = is_train and not args.freeze_image
+        images = make_images(run.task, part, run.preprocess, augment, not args.no_flip)
         if args.freeze_image:
-            images = cached_features(args, images, preprocess, model)
-        sampler = None
+            images = cached_features(run, images)
         if is_train:
-            weights = rank_weights(task) if args.balanced else None
+            labels, weights = torch.tensor(run.task.train.labels), None
+            if args.balanced:  # all ranks are equally likely
+                weights = labels.bincount().double().reciprocal()[labels]
             sampler = EpochSampler(len(images), args.seed, weights)
             images = SeededImages(images, args.seed)
         elif dist.is_initialized():
@@ -213,12 +175,6 @@ class EpochSampler(Sampler[int]):
         return iter(keys[self.start :].tolist())
 
 
-def rank_weights(task: data.Task) -> Tensor:
-    """Weights (M,) of the training images under which all ranks are equally likely."""
-    labels = torch.tensor(task.train.labels)
-    return labels.bincount().double().reciprocal()[labels]
-
-
 class SeededImages(Dataset):
     """Images by keys of EpochSampler: their augmentation follows from seed, epoch and index.
 
@@ -262,60 +218,49 @@ def prepare_batch(images: Tensor, args: Namespace, preprocess: dict[str, Any]) -
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def autocast(args: Namespace) -> AbstractContextManager:
+def autocast(args: Namespace) -> torch.autocast:
     dtype = PRECISIONS[args.precision]
-    return torch.autocast(args.device.split(":")[0], dtype) if dtype else contextlib.nullcontext()
+    return torch.autocast(args.device.split(":")[0], dtype, enabled=dtype is not None)
 
 
 # --- --freeze-image: the encoder runs once per image ---
 
 
-def cached_features(
-    args: Namespace, images: data.ImageList, preprocess: dict[str, Any], model: nn.Module
-) -> Dataset:
+def cached_features(run: Run, images: data.ImageList) -> Dataset:
     """The frozen encoder's [(feature (D,), label)] of all images, cached per encoder and list."""
-    encoder, digest = model.image_encoder, hashlib.sha256()
-    digest.update(
-        f"{encoder} {args.device.split(':')[0]}".encode()
-    )  # its modules: QuickGELU or GELU
+    args, encoder, digest = run.args, run.model.image_encoder, hashlib.sha256()
+    # its modules: QuickGELU or GELU
+    digest.update(f"{encoder} {args.device.split(':')[0]}".encode())
     for key, value in encoder.state_dict().items():
         digest.update(key.encode() + value.detach().cpu().float().numpy().tobytes())
     for sample in images.samples:
         stat = (images.root / sample.path).stat()
         digest.update(f"{sample.path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     root = str(images.root.resolve())
-    digest.update(repr((sorted(preprocess.items()), args.precision, root)).encode())
+    digest.update(repr((sorted(run.preprocess.items()), args.precision, root)).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = cache / "ordinalclip" / "features" / f"{digest.hexdigest()}.pt"
     with main_process_first():
-        features = load_features(path, len(images))
-        if features is None:
+        try:
+            features = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:  # none there, or broken: zip, pickle and torch have errors of their own
+            features = None
+        if not torch.is_tensor(features) or len(features) != len(images):
             path.parent.mkdir(parents=True, exist_ok=True)
-            features = compute_features(args, images, preprocess, encoder)
+            features = compute_features(run, images)
             data.atomic_write(path, lambda tmp_path: torch.save(features, tmp_path))
     return TensorDataset(features, torch.tensor(images.samples.labels, dtype=torch.long))
 
 
-def load_features(path: Path, num_images: int) -> Tensor | None:
-    """Features (M, D) of a cache file; None where there is none, or a broken one."""
-    try:
-        features = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # zip, pickle and torch each have errors of their own
-        return None
-    return features if torch.is_tensor(features) and len(features) == num_images else None
-
-
 @torch.no_grad()
-def compute_features(
-    args: Namespace, images: data.ImageList, preprocess: dict[str, Any], encoder: nn.Module
-) -> Tensor:
+def compute_features(run: Run, images: data.ImageList) -> Tensor:
     """Features (M, D), float32 on the CPU."""
-    encoder.eval()
+    args, encoder = run.args, run.model.image_encoder.eval()
     features, progress = [], ProgressLine("features")
     loader = DataLoader(images, args.batch_size, num_workers=args.workers)
     for i, (batch, _) in enumerate(loader, 1):
         with autocast(args):
-            features.append(encoder(prepare_batch(batch, args, preprocess)).float().cpu())
+            features.append(encoder(prepare_batch(batch, args, run.preprocess)).float().cpu())
         progress(min(i * args.batch_size, len(images)), len(images))
     return torch.cat(features)
 

@@ -6,8 +6,8 @@ A builder gets a Parts and returns a module with
     predict(images) -> dict(probs (B, R))
     export() -> the module that evaluates (text tower run once)
 
-Needs: ordinalclip, regression, clip_model, tokenizer, backbones, data, training.distributed,
-.run_folder.
+Needs: ordinalclip, regression, clip_model, tokenizer, backbones, data, training.checkpoints,
+.distributed, .loaders, .run_folder.
 """
 
 import math
@@ -28,7 +28,8 @@ from ordinalclip import FixedPrototypes, LinearPrototypes, OrdinalCLIP, RankProm
 from tokenizer import Tokenizer
 from training.checkpoints import load_checkpoint
 from training.distributed import is_main, main_process_first
-from training.run_folder import is_number
+from training.loaders import exit_on_user_error, without_image_encoder
+from training.run_folder import Run, is_number
 
 LINEAR_DIM, LINEAR_SCALE = 1024, math.log(100)  # of the baselines where no CLIP is loaded
 
@@ -103,11 +104,14 @@ METHODS = {  # in the order of the paper's rows
 }
 
 
+def needs_clip(args: Namespace) -> bool:
+    return METHODS[args.method].needs_clip or args.image_encoder == "clip"
+
+
+@exit_on_user_error()
 def build_model(args: Namespace, task: data.Task) -> tuple[nn.Module, dict[str, Any]]:
     """-> the model on its device, and how its images are prepared (image_size, mean, std, ...)."""
-    clip = None
-    if METHODS[args.method].needs_clip or args.image_encoder == "clip":
-        clip = load_clip(args)
+    clip = load_clip(args) if needs_clip(args) else None
     dim = clip.embed_dim if clip else LINEAR_DIM
     if args.image_encoder == "clip":
         encoder = clip.visual.requires_grad_(True)
@@ -166,6 +170,11 @@ class LossModule(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         group = dist.group.WORLD if dist.is_initialized() else None
         return self.model.loss(images, labels, target=self.target, group=group)
+
+
+def build_loss(run: Run) -> LossModule:
+    model = without_image_encoder(run.model) if run.args.freeze_image else run.model
+    return LossModule(model, "softmax10" if run.args.official else "normalized")
 
 
 # --- --init ---

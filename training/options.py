@@ -1,11 +1,12 @@
 """Command line of train.py: flags in groups, the paper's defaults, and checks.
 
 Read parse_args first; resolve_defaults fills in what dataset, method and machine decide.
-Needs: data, ordinalclip, clip_model, training.checkpoints, .methods, .run_folder, .sweep.
+Needs: data, ordinalclip, clip_model, training.checkpoints, .loaders, .methods, .run_folder, .sweep.
 """
 
 import argparse
 import os
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -17,15 +18,18 @@ import data
 from clip_model import MODELS
 from ordinalclip import POSITIONS
 from training.checkpoints import load_checkpoint
-from training.methods import METHODS, init_state
+from training.loaders import PRECISIONS
+from training.methods import METHODS, init_state, needs_clip
+from training.progress import summary_writer
 from training.run_folder import (
     as_list,
+    dataset_defaults,
     differing_settings,
+    flag_of,
     is_number,
-    join_values,
     load_json,
     run_name,
-)  # fmt: skip
+)
 from training.sweep import SWEEP_FLAGS, is_sweep
 
 # xk-huang/OrdinalCLIP@ca10a20 configs/meta_cfgs/morph_compare.yaml, configs/default.yaml
@@ -35,24 +39,15 @@ PAPER = dict(
 )  # fmt: skip
 DATASET_DEFAULTS = {"demo": dict(clip="tiny", image_encoder="clip", epochs=9, lr=3e-3)}
 INTERPOLATIONS = ("linear", "inverse", "none")
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SEED = 2**32 - 1
-WHY = {  # why a value is out of range
-    "base_ranks": "; with 1 base rank every interpolated rank is the same vector",
-    "epochs": "; --method zeroshot does without training",
-    "warmup": "; it must be below --epochs",
-}
 
 
-def parse_args(argv: list[str] | None = None, description: str | None = None) -> Namespace:
+def parse_args(argv: list[str] | None = None) -> Namespace:
     """The settings of a run, complete. SystemExit for flags that are wrong or have no effect."""
-    parser = build_parser(description)
+    parser = build_parser()
     args = parser.parse_args(argv)
     argv_flags = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
     explicit_flags = {a.dest for a in parser._actions if argv_flags & {*a.option_strings}}
-    for key in ("resume", "eval"):
-        if getattr(args, key) == "":
-            parser.error(f"--{key} is empty; give a run, or leave it out")
     if args.resume or args.eval:
         return args_from_checkpoint(args, explicit_flags, parser)
     if {"seed", "seeds"} <= explicit_flags:
@@ -62,43 +57,38 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     return resolve_defaults(args, explicit_flags)
 
 
-def build_parser(description: str | None) -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=description, formatter_class=HelpFormatter
+        description="Train and compare OrdinalCLIP, CoOp, linear, regression and zero-shot under "
+        "one protocol.",
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
     )
-    group = parser.add_argument_group("data")
-    add = group.add_argument
+
+    add = parser.add_argument_group("data").add_argument
     add("--data", default="demo", help=f"{', '.join(data.DATASETS)}, or a folder of your images")
     add("--data-root", help="where the release lies (default: data/NAME; demo: a cache folder)")
     add("--train-list", help="list file `path label`, instead of a split made here")
     add("--val-list", help="list file of validation images (default: a tenth of the training ones)")
     add("--test-list", help="list file of test images")
     add("--skip-bad", action="store_true", help="leave out images that cannot be read")
-    group = parser.add_argument_group("labels of your own images: docs/datasets.md")
-    add = group.add_argument
+
+    add = parser.add_argument_group("labels of your own images: docs/datasets.md").add_argument
     for flag, help in data.LABEL_OPTIONS.items():
         add(flag, help=help)
 
-    group = parser.add_argument_group("protocol")
-    add = group.add_argument
+    add = parser.add_argument_group("protocol").add_argument
     add("--split", help="morph2: random, subject-exclusive; own images: random, "
         "leave-one-group-out (default: the first)")  # fmt: skip
-    add("--fold", type=fold_number, default=0, help="which split of the dataset; all: a run for "
-        "each")  # fmt: skip
+    add("--fold", type=fold_number, default=0, help="number of the split; all: a run for each")
     add("--split-seed", type=int, default=1, help="of splits made here; all --seeds share them")
     add("--category", help="aesthetics: nature, animal, urban, people, each (a run for each), all")
     add("--label-rule", help="how labels follow from the release, where it leaves a choice: docs/")
     add("--shots", type=int, nargs="+", help="training images per rank; several: a run for each")
-    add(
-        "--shift",
-        type=ranks_and_share,
-        nargs="+",
-        metavar="K,KEEP",
-        help="keep this share of the K most frequent ranks' images; several: a run for each",
-    )
+    add("--shift", type=ranks_and_share, nargs="+", metavar="K,KEEP", help="keep this share of the "
+        "images of the K most frequent ranks; several: a run for each")  # fmt: skip
 
-    group = parser.add_argument_group("method")
-    add = group.add_argument
+    add = parser.add_argument_group("method").add_argument
     add("--method", default="ordinalclip", choices=METHODS, help="where rank prototypes come from")
     add(
         "--interp", default="linear", choices=INTERPOLATIONS, help="base ranks to ranks; none: CoOp"
@@ -106,35 +96,25 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add("--base-ranks", type=int, nargs="+", default=3, help="K; several values: a run for each")
     add("--context", help="words that start the prompt, or a number of random tokens (default: "
         "the dataset's words)")  # fmt: skip
-    add("--rank-position", default="tail", choices=POSITIONS, help="rank after, amid, before "
-        "context")  # fmt: skip
+    add("--rank-position", default="tail", choices=POSITIONS, help="after, amid, before context")
     add("--rank-init", choices=("random", "names"), help="(default: names for coop, else random)")
-    add_with_paper_default(group, "--clip", str, f"{', '.join(MODELS)}, tiny, or a weights file")
+    add("--clip", help=f"{', '.join(MODELS)}, tiny, or a weights file")
     add("--tune", default="both", choices=("both", "rank", "context"), help="embeddings that learn")
     add("--regression-loss", default="l1", choices=("l1", "l2"), help="of --method regression")
     add("--official", action="store_true", help="the official code's target, pixels, ordinality")
-    add(
-        "--quick-gelu", action=argparse.BooleanOptionalAction, help="if a weights file does not say"
-    )
+    add("--quick-gelu", action=argparse.BooleanOptionalAction, help="where weights do not say")
     add("--trust-torchscript", action="store_true", help="open an unknown TorchScript archive")
-    encoders = (
-        "clip (the tower of --clip; the default for own images with --clip), vgg16, timm:NAME, "
-        "torchvision:NAME"
-    )
-    add_with_paper_default(group, "--image-encoder", str, encoders)
-    weights = "imagenet, none, or a state dict file; not for clip"
-    add_with_paper_default(group, "--image-weights", str, weights)
+    add("--image-encoder", help="vgg16, timm:NAME, torchvision:NAME, or clip: the tower of --clip, "
+        "the default for own images with it")  # fmt: skip
+    add("--image-weights", help="imagenet, none, or a state dict file; not for clip")
     add("--freeze-image", action="store_true", help="train prompts only, on cached features")
     add("--init", metavar="CKPT", help="start from another run: its encoder, context, base ranks")
 
-    group = parser.add_argument_group("optimisation")
-    add = group.add_argument
-    add_with_paper_default(
-        group, "--epochs", int, "passes over the training images, cosine schedule"
-    )
-    add_with_paper_default(group, "--batch-size", int, "images per step, over all processes")
-    add_with_paper_default(group, "--lr", float, "learning rate of everything that trains")
-    add_with_paper_default(group, "--weight-decay", float, "decoupled: p -= lr * decay * p")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, help="passes over the training images, cosine schedule")
+    add("--batch-size", type=int, help="images per step, over all processes")
+    add("--lr", type=float, help="learning rate of everything that trains")
+    add("--weight-decay", type=float, help="decoupled: p -= lr * decay * p")
     add("--lr-image", type=float, help="learning rate of the image encoder (default: --lr)")
     add("--lr-prompts", type=float, help="learning rate of the rank prototypes (default: --lr)")
     add("--warmup", type=int, default=0, help="epochs of rising learning rate before the cosine")
@@ -142,24 +122,22 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
         "are matched to the images of one batch, not of all N")  # fmt: skip
     add("--ema", type=float, metavar="DECAY", help="validate and keep this moving average of the "
         "weights, such as 0.999")  # fmt: skip
-    add("--patience", type=int, metavar="N", help="stop after N epochs without a lower validation "
-        "MAE")  # fmt: skip
+    add("--patience", type=int, metavar="N", help="stop N epochs after the lowest validation MAE")
     add("--no-flip", action="store_true", help="do not mirror images: digits, text, left and right")
     add("--no-draft", action="store_true", help="decode large JPEGs in full, as --official does")
     add("--balanced", action="store_true", help="draw images of all ranks equally often")
     add("--seed", type=int, default=1, help="of weights, order, augmentation, --shots and --shift")
     add("--seeds", type=int, nargs="+", help="a run for each (paper: 1 27 42 128 114514)")
 
-    group = parser.add_argument_group("where it runs, and runs that exist")
-    add = group.add_argument
+    add = parser.add_argument_group("where it runs, and runs that exist").add_argument
     add("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     add("--precision", choices=PRECISIONS, help="of the towers (default: bf16 on a GPU, else fp32)")
     add("--compile", action="store_true", help="torch.compile the image encoder")
     add("--workers", type=int, help="processes that read images (default: up to 8, leaving a core)")
     add("--out", help="folder of the run (default: runs/DATA-METHOD-...-seedS)")
     add("--save-every", type=float, default=10, metavar="MINUTES", help="write last.pt this often")
-    add("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
-        help="write figures and pictures for TensorBoard, too")  # fmt: skip
+    add("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="write figures "
+        "and pictures for TensorBoard, too")  # fmt: skip
     add("--debug", action="store_true", help="show the traceback of every error")
     add("--resume", metavar="RUN", help="go on with the run in this folder, with its own settings")
     add("--eval", metavar="CKPT", help="only test this checkpoint, with its own settings")
@@ -168,20 +146,14 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def add_with_paper_default(
-    group: argparse._ArgumentGroup, flag: str, type: type, help: str
-) -> None:
-    """A flag whose default depends on the dataset; resolve_defaults fills it in."""
-    key = flag[2:].replace("-", "_")
-    demo = DATASET_DEFAULTS["demo"].get(key, PAPER[key])
-    help = f"{help} (default: {PAPER[key]}; demo: {demo})"
-    group.add_argument(flag, type=type, help=help, default=argparse.SUPPRESS)
-
-
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Omits "(default: None)" and "(default: False)"."""
+    """Adds "(default: ...)", of PAPER where the dataset decides; not None and False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.dest in PAPER:
+            default = PAPER[action.dest]
+            demo = DATASET_DEFAULTS["demo"].get(action.dest, default)
+            return f"{action.help} (default: {default}; demo: {demo})"
         if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)
@@ -204,15 +176,14 @@ def ranks_and_share(text: str) -> tuple[int, float]:
 
 def resolve_defaults(args: Namespace, explicit_flags: set[str]) -> Namespace:
     """Fill in what the dataset, the method and the machine decide."""
-    defaults = {**PAPER, **DATASET_DEFAULTS.get(args.data, {})}
-    if args.data not in data.DATASETS and "clip" in args:
+    defaults = PAPER | DATASET_DEFAULTS.get(args.data, {}) | dataset_defaults(args.data)
+    if has_own_images(args) and args.clip is not None:
         defaults["image_encoder"] = "clip"
+    defaults["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    defaults["workers"] = min(8, (os.cpu_count() or 1) - 1)
     for key, value in defaults.items():
-        vars(args).setdefault(key, value)
-    preset = data.DATASETS.get(args.data, {})  # written out or not, the same experiment
-    args.split = args.split or preset.get("splits", ("random",))[0]
-    args.label_rule = args.label_rule or preset.get("label_rules", (None,))[0]
-    args.category = args.category or preset.get("categories", (None,))[0]
+        if getattr(args, key) is None:
+            setattr(args, key, value)
     for key in SWEEP_FLAGS:
         if len(values := as_list(getattr(args, key))) == 1:
             setattr(args, key, values[0])
@@ -224,59 +195,19 @@ def resolve_defaults(args: Namespace, explicit_flags: set[str]) -> Namespace:
         args.interp = "none"
     if args.method == "zeroshot":
         args.epochs = 0
-    for flag, is_set in (
-        ("--method zeroshot", args.method == "zeroshot"),
-        ("--freeze-image", args.freeze_image),
-    ):
-        if is_set and args.image_encoder != "clip":
-            raise SystemExit(
-                f"{flag} needs --image-encoder clip: the last layer of the others starts at random"
-            )
     if args.rank_init is None:
         args.rank_init = "names" if args.interp == "none" else "random"
-    if args.device is None:
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.precision is None:
         has_bf16 = args.device.startswith("cuda") and torch.cuda.is_bf16_supported()
         args.precision = "bf16" if has_bf16 else "fp32"
-    if args.workers is None:
-        args.workers = max(0, min(8, (os.cpu_count() or 1) - 1))
     check_values(args)
-    given = dict(context=not is_number(args.context or "0"), rank_init=args.rank_init == "names")
-    given = [key for key in given if given[key] and key in explicit_flags and has_prompts(args)]
-    if args.init and (given or args.context is None):  # a run that goes on needs it no more
+    if args.init and args.context is None:  # as many random tokens; values are copied
         state = init_state(args)
-        if "prototypes.context_embeds" in state:
-            if given:
-                flag = f"--{given[0].replace('_', '-')}"
-                raise SystemExit(
-                    f"{flag} has no effect with --init, which copies prompts; remove it"
-                )
-            if args.context is None:  # as many random tokens; values are copied
-                args.context = str(state["prototypes.context_embeds"].shape[-2])
+        if CONTEXT in state:  # a run that goes on needs --init no more
+            args.context = str(state[CONTEXT].shape[-2])
     if args.out is None and not is_sweep(args):
         args.out = str(Path("runs") / run_name(args))
     return args
-
-
-def has_prompts(args: Namespace) -> bool:
-    return METHODS[args.method].has_prompts
-
-
-def uses_clip(args: Namespace) -> bool:
-    return METHODS[args.method].needs_clip or args.image_encoder == "clip"
-
-
-def trains(args: Namespace) -> bool:
-    return args.method != "zeroshot"
-
-
-def augments(args: Namespace) -> bool:
-    return trains(args) and not args.freeze_image
-
-
-def interpolates(args: Namespace) -> bool:
-    return args.method == "ordinalclip"
 
 
 def has_own_images(args: Namespace) -> bool:
@@ -289,119 +220,108 @@ def has_generated_split(args: Namespace) -> bool:
     return not args.train_list and args.data != "demo"
 
 
-# When a flag changes the result, and what decides that. Elsewhere it is refused: it would change
-# the name of the run and look as if it had done something. Flags not named here always have effect.
+def has_prompts(args: Namespace) -> bool:
+    return METHODS[args.method].has_prompts
+
+
+def copies_prompts(args: Namespace) -> bool:
+    return bool(args.init) and has_prompts(args) and CONTEXT in init_state(args)
+
+
+def trains(args: Namespace) -> bool:
+    return args.method != "zeroshot"
+
+
+# When flags change the result, and what decides that. Elsewhere they are refused: they would change
+# the name of the run and look as if they had done something. Flags not named always have one.
+CONTEXT = "prototypes.context_embeds"
 BY_METHOD, BY_ENCODER = "--method {method}", "--image-encoder {image_encoder}"
-HAS_EFFECT: dict[str, tuple[Callable[[Namespace], bool], str]] = {
-    "interp": (lambda args: interpolates(args) or args.method == "coop", BY_METHOD),
-    "base_ranks": (interpolates, BY_METHOD),
-    "context": (lambda args: has_prompts(args) or args.method == "zeroshot", BY_METHOD),
-    "rank_position": (has_prompts, BY_METHOD),
-    "rank_init": (has_prompts, BY_METHOD),
-    "tune": (has_prompts, BY_METHOD),
-    "regression_loss": (lambda args: args.method == "regression", BY_METHOD),
-    "clip": (uses_clip, f"{BY_METHOD} and {BY_ENCODER}"),
-    "quick_gelu": (lambda a: uses_clip(a) and a.clip != "tiny", "--clip {clip} and " + BY_METHOD),
-    "trust_torchscript": (
-        lambda a: uses_clip(a) and a.clip != "tiny",
-        "--clip {clip} and " + BY_METHOD,
-    ),
-    "image_weights": (lambda args: args.image_encoder != "clip", BY_ENCODER),
-    "freeze_image": (trains, BY_METHOD),
-    "epochs": (trains, BY_METHOD),
-    "lr": (
-        lambda a: trains(a) and not (a.lr_prompts and (a.lr_image or a.freeze_image)),
-        BY_METHOD + " and rates of its own for all that trains",
-    ),
-    "weight_decay": (trains, BY_METHOD),
-    "save_every": (trains, BY_METHOD),
-    "warmup": (trains, BY_METHOD),
-    "accumulate": (trains, BY_METHOD),
-    "ema": (lambda args: trains(args) and args.ema != 0, BY_METHOD + " and DECAY {ema}"),
-    "patience": (lambda a: trains(a) and a.patience < a.epochs, BY_METHOD + " and {epochs} epochs"),
-    "balanced": (trains, BY_METHOD),
-    "no_flip": (augments, "--freeze-image or " + BY_METHOD),
-    "no_draft": (lambda args: not args.official, "--official"),
-    "lr_image": (augments, "--freeze-image or " + BY_METHOD),
-    "lr_prompts": (lambda args: trains(args) and args.method != "regression", BY_METHOD),
-    "profile": (trains, BY_METHOD),
-    "shots": (trains, BY_METHOD),
-    "shift": (
-        lambda args: trains(args) and all(keep != 1 for _, keep in as_list(args.shift)),
-        BY_METHOD + " and its share of images",
-    ),
-    "seeds": (trains, BY_METHOD),
-    "label_pattern": (
-        lambda a: has_own_images(a) and not a.train_list,
-        "--data {data} and its lists",
-    ),
-    "ranks": (has_own_images, "--data {data}"),
-    "bins": (has_own_images, "--data {data}"),
-    "group": (has_own_images, "--data {data}"),
-    "split": (has_generated_split, "--data {data} and its lists"),
-    "fold": (has_generated_split, "--data {data} and its lists"),
-    "split_seed": (has_generated_split, "--data {data} and its lists"),
-}
+BY_DATA, BY_LISTS = "--data {data}", "--data {data} and its lists"
+BY_INIT = "--init, which copies prompts"
+HAS_EFFECT: list[tuple[str, Callable[[Namespace], bool], str]] = [
+    ("interp", lambda a: a.method == "ordinalclip" or a.method == "coop" and a.interp != "inverse",
+        BY_METHOD),
+    ("base_ranks", lambda a: a.method == "ordinalclip", BY_METHOD),
+    ("context", lambda a: has_prompts(a) or a.method == "zeroshot", BY_METHOD),
+    ("context", lambda a: is_number(a.context) or not copies_prompts(a), BY_INIT),
+    ("rank_init", lambda a: a.rank_init == "random" or not copies_prompts(a), BY_INIT),
+    ("rank_init rank_position tune", has_prompts, BY_METHOD),
+    ("regression_loss", lambda a: a.method == "regression", BY_METHOD),
+    ("clip", needs_clip, f"{BY_METHOD} and {BY_ENCODER}"),
+    ("quick_gelu trust_torchscript", lambda a: needs_clip(a) and a.clip != "tiny",
+        f"--clip {{clip}} and {BY_METHOD}"),
+    ("image_weights", lambda a: a.image_encoder != "clip", BY_ENCODER),
+    ("freeze_image epochs weight_decay save_every warmup accumulate balanced profile shots seeds",
+        trains, BY_METHOD),
+    ("lr", lambda a: trains(a) and not (a.lr_prompts and (a.lr_image or a.freeze_image)),
+        f"{BY_METHOD} and rates of its own for all that trains"),
+    ("lr_prompts", lambda a: trains(a) and a.method != "regression", BY_METHOD),
+    ("lr_image no_flip", lambda a: trains(a) and not a.freeze_image,
+        f"--freeze-image or {BY_METHOD}"),
+    ("ema", lambda a: trains(a) and a.ema != 0, f"{BY_METHOD} and DECAY {{ema}}"),
+    ("patience", lambda a: trains(a) and a.patience < a.epochs,
+        f"{BY_METHOD} and {{epochs}} epochs"),
+    ("shift", lambda a: trains(a) and all(keep != 1 for _, keep in as_list(a.shift)),
+        f"{BY_METHOD} and its share of images"),
+    ("no_draft", lambda a: not a.official, "--official"),
+    ("ranks bins group", has_own_images, BY_DATA),
+    ("label_pattern", lambda a: has_own_images(a) and not a.train_list, BY_LISTS),
+    ("split fold split_seed", has_generated_split, BY_LISTS),
+]  # fmt: skip
 
 
 def check_unused_flags(args: Namespace, explicit_flags: set[str]) -> None:
     """SystemExit for flags that have no effect together with the others."""
-    for key, (has_effect, decided_by) in HAS_EFFECT.items():
-        if key in explicit_flags and not has_effect(args):
-            flag, others = f"--{key.replace('_', '-')}", decided_by.format(**vars(args))
-            raise SystemExit(f"{flag} has no effect with {others}; remove it")
-    shifts = as_list(args.shift) if "shift" in explicit_flags else []
-    if len({*shifts}) < len(shifts):  # 1,0.5 and 1,0.50
-        raise SystemExit("--shift names a value twice; name each once")
-    if args.method == "coop" and args.interp == "inverse":
-        raise SystemExit("--interp inverse has no effect with --method coop; remove it")
+    for keys, has_effect, decided_by in HAS_EFFECT:
+        for key in keys.split():
+            if key in explicit_flags and not has_effect(args):
+                others = decided_by.format(**vars(args))
+                raise SystemExit(f"{flag_of(key)} has no effect with {others}; remove it")
 
 
 def check_values(args: Namespace) -> None:
     """SystemExit for values out of range, before anything is read."""
-    texts = {key: value for key, value in vars(args).items() if isinstance(value, str)}
-    if empty := [key for key, value in texts.items() if not value.strip()]:
-        raise SystemExit(f"--{empty[0].replace('_', '-')} is empty; give a value, or leave it out")
+    for key, value in vars(args).items():
+        if isinstance(value, str) and not value.strip():
+            raise SystemExit(f"{flag_of(key)} is empty; give a value, or leave it out")
+    if args.image_encoder != "clip" and (args.freeze_image or not trains(args)):
+        flag = "--freeze-image" if args.freeze_image else "--method zeroshot"
+        raise SystemExit(
+            f"{flag} needs --image-encoder clip: the last layer of the others starts at random"
+        )
     context = args.context
     if context and not (is_number(context) and int(context) or any(map(str.isalpha, context))):
         raise SystemExit(f"--context {context!r}: expected words, or a number of tokens from 1")
-    max_workers = max(64, 2 * (os.cpu_count() or 1))
-    for key, low, high in (
-        ("epochs", 0 if args.method == "zeroshot" else 1, 1_000_000),
-        ("batch_size", 1, 1_000_000),
-        ("lr", 1e-12, 1e3),
-        ("lr_image", 1e-12, 1e3),
-        ("lr_prompts", 1e-12, 1e3),
-        ("warmup", 0, args.epochs - 1 if args.epochs else 1),
-        ("accumulate", 1, 10_000),
-        ("ema", 0.0, 0.999999),
-        ("patience", 1, 1_000_000),
-        ("weight_decay", 0, 1e3),
-        ("workers", 0, max_workers),
-        ("save_every", 0, 1e6),
-        ("seed", 0, MAX_SEED),
-        ("seeds", 0, MAX_SEED),
-        ("split_seed", 0, MAX_SEED),
-        ("base_ranks", 2 if args.method == "ordinalclip" else 1, 10_000),
-        ("shots", 1, 1_000_000),
-    ):
-        values = [value for value in as_list(getattr(args, key)) if value is not None]
-        for value in values:
-            if not low <= value <= high:  # nan is in no range
-                flag = f"--{key.replace('_', '-')} {value}"
-                raise SystemExit(f"{flag}: expected {low} .. {high}{WHY.get(key, '')}")
-        if len(set(values)) < len(values):
-            flag = f"--{key.replace('_', '-')}"
-            raise SystemExit(f"{flag} names a value twice: {join_values(values)}; name each once")
-    try:
-        device = torch.device(args.device)
-    except RuntimeError as error:
-        raise SystemExit(f"--device {args.device!r}: expected cpu, cuda or cuda:N") from error
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
+    for keys, low, high, why in (
+        ("epochs", 1 if trains(args) else 0, 1_000_000,
+            "; --method zeroshot does without training"),
+        ("batch_size patience shots", 1, 1_000_000, ""),
+        ("lr lr_image lr_prompts", 1e-12, 1e3, ""),
+        ("weight_decay", 0, 1e3, ""),
+        ("warmup", 0, max(0, args.epochs - 1), "; it must be below --epochs"),
+        ("accumulate", 1, 10_000, ""),
+        ("ema", 0.0, 0.999999, ""),
+        ("workers", 0, max(64, 2 * (os.cpu_count() or 1)), ""),
+        ("save_every", 0, 1e6, ""),
+        ("seed seeds split_seed", 0, MAX_SEED, ""),
+        ("base_ranks", 2 if args.method == "ordinalclip" else 1, 10_000,
+            "; with 1 base rank every interpolated rank is the same vector"),
+    ):  # fmt: skip
+        for key in keys.split():
+            for value in as_list(getattr(args, key)):
+                if value is not None and not low <= value <= high:  # nan is in no range
+                    raise SystemExit(f"{flag_of(key)} {value}: expected {low} .. {high}{why}")
+    for key in (*SWEEP_FLAGS, "seeds"):
+        values = as_list(getattr(args, key))
+        if len({*values}) < len(values):
+            raise SystemExit(f"{flag_of(key)} names a value twice: {values}; name each once")
+    if args.tensorboard and not args.eval:
+        summary_writer()  # it is installed, or the program ends here
+    if not re.fullmatch(r"(cpu|cuda)(:(0|[1-9][0-9]*))?", args.device):
+        raise SystemExit(f"--device {args.device!r}: expected cpu, cuda or cuda:N")
+    count, index = torch.cuda.device_count(), int(args.device.partition(":")[2] or 0)
+    if args.device.startswith("cuda") and index >= count:
         raise SystemExit(f"--device {args.device}: this machine has {count} CUDA device(s)")
-    if device.type not in ("cpu", "cuda"):
-        raise SystemExit(f"--device {args.device}: expected cpu, cuda or cuda:N")
 
 
 def args_from_checkpoint(
@@ -411,7 +331,7 @@ def args_from_checkpoint(
     machine_flags = {"device", "precision", "workers", "data_root"}
     machine_flags |= {"tensorboard"} if args.resume else set()
     if unexpected := explicit_flags - machine_flags - {"resume", "eval"}:
-        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(unexpected))
+        flags = ", ".join(map(flag_of, sorted(unexpected)))
         parser.error(
             f"{flags}: settings come from the checkpoint; leave them out, or start a new run"
         )
@@ -419,32 +339,32 @@ def args_from_checkpoint(
     path = path / ("last.pt" if args.resume else "best.pt") if path.is_dir() else path
     config_path = path.parent / "config.json"
     if args.resume and not path.exists() and config_path.exists():  # cut off before last.pt
-        settings = load_json(config_path, "settings")["settings"]
+        settings = load_json(config_path)["settings"]
     else:
         settings = load_checkpoint(path, "settings", "model")["settings"]
     check_types(settings, parser, path)
     if config_path.exists():  # a checkpoint may have been copied from another run
-        config = load_json(config_path, "settings")["settings"]
+        config = load_json(config_path)["settings"]
         if differing := differing_settings(settings, config):
             raise SystemExit(f"{path} is of another run than {config_path}: {differing}")
     saved = Namespace(**vars(parser.parse_args([])) | dict(no_draft=True) | settings)
     for name in explicit_flags & machine_flags:
         setattr(saved, name, getattr(args, name))
-    saved.out = str(path.parent)
+    saved.out, saved.seeds = str(path.parent), None  # one run, perhaps of several
+    saved.shift = saved.shift and tuple(saved.shift)  # a list in config.json
     saved.resume, saved.eval = args.resume and str(path), args.eval and str(path)
     return resolve_defaults(saved, set())
 
 
 def check_types(settings: dict, parser: argparse.ArgumentParser, path: Path) -> None:
     """SystemExit for settings, of a file, that the flags would not have accepted."""
+    special = {float: (int, float), fold_number: (int, str), ranks_and_share: (tuple, list)}
     for action in parser._actions:
-        value = settings.get(action.dest)
-        types = bool if action.nargs == 0 else action.type or str
-        types = {float: (int, float)}.get(types, types if isinstance(types, type) else object)
-        entries = as_list(value) if action.nargs == "+" else [value]
-        if value is None and (action.dest not in settings or action.default is None):
+        key, value = action.dest, settings.get(action.dest)
+        if value is None and (key not in settings or action.default is None and key not in PAPER):
             continue
-        for entry in entries or [None]:
-            if not isinstance(entry, types) or action.choices and entry not in action.choices:
-                flag = f"--{action.dest.replace('_', '-')}"
-                raise SystemExit(f"{path} is damaged: its {flag} is {value!r:.80}")
+        types = bool if action.nargs == 0 else special.get(action.type, action.type or str)
+        if key == "seeds":  # all of the command
+            types = list
+        if not isinstance(value, types) or action.choices and value not in action.choices:
+            raise SystemExit(f"{path} is damaged: its {flag_of(key)} is {value!r:.80}")

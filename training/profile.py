@@ -18,15 +18,8 @@ from torch.utils.data import DataLoader
 
 from training.checkpoints import TrainingState
 from training.distributed import world_size
-from training.loaders import (
-    autocast,
-    exit_on_user_error,
-    load_task,
-    make_loaders,
-    prepare_batch,
-    without_image_encoder,
-)
-from training.methods import METHODS, LossModule, build_model, warm_start
+from training.loaders import autocast, load_task, make_loaders, prepare_batch
+from training.methods import METHODS, build_loss, build_model, warm_start
 from training.run_folder import Run, peak_memory, run_name
 
 WARM_UP, STEPS = 3, 20  # steps before and while measuring
@@ -50,12 +43,11 @@ def profile_run(args: Namespace) -> str:
         raise SystemExit("--profile times steps of one batch; leave --accumulate out")
     task = load_task(args)
     torch.manual_seed(args.seed)
-    with exit_on_user_error():
-        model, preprocess = build_model(args, task)
+    run = Run(args, task, *build_model(args, task))
     if args.init:
-        warm_start(args, model)
-    batches = endless(make_loaders(args, task, preprocess, model)[0])
-    profiler = StepProfiler(Run(args, task, model, preprocess))
+        warm_start(args, run.model)
+    batches = endless(make_loaders(run)[0])
+    profiler = StepProfiler(run)
     saved = profiler.saved_bytes(*next(batches))
     for _ in range(WARM_UP - 1):
         profiler.step(*next(batches))
@@ -69,9 +61,9 @@ def profile_run(args: Namespace) -> str:
         profiler.step(images, labels)
     seconds = sum(profiler.seconds.values())
     lines = [
-        f"{run_name(args)}   {args.device} {args.precision}, {preprocess['image_size']} px, batch "
-        f"{args.batch_size}, {args.workers} workers; mean of {STEPS} steps",
-        *table(profiler, profiler.memory(saved)),
+        f"{run_name(args)}   {args.device} {args.precision}, {run.preprocess['image_size']} px, "
+        f"batch {args.batch_size}, {args.workers} workers; mean of {STEPS} steps",
+        *table(profiler, saved),
         f"in all {seconds / STEPS * 1e3:.2f} ms a step, {num_images / seconds:.1f} images/s; "
         f"peak {peak_memory(args.device):.0f} MB; saved: for the way back, beside the weights",
     ]
@@ -93,42 +85,70 @@ def endless(loader: DataLoader) -> Iterator[list[Tensor]]:
         yield from loader
 
 
+def table(profiler: "StepProfiler", saved: dict[str, int]) -> list[str]:
+    """Times of each part, and bytes of its weights, gradients, optimiser state, and those saved."""
+    args, seconds, weights = profiler.run.args, profiler.seconds, profiler.weights()
+    rows = [("", COLUMNS)]
+    for part in PARTS:
+        times = [seconds.get((part, direction), 0) for direction in ("forward", "backward")]
+        cells = [f"{time / STEPS * 1e3:.2f}" for time in times]
+        cells.append(f"{sum(times) / sum(seconds.values()):.1%}")
+        if part in weights:
+            grads = [w for w in weights[part] if w.requires_grad]  # as large as the weights
+            states = (profiler.state.optimizer.state.get(w, {}) for w in weights[part])
+            moments = [value for state in states for value in state.values()]
+            sizes = [sum(t.nbytes for t in tensors) for tensors in (weights[part], grads, moments)]
+            cells += [f"{size / 2**20:.2f}" for size in (*sizes, saved[part])]
+        is_matrix = part == TEXT and not METHODS[args.method].has_prompts
+        rows.append(("rank prototypes" if is_matrix else part, cells))
+    return [f"{name:16}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows]
+
+
 class Timed(nn.Module):
-    """A tower between two readings of the clock; not hooks, which --compile would compile, too."""
+    """A tower between two readings of the clock; not hooks, which --compile would compile, too.
+
+    The graph is cut behind it, so that matching and each tower go backward one after another.
+    """
 
     def __init__(self, profiler: "StepProfiler", name: str, tower: nn.Module) -> None:
         super().__init__()
         self.profiler, self.name, self.tower = profiler, name, tower
 
     def forward(self, *images: Tensor) -> Tensor:
-        self.profiler.enter(self.name)
-        return self.profiler.leave(self.name, self.tower(*images))
+        profiler = self.profiler
+        profiler.lap(MATCHING)
+        profiler.part = self.name
+        output = self.tower(*images)
+        profiler.lap(self.name)
+        profiler.part = MATCHING
+        copy = output.detach().requires_grad_(output.requires_grad)
+        profiler.outputs.append((self.name, output, copy))
+        return copy
 
 
 class StepProfiler:
     """Training steps of a model, with a clock that is read after each part."""
 
     def __init__(self, run: Run) -> None:
-        args, model = run.args, run.model
-        self.args, self.preprocess = args, run.preprocess
+        self.run = run
+        run.model.train()
         self.state = TrainingState(run, time.time(), None)  # optimizer, scaler, average; no file
-        self.is_cuda = args.device.startswith("cuda")
-        model.train()
-        step_model = without_image_encoder(model) if args.freeze_image else model
-        self.loss_module = LossModule(step_model, "softmax10" if args.official else "normalized")
+        self.is_cuda = run.args.device.startswith("cuda")
+        self.loss_module = build_loss(run)
         self.seconds: dict[tuple[str, str], float] = defaultdict(float)  # of (part, direction)
         self.part = MATCHING  # that runs
         self.outputs: list[tuple[str, Tensor, Tensor]] = []  # tower, its output, the copy in use
-        self.towers = {IMAGE: step_model.image_encoder}
-        if hasattr(step_model, "prototypes"):
-            self.towers[TEXT] = step_model.prototypes
-        for (name, tower), attribute in zip(self.towers.items(), ("image_encoder", "prototypes")):
-            setattr(step_model, attribute, Timed(self, name, tower))
+        self.towers: dict[str, nn.Module] = {}
+        model = self.loss_module.model
+        for name, attribute in ((IMAGE, "image_encoder"), (TEXT, "prototypes")):
+            if hasattr(model, attribute):
+                self.towers[name] = getattr(model, attribute)
+                setattr(model, attribute, Timed(self, name, self.towers[name]))
         self.restart()
 
     def restart(self) -> float:
         if self.is_cuda:
-            torch.cuda.synchronize(self.args.device)
+            torch.cuda.synchronize(self.run.args.device)
         self.last = time.perf_counter()
         return self.last
 
@@ -137,24 +157,13 @@ class StepProfiler:
         last = self.last
         self.seconds[part, direction] += self.restart() - last
 
-    def enter(self, tower: str) -> None:
-        self.lap(MATCHING)
-        self.part = tower
-
-    def leave(self, tower: str, output: Tensor) -> Tensor:
-        """The graph is cut here, so that matching and each tower go backward one after another."""
-        self.lap(tower)
-        self.part = MATCHING
-        copy = output.detach().requires_grad_(output.requires_grad)
-        self.outputs.append((tower, output, copy))
-        return copy
-
     def step(self, images: Tensor, labels: Tensor) -> None:
         """A step of training, from uint8 images (B, 3, S, S) or features (B, D)."""
-        images = prepare_batch(images, self.args, self.preprocess)
-        labels = labels.to(self.args.device, non_blocking=True)
+        args = self.run.args
+        images = prepare_batch(images, args, self.run.preprocess)
+        labels = labels.to(args.device, non_blocking=True)
         self.lap(TRANSFER)
-        with autocast(self.args):
+        with autocast(args):
             total, _, _ = self.loss_module(images, labels)
         self.lap(MATCHING)
         self.state.scaler.scale(total).backward()
@@ -193,25 +202,3 @@ class StepProfiler:
             parts[part] = [t for t in tensors if id(t) not in counted]
             counted |= {id(t) for t in tensors}
         return parts
-
-    def memory(self, saved: dict[str, int]) -> dict[str, list[int]]:
-        """Bytes of weights, gradients and optimiser state, and those saved, of each part."""
-        sizes = {}
-        for part, weights in self.weights().items():
-            grads = [w for w in weights if w.requires_grad]  # as large as the weights
-            state = [v for w in weights for v in self.state.optimizer.state.get(w, {}).values()]
-            tensors = weights, grads, state
-            sizes[part] = [sum(t.nbytes for t in ts) for ts in tensors] + [saved[part]]
-        return sizes
-
-
-def table(profiler: StepProfiler, memory: dict[str, list[int]]) -> list[str]:
-    seconds, has_prompts = profiler.seconds, METHODS[profiler.args.method].has_prompts
-    rows = [("", COLUMNS)]
-    for part in PARTS:
-        times = [seconds.get((part, direction), 0) for direction in ("forward", "backward")]
-        cells = [f"{time / STEPS * 1e3:.2f}" for time in times]
-        cells.append(f"{sum(times) / sum(seconds.values()):.1%}")
-        cells += [f"{size / 2**20:.2f}" for size in memory.get(part, ())]
-        rows.append(("rank prototypes" if part == TEXT and not has_prompts else part, cells))
-    return [f"{name:16}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows]

@@ -1,13 +1,14 @@
-"""The folder of a run: its name, checkpoints, json and csv files, and whether it may be written.
+"""The folder of a run: its name, json and csv files, exported model, and whether it may be written.
 
 runs/NAME/ holds config.json, splits/*.txt, log.csv, last.pt, best.pt, exported.pt, results.json,
 predictions-best.csv and pictures/*.png. Every file is written under a temporary name and moved.
 
-Needs: data (for atomic_write), training.distributed.
+Needs: data, ordinalclip, clip_weights, training.distributed.
 """
 
 import contextlib
 import csv
+import functools
 import hashlib
 import json
 import math
@@ -16,9 +17,10 @@ import platform
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,7 +47,8 @@ NOT_COMPARED = (
 NOT_SETTINGS = ("resume", "eval", "report", "profile", "debug")  # what to do, not what the run is
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class Run:
     """One run: its settings, images and ranks, model, and how images are prepared."""
 
     args: Namespace
@@ -57,7 +60,7 @@ class Run(NamedTuple):
     def dir(self) -> Path:
         return Path(self.args.out)
 
-    @property
+    @functools.cached_property  # of a million images it takes seconds
     def splits(self) -> dict[str, str]:
         return split_digests(self.task)
 
@@ -74,22 +77,33 @@ def as_list(value: Any) -> list:
     return value if isinstance(value, list) else [value]
 
 
+def dataset_defaults(name: str) -> dict[str, str | None]:
+    preset = data.DATASETS.get(name, {})
+    return dict(
+        split=preset.get("splits", ("random",))[0],
+        label_rule=preset.get("label_rules", (None,))[0],
+        category=preset.get("categories", (None,))[0],
+    )
+
+
+def flag_of(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
 def run_name(args: Namespace) -> str:
     return f"{table_name(args)}-seed{args.seed}"
 
 
 def table_name(args: Namespace) -> str:
     """Run name without the seed."""
-    preset = data.DATASETS.get(args.data, {})
-    default_split = preset.get("splits", ("random",))[0]
-    default_rule = preset.get("label_rules", (None,))[0]
+    default = dataset_defaults(args.data)
     shifts = ["{}-{:g}".format(*shift) for shift in as_list(args.shift)] if args.shift else []
     parts = [
         Path(args.data).name,
         args.category,
         method_name(args),
-        args.split if args.split != default_split else None,
-        args.label_rule if args.label_rule != default_rule else None,
+        args.split if args.split != default["split"] else None,
+        args.label_rule if args.label_rule != default["label_rule"] else None,
         f"split{args.split_seed}" if args.split_seed != 1 else None,
         "shots" + join_values(args.shots) if args.shots else None,
         "shift" + "+".join(shifts) if args.shift else None,
@@ -145,10 +159,9 @@ def differing_settings(requested: dict, saved: dict) -> str:
     """`--lr 0.1, not 0.2; ...`: each requested setting that differs from the saved one."""
     saved = dict(no_draft=True) | saved  # as runs were before there was the flag
     requested, saved = (json.loads(json.dumps(d)) for d in (requested, saved))  # tuples as lists
-    requested = comparable_settings(requested)
     return "; ".join(
-        f"--{key.replace('_', '-')} {saved.get(key)!r}, not {value!r}"
-        for key, value in requested.items()
+        f"{flag_of(key)} {saved.get(key)!r}, not {value!r}"
+        for key, value in comparable_settings(requested).items()
         if value != saved.get(key) and (key in saved or value)  # a flag younger than the run
     )
 
@@ -158,7 +171,7 @@ def load_finished_results(args: Namespace) -> dict | None:
     path = Path(args.out) / "results.json"
     if not path.exists():
         return None
-    results = load_json(path, "settings")
+    results = load_json(path)
     check_same_settings(args, results["settings"], "is finished")
     return results
 
@@ -166,22 +179,16 @@ def load_finished_results(args: Namespace) -> dict | None:
 def check_run_dir(args: Namespace) -> None:
     """SystemExit unless args.out is free, or holds this very run, unfinished: then it goes on."""
     run_dir = Path(args.out)
-    results_path, config_path = run_dir / "results.json", run_dir / "config.json"
-    if results_path.exists():
-        if args.resume:
-            raise SystemExit(f"{run_dir} is finished, see {results_path}; --eval tests it again")
-        saved = load_json(results_path, "settings")["settings"]
-        check_same_settings(args, saved, "is finished")
+    if load_finished_results(args) is not None:
         raise SystemExit(
-            f"{run_dir} holds a finished run; --eval {run_dir} tests it again, "
-            "--out starts anew elsewhere"
+            f"{run_dir} is finished, see {run_dir / 'results.json'}; --eval {run_dir} tests it "
+            "again, another --out starts anew"
         )
-    if config_path.exists():
-        saved = load_json(config_path, "settings")["settings"]
-        check_same_settings(args, saved, "was begun")
+    if (run_dir / "config.json").exists():
+        check_same_settings(args, load_json(run_dir / "config.json")["settings"], "was begun")
     elif run_dir.exists():
         names = {p.name for p in run_dir.iterdir() if p.suffix != ".part"}
-        if unknown := sorted(names - set(RUN_FILES)):
+        if unknown := sorted(names - {*RUN_FILES}):
             raise SystemExit(
                 f"{run_dir} is not empty and is not a run folder (it holds {unknown[0]}); "
                 "choose another --out"
@@ -189,15 +196,17 @@ def check_run_dir(args: Namespace) -> None:
 
 
 @contextlib.contextmanager
-def lock_run_dir(run_dir: Path) -> Iterator[None]:
-    """Make the folder, and refuse a second process that writes into it.
+def lock_run_dir(args: Namespace) -> Iterator[None]:
+    """Make the folder, check that it may be written, and refuse a second process that writes it.
 
     The lock is the system's, on the folder itself: a killed run leaves none behind. Windows has no
     such lock. A folder in which nothing was written is removed again.
     """
     if not is_main():
+        check_run_dir(args)
         yield
         return
+    run_dir = Path(args.out)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         folder = os.open(run_dir, os.O_RDONLY) if fcntl else None
@@ -214,6 +223,9 @@ def lock_run_dir(run_dir: Path) -> Iterator[None]:
             f"{run_dir}: another process is writing this run; wait for it, or choose another --out"
         ) from None
     try:
+        check_run_dir(args)
+        for path in run_dir.rglob("*.part"):  # of a killed process
+            path.unlink()
         yield
     finally:
         if fcntl:
@@ -228,27 +240,24 @@ def split_digests(task: data.Task) -> dict[str, str]:
     lines = {part: (f"{path} {label}" for path, label in samples[part]) for part in data.PARTS}
     lines["ranks"] = (f"{value!r} {name}" for value, name in zip(task.rank_values, task.rank_names))
     lines["labels"] = (repr(real[path]) for part in data.PARTS if real for path, _ in samples[part])
-    return {name: sha256_of_lines(texts) for name, texts in lines.items()}
+    digests = {name: hashlib.sha256() for name in lines}
+    for name, digest in digests.items():
+        for i, line in enumerate(lines[name]):
+            digest.update((f"\n{line}" if i else line).encode())
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-def sha256_of_lines(lines: Iterable[str]) -> str:
-    digest, separator = hashlib.sha256(), ""
-    for line in lines:
-        digest.update(f"{separator}{line}".encode())
-        separator = "\n"
-    return digest.hexdigest()
+def check_same_images(args: Namespace, task: data.Task, saved: dict | None = None) -> None:
+    """SystemExit if images or ranks are not those of config.json, or of `saved`, a checkpoint.
 
-
-def check_same_images(args: Namespace, task: data.Task) -> None:
-    """SystemExit if the images and ranks of a run that was begun are not those of config.json."""
+    Runs of earlier versions lack some digests.
+    """
     path = Path(args.out) / "config.json"
-    if path.exists():
-        check_digests(args, load_json(path, "settings").get("splits", {}), task)
-
-
-def check_digests(args: Namespace, saved: dict[str, str], task: data.Task) -> None:
-    """SystemExit if the saved split_digests, of which older runs lack some, are of another task."""
-    changed = [k for k, digest in split_digests(task).items() if saved.get(k, digest) != digest]
+    if saved is None:
+        saved = load_json(path) if path.exists() else {}
+    splits = saved.get("splits")
+    digests = split_digests(task) if splits else {}
+    changed = [name for name, digest in digests.items() if splits.get(name, digest) != digest]
     if changed:
         words = dict(ranks="the ranks, their names or order,", labels="the labels in the bins")
         parts = [part for part in changed if part in data.PARTS]
@@ -293,12 +302,12 @@ def save_json(path: Path, content: dict) -> None:
     data.atomic_write(path, lambda tmp_path: tmp_path.write_text(text, encoding="utf-8"))
 
 
-def load_json(path: Path, needed: str) -> dict:
-    """An object whose value `needed` is an object too. SystemExit for a file that is damaged."""
+def load_json(path: Path) -> dict:
+    """config.json or results.json; SystemExit if it is damaged: both hold an object "settings"."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or not isinstance(content.get(needed), dict):
-            raise ValueError(f"it holds no {needed!r}")
+        if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
+            raise ValueError("it holds no 'settings'")
     except ValueError as error:
         raise SystemExit(
             f"{path} is damaged ({error}); restore it, or move it away and repeat the command of "

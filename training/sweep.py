@@ -1,27 +1,30 @@
 """The runs of one command: a run for each fold, category, seed, and value of SWEEP_FLAGS.
 
-Read expand_runs first. Needs: data, training.run_folder.
+Read expand_runs first. Needs: data, training.distributed, .loaders, .run_folder.
 """
 
-import copy
 import itertools
 from argparse import Namespace
 from pathlib import Path
 
 import data
-from training.run_folder import as_list, run_name
+from training.distributed import is_main
+from training.loaders import load_task
+from training.run_folder import (
+    as_list,
+    check_run_dir,
+    check_same_images,
+    load_finished_results,
+    run_name,
+)
 
 OWN_DATA_FOLDS = 5  # of --fold all with a folder of own data
 SWEEP_FLAGS = ("base_ranks", "shots", "shift")  # flags that accept a list: one run per value
 
 
 def is_sweep(args: Namespace) -> bool:
-    several = args.fold == "all" or args.category == "each" or bool(args.seeds)
-    return several or has_sweep_values(args)
-
-
-def has_sweep_values(args: Namespace) -> bool:
-    return any(isinstance(getattr(args, key), list) for key in SWEEP_FLAGS)
+    has_several = any(isinstance(getattr(args, key), list) for key in SWEEP_FLAGS)
+    return has_several or args.fold == "all" or args.category == "each" or bool(args.seeds)
 
 
 def categories(dataset: str) -> list[str | None]:
@@ -30,22 +33,44 @@ def categories(dataset: str) -> list[str | None]:
     return [name for name in names if name != "all"]
 
 
-def expand_runs(args: Namespace, own_folds: int | None = None) -> list[Namespace]:
+def expand_runs(args: Namespace) -> list[Namespace]:
     """The settings of each run: folds x categories x values of SWEEP_FLAGS x seeds."""
     if not is_sweep(args):
         return [args]
-    num_folds = data.DATASETS.get(args.data, {}).get("folds", own_folds or OWN_DATA_FOLDS)
-    folds = range(num_folds) if args.fold == "all" else [args.fold]
-    names = categories(args.data) if args.category == "each" else [args.category]
-    if names == [None] and args.category:
-        raise SystemExit(f"--category each: {args.data} has no categories; leave it out")
+    folds, names = [args.fold], [args.category]
+    if args.fold == "all":
+        num_folds = data.DATASETS.get(args.data, {}).get("folds", OWN_DATA_FOLDS)
+        if args.split == data.LEAVE_ONE_OUT:
+            whole = dict(fold=0, base_ranks=2, shots=None, shift=None)
+            num_folds = load_task(Namespace(**vars(args) | whole)).num_groups
+        folds = range(num_folds)
+    if args.category == "each":
+        names = categories(args.data)
+        if names == [None]:
+            raise SystemExit(f"--category each: {args.data} has no categories; leave it out")
+    keys = ("fold", "category", *SWEEP_FLAGS, "seed")
     values = [as_list(getattr(args, key)) for key in SWEEP_FLAGS]
     runs = []
-    for fold, category, *settings, seed in itertools.product(
-        folds, names, *values, args.seeds or [args.seed]
-    ):
-        run = copy.copy(args)
-        vars(run).update(zip(SWEEP_FLAGS, settings), fold=fold, category=category, seed=seed)
+    for settings in itertools.product(folds, names, *values, args.seeds or [args.seed]):
+        run = Namespace(**vars(args) | dict(zip(keys, settings)))
         run.out = str(Path(args.out or "runs") / run_name(run))
         runs.append(run)
     return runs
+
+
+def check_runs(runs: list[Namespace]) -> None:
+    """SystemExit for whatever would stop a later run: before the first one, not after hours."""
+    for run in runs:
+        if load_finished_results(run) is None:
+            check_run_dir(run)
+        elif is_main():
+            print(f"{run.out}: already finished, reading results.json")
+    keys = [(run.base_ranks, run.shots, run.shift, run.fold, run.category) for run in runs]
+    tasks: dict[tuple, data.Task] = {}
+    for run, key in zip(runs, keys):
+        is_begun = (Path(run.out) / "config.json").exists()  # then its images are compared
+        if is_begun and (run.shots or run.shift):
+            key += (run.seed,)
+        if is_begun or len({*keys}) > 1:
+            tasks[key] = tasks.get(key) or load_task(run)
+            check_same_images(run, tasks[key])
