@@ -172,12 +172,15 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add(
         "--workers", type=int, help="reading processes (default: none for few images, else up to 8)"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # images also after options
     for name, value in vars(args).items():  # Path("") would be the current folder
         if any(not str(v).strip() for v in (value if isinstance(value, list) else [value])):
             parser.error(f"{name.replace('_', '-')} is empty; give a value, or leave it out")
-    if not (args.images or args.save_prototypes or args.onnx):
-        parser.error("give images, a folder or a list")
+    of_images = [f"--{name}" for name in ("csv", "json", "explain") if getattr(args, name)]
+    if not args.images and (of_images or not (args.save_prototypes or args.onnx)):
+        parser.error(
+            "give images, folders or lists" + " for " * bool(of_images) + ", ".join(of_images)
+        )
     max_workers = max(64, 2 * (os.cpu_count() or 1))  # as of train.py
     if args.batch_size < 1 or not 0 <= (args.workers or 0) <= max_workers:
         parser.error(f"--batch-size must be at least 1, --workers at least 0 and <= {max_workers}")

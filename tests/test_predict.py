@@ -343,13 +343,22 @@ def test_invalid_commands_are_refused(exported, tmp_path, capsys):
         with pytest.raises(SystemExit, match=message):
             predict.main(argv)
     for argv, message in [
-        ([], "give images"),
+        ([], "give images, folders or lists"),
+        (["--onnx", "x.onnx", "--csv", "o.csv"], "give images, folders or lists for --csv"),
+        (["--save-prototypes", "p.pt", "--json", "o", "--explain", "o"], "for --json, --explain"),
         (["a.png", "--batch-size", "0"], "must be at least 1"),
         (["a.png", "--workers", "-1"], "--workers at least 0"),
     ]:
         with pytest.raises(SystemExit):
             predict.main([exported, *argv])
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", ["E --device cpu a b", "E a --device cpu b", "--device cpu E a b"])
+def test_images_may_stand_before_and_after_options(argv):
+    args = predict.parse_args(argv.split())
+    assert (args.exported, args.images, args.device) == ("E", ["a", "b"], "cpu")
+    assert predict.parse_args([*argv.split(), "--", "-x.png"]).images == ["a", "b", "-x.png"]
 
 
 def test_the_progress_line_is_for_terminals(run, exported, capsys, monkeypatch):
