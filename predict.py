@@ -39,8 +39,8 @@ from regression import Regression
 
 COLUMNS = ("file", "rank", "rank_index", "expected_rank_index", "value", "prob")  # of --csv
 ImageLike = str | Path | Image.Image
-Answers = dict[str, Any]  # of B images: see Predictor.__call__; on the command line also file [B]
-Failed = list[tuple[str, str]]  # (path, error)
+Answers = dict[str, Any]  # of B images: see Predictor.__call__
+Row = dict[str, Any]  # of one image: COLUMNS, and probs (R,)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> "Predictor":
@@ -83,15 +83,16 @@ class Predictor:
             if errors:
                 raise errors[0][1]
             batches.append(answers)
-        return _concat_answers(batches)
+        names = [name for batch in batches for name in batch.pop("name")]
+        return dict(name=names, **{k: torch.cat([b[k] for b in batches]) for k in batches[0]})
 
     def batches(
         self, images: Sequence[ImageLike], batch_size: int = 32, workers: int = 0
     ) -> Iterator[tuple[list[int], Answers | None, list[tuple[int, Exception]]]]:
         """Yield (indices of the images that were read, their answers or None, [(index, error)])."""
         read = partial(_read_batch, self.preprocess)  # runs in the workers
-        items = list(enumerate(images))
-        loader = DataLoader(items, batch_size, collate_fn=read, num_workers=workers)
+        images = list(enumerate(images))
+        loader = DataLoader(images, batch_size, collate_fn=read, num_workers=workers)
         for pixels, indices, errors in loader:
             yield indices, self.predict(pixels) if indices else None, errors
 
@@ -176,11 +177,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     for name, value in vars(args).items():  # Path("") would be the current folder
         if any(not str(v).strip() for v in (value if isinstance(value, list) else [value])):
             parser.error(f"{name.replace('_', '-')} is empty; give a value, or leave it out")
-    of_images = [f"--{name}" for name in ("csv", "json", "explain") if getattr(args, name)]
-    if not args.images and (of_images or not (args.save_prototypes or args.onnx)):
-        parser.error(
-            "give images, folders or lists" + " for " * bool(of_images) + ", ".join(of_images)
-        )
+    tables = [f"--{name}" for name in ("csv", "json", "explain") if getattr(args, name)]
+    if not args.images and (tables or not (args.save_prototypes or args.onnx)):
+        what = ", ".join(tables) or "predictions"
+        parser.error(f"give images, folders or lists for {what}")
     max_workers = max(64, 2 * (os.cpu_count() or 1))  # as of train.py
     if args.batch_size < 1 or not 0 <= (args.workers or 0) <= max_workers:
         parser.error(f"--batch-size must be at least 1, --workers at least 0 and <= {max_workers}")
@@ -210,7 +210,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             export_onnx(predictor, args.onnx)
         for path in filter(None, (args.save_prototypes, args.onnx)):
             print(f"wrote {path}", file=sys.stderr)
-        return report(args, predictor, *predict_all(args, predictor, paths)) if paths else 0
+        if not paths:
+            return 0
+        rows, failed = predict_all(args, predictor, paths)
+        report(args, predictor, rows, failed)
+        return 1 if failed else 0
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"predict.py: {error}") from error
 
@@ -261,68 +265,58 @@ def check_outputs(args: Namespace, paths: Sequence[str]) -> None:
             raise ValueError(message) from error
 
 
-def predict_all(args: Namespace, predictor: Predictor, paths: list[str]) -> tuple[Answers, Failed]:
-    """-> answers of the images that could be read ({} if none could), and the others' errors."""
+def predict_all(args: Namespace, predictor: Predictor, paths: list[str]) -> tuple[list, list]:
+    """-> rows of the images that could be read, and dict(file, error) of the others."""
     workers = args.workers
     if workers is None:  # starting them takes longer than reading a few images
         workers = min(8, (os.cpu_count() or 1) - 1) if len(paths) > 2 * args.batch_size else 0
-    batches, failed, num_read, start_time = [], [], 0, time.time()
+    rows, failed, start_time = [], [], time.time()
     for indices, answers, errors in predictor.batches(paths, args.batch_size, workers):
         if indices:
-            batches.append(dict(answers, file=[paths[i] for i in indices]))
-        failed += [(paths[i], str(error)) for i, error in errors]
-        num_read += len(indices) + len(errors)
+            files = [paths[i] for i in indices]
+            columns = [answers[key].tolist() for key in ("rank", "expected", "value")]
+            columns += [answers["probs"].max(1).values.tolist(), answers["probs"]]
+            for row in zip(files, answers["name"], *columns):
+                rows.append(dict(zip((*COLUMNS, "probs"), row)))
+        failed += [dict(file=paths[i], error=str(error)) for i, error in errors]
         if sys.stderr.isatty():
+            num_read = len(rows) + len(failed)
             speed = f"{num_read / (time.time() - start_time):.0f} images/s "
             print(f"\r  {num_read}/{len(paths)}  {speed}", end="", file=sys.stderr, flush=True)
     print("\r\033[K" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True)
-    return _concat_answers(batches) if batches else {}, failed
+    return rows, failed
 
 
-def report(args: Namespace, predictor: Predictor, answers: Answers, failed: Failed) -> int:
-    """Print the table and what failed, write the files that were asked for -> exit code."""
+def report(args: Namespace, predictor: Predictor, rows: list[Row], failed: list[dict]) -> None:
+    """Write the files that were asked for, print the table and what failed."""
     import data
 
-    names, rows = predictor.rank_names, []
-    if answers:
-        indices, expected, values = (answers[key].tolist() for key in ("rank", "expected", "value"))
-        highest = answers["probs"].max(1).values.tolist()
-        columns = (answers["file"], answers["name"], indices, expected, values, highest)
-        rows = [dict(zip(COLUMNS, row)) for row in zip(*columns)]
     if args.csv:
         data.atomic_write(Path(args.csv), partial(_write_csv, rows))
     if args.json:
-        probs = answers["probs"].tolist() if answers else []
-        images = [dict(row, probs=p) for row, p in zip(rows, probs)]
-        content = dict(rank_names=names, rank_values=predictor.rank_values, images=images)
-        content["not_predicted"] = [dict(file=path, error=error) for path, error in failed]
-        text = json.dumps(content, indent=1) + "\n"
+        content = dict(rank_names=predictor.rank_names, rank_values=predictor.rank_values)
+        content["images"] = [dict(row, probs=row["probs"].tolist()) for row in rows]
+        text = json.dumps(dict(content, not_predicted=failed), indent=1) + "\n"
         data.atomic_write(Path(args.json), lambda tmp_path: tmp_path.write_text(text))
-    if args.explain and answers:
-        count = min(MAX_EXPLAINED, len(rows))
-        spread = torch.linspace(0, len(rows) - 1, count).round().long()  # over the whole list
-        files = [rows[i]["file"] for i in spread]
-        pixels, _, _ = _read_batch(predictor.preprocess, enumerate(files))
-        few = {
-            key: values[spread] if torch.is_tensor(values) else [values[i] for i in spread]
-            for key, values in answers.items()
-        }
-        picture = explain(pixels, few, names)
+    if args.explain and rows:
+        spread = torch.linspace(0, len(rows) - 1, min(MAX_EXPLAINED, len(rows)))  # over all of them
+        chosen = [rows[i] for i in spread.round().long()]
+        pixels, *_ = _read_batch(predictor.preprocess, enumerate(row["file"] for row in chosen))
+        picture = explain(pixels, chosen, predictor.rank_names)
         data.atomic_write(Path(args.explain), lambda tmp_path: picture.save(tmp_path, "PNG"))
     if rows:  # after the files, which are whole also if the reader of the table goes, as `head`
-        print_table(rows, answers["probs"], names)
-    for path, error in failed:
+        print_table(rows, predictor.rank_names)
+    for path, error in map(dict.values, failed):
         message = error if path in error else f"{path}: {error}"
         print(printable(f"not predicted: {message}"), file=sys.stderr)
-    return 1 if failed else 0
 
 
-def print_table(rows: Sequence[dict[str, Any]], probs: Tensor, rank_names: Sequence[str]) -> None:
-    """rows: dicts of COLUMNS for B images, probs (B, R): a line each, with the 3 best ranks."""
+def print_table(rows: Sequence[Row], rank_names: Sequence[str]) -> None:
+    """A line per image, with the 3 best ranks."""
     cells = [("file", "rank", "expected", "prob", "top 3")]
-    for row, distribution in zip(rows, probs):  # (R,)
-        ranks = distribution.topk(min(3, len(rank_names))).indices.tolist()
-        best = "  ".join(f"{rank_names[rank]} {distribution[rank]:.0%}" for rank in ranks)
+    for row in rows:
+        ranks = row["probs"].topk(min(3, len(rank_names))).indices.tolist()
+        best = "  ".join(f"{rank_names[rank]} {row['probs'][rank]:.0%}" for rank in ranks)
         file, value, prob = printable(row["file"]), f"{row['value']:.2f}", f"{row['prob']:.1%}"
         cells.append((file, row["rank"], value, prob, best))
     w = [max(map(len, column)) for column in zip(*cells)]  # widths
@@ -331,9 +325,12 @@ def print_table(rows: Sequence[dict[str, Any]], probs: Tensor, rank_names: Seque
 
 
 def _write_csv(rows, tmp_path):
-    cells = ([f"{x:.4f}" if isinstance(x, float) else x for x in row.values()] for row in rows)
     with open(tmp_path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows([COLUMNS, *cells])
+        table = csv.writer(file)
+        table.writerow(COLUMNS)
+        for row in rows:
+            cells = [row[name] for name in COLUMNS]
+            table.writerow([f"{x:.4f}" if isinstance(x, float) else x for x in cells])
 
 
 def _read_batch(preprocess, items):
@@ -364,12 +361,6 @@ def _read_pixels(preprocess, image):
     if image.getexif().get(0x0112, 1) != 1:  # a copy loses TIFF's tags: only if it must be turned
         image = ImageOps.exif_transpose(image)
     return images.prepare(data.to_rgb(image))
-
-
-def _concat_answers(batches):
-    """Dicts of lists or tensors -> one dict."""
-    columns = {key: [batch[key] for batch in batches] for key in batches[0]}
-    return {k: torch.cat(v) if torch.is_tensor(v[0]) else sum(v, []) for k, v in columns.items()}
 
 
 if __name__ == "__main__":

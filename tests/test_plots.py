@@ -30,17 +30,13 @@ def texts(monkeypatch):
     return texts
 
 
-def answers_of(probs, file="x.png", names=("0",)):
-    expected = probs @ torch.arange(probs.shape[1]).float()
-    rank = probs.argmax(1)
-    return dict(
-        file=[file] * len(probs),
-        name=[*names] * len(probs),
-        probs=probs,
-        expected=expected,
-        value=expected,
-        rank=rank,
-    )
+def rows_of(probs, file="x.png", name="0"):
+    """As predict.py makes them."""
+    expected = (probs @ torch.arange(probs.shape[1]).float()).tolist()
+    return [
+        dict(file=file, rank=name, expected_rank_index=e, value=e, probs=p)
+        for p, e in zip(probs, expected)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -50,8 +46,8 @@ def answers_of(probs, file="x.png", names=("0",)):
 def test_names_of_ranks_do_not_touch(num_ranks, name, texts):
     names = [name.format(rank) for rank in range(num_ranks)]
     probs = torch.rand(1, num_ranks, generator=torch.Generator().manual_seed(0)).softmax(1)
-    answers = answers_of(probs, "x" * 300 + ".png", names[:1])
-    picture = explain(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), answers, names)
+    rows = rows_of(probs, "x" * 300 + ".png", names[0])
+    picture = explain(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), rows, names)
     boxes = [box for _, anchor, box in texts if anchor == "ma"]
     assert picture.size == (1000, 330) and boxes
     assert boxes[0][0] > 0 and boxes[-1][2] <= 1000
@@ -61,7 +57,7 @@ def test_names_of_ranks_do_not_touch(num_ranks, name, texts):
 def test_explain_draws_six_images_and_the_most_probable_rank_dark(texts):
     probs = torch.tensor([[0.1, 0.2, 0.6, 0.1]]).repeat(8, 1)
     images = torch.full((8, 3, 64, 64), 7, dtype=torch.uint8)
-    picture = explain(images, answers_of(probs, "\udcff.png"), list("abcd"))
+    picture = explain(images, rows_of(probs, "\udcff.png"), list("abcd"))
     assert picture.size == (1000, 6 * 330)
     first = np.asarray(picture)[:330]
     assert (first[20:280, 40:290] == 7).all()

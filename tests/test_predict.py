@@ -119,7 +119,7 @@ def test_an_encoder_that_is_not_clips(tmp_path, monkeypatch):
 
 
 def test_a_vgg16_gets_its_memory_from_the_file_only(tmp_path):
-    encoder = exported_files._build_image_encoder(dict(image_encoder="vgg16", state_dict={}), 8)
+    encoder = exported_files._build_image_encoder("vgg16", 8, {}, True)
     assert isinstance(encoder, backbones.VGG16) and all(p.is_meta for p in encoder.parameters())
 
 
@@ -390,13 +390,14 @@ def test_the_pictures_are_of_images_from_over_the_whole_list(run, exported, tmp_
     images = [str(path) for path in sorted(run[1].rglob("*.png"))[::10]]
     for count in (8, 2):
         predict.main([exported, *images[:count], "--explain", str(tmp_path / "o.png")])
-    (pixels, answers, names), (_, few, _) = calls
+    (pixels, rows, names), (_, few, _) = calls
     predictor = predict.load(exported)
     chosen = [images[i] for i in (0, 1, 3, 4, 6, 7)]
-    assert answers["file"] == chosen and few["file"] == images[:2] and len(names) == 4
+    assert [row["file"] for row in rows] == chosen and len(names) == 4
+    assert [row["file"] for row in few] == images[:2]
     expected = predictor(chosen)
-    torch.testing.assert_close(answers["probs"], expected["probs"])
-    assert answers["name"] == expected["name"]
+    torch.testing.assert_close(torch.stack([row["probs"] for row in rows]), expected["probs"])
+    assert [row["rank"] for row in rows] == expected["name"]
     torch.testing.assert_close(predictor.predict(pixels)["probs"], expected["probs"])
 
 
