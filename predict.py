@@ -9,8 +9,8 @@
 
 Images are prepared as in the evaluation. Letters: B images, R ranks, S image size, D joint dim.
 Read from the top: load, Predictor, ONNX, the command line, how images are read.
-Copy together with: exported.py and its files, evaluation/plots.py; data/, unless you call
-predictor.model on your own tensors.
+Copy together with: exported.py and its files, data/, evaluation/plots.py. exported.py alone gives
+the model, for your own tensors.
 """
 
 import csv
@@ -31,6 +31,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import data
 from evaluation.plots import MAX_EXPLAINED, explain, printable
 from exported import load_model, save_prototypes
 from kernels import which_impl
@@ -83,8 +84,9 @@ class Predictor:
             if errors:
                 raise errors[0][1]
             batches.append(answers)
-        names = [name for batch in batches for name in batch.pop("name")]
-        return dict(name=names, **{k: torch.cat([b[k] for b in batches]) for k in batches[0]})
+        names = [name for batch in batches for name in batch["name"]]
+        tensors = {k: torch.cat([b[k] for b in batches]) for k in batches[0] if k != "name"}
+        return dict(name=names, **tensors)
 
     def batches(
         self, images: Sequence[ImageLike], batch_size: int = 32, workers: int = 0
@@ -98,8 +100,6 @@ class Predictor:
 
     def predict(self, pixels: Tensor) -> Answers:
         """uint8 images (B, 3, S, S) -> the dict of __call__."""
-        import data
-
         mean, std = self.preprocess["mean"], self.preprocess["std"]
         images = data.normalize(pixels.to(self.device), mean, std)  # (B, 3, S, S)
         images = images.contiguous(memory_format=torch.channels_last)
@@ -127,7 +127,6 @@ def export_onnx(predictor: Predictor, path: str | Path) -> None:
     except ImportError as error:
         message = f"--onnx needs two packages ({error}): pip install onnx onnxscript"
         raise ImportError(message) from error
-    import data
 
     class Outputs(nn.Module):  # torch.export takes modules only
         def forward(self, images):
@@ -221,8 +220,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def find_images(arguments: Sequence[str | Path]) -> list[str]:
     """Paths of images, of those in folders and lists; ValueError for a folder or list of none."""
-    import data
-
     paths = []
     for argument in map(Path, arguments):
         images = [argument]
@@ -289,8 +286,6 @@ def predict_all(args: Namespace, predictor: Predictor, paths: list[str]) -> tupl
 
 def report(args: Namespace, predictor: Predictor, rows: list[Row], failed: list[dict]) -> None:
     """Write the files that were asked for, print the table and what failed."""
-    import data
-
     if args.csv:
         data.atomic_write(Path(args.csv), partial(_write_csv, rows))
     if args.json:
@@ -347,8 +342,6 @@ def _read_batch(preprocess, items):
 
 def _read_pixels(preprocess, image):
     """A path or PIL image -> uint8 (3, S, S), as the evaluation prepares it."""
-    import data
-
     names = ("image_size", "squash", "resample", "draft")
     options = {name: preprocess[name] for name in names if name in preprocess}
     images = data.ImageList([(image, 0)], "", **options)

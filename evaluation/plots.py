@@ -1,6 +1,6 @@
 """The pictures of a run and of single predictions, drawn with Pillow alone.
 
-    draw_matrices([confusion], ["test images"], rank_names, ("predicted", "true")).save("c.png")
+    draw_matrices({"test images": confusion}, rank_names, ("predicted", "true")).save("c.png")
 
 Letters: B images, R ranks, S image size; positions are in pixels. Read in order: the pictures
 (draw_matrices, draw_error_by_rank, draw_curves, draw_sheet, explain), then what they share.
@@ -23,24 +23,21 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom of a chart
 
 
 def draw_matrices(
-    matrices: Sequence[Tensor],
-    titles: Sequence[str],
+    matrices: dict[str, Tensor],
     rank_names: Sequence[str],
     axes: tuple[str, str],
     span: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """Matrices (R, R) side by side on one colour scale: the darker, the larger.
+    """Matrices {title: (R, R)} side by side on one colour scale: the darker, the larger.
 
     axes: titles of the (columns, rows). span: lowest and highest value of the scale, by default of
     all matrices. Up to 12 ranks are drawn with the values in their cells.
     """
     side, step, top = 400, 550, 56
-    low, high = span or (
-        min(m.min().item() for m in matrices),
-        max(m.max().item() for m in matrices),
-    )
+    values = [value for matrix in matrices.values() for value in matrix.flatten().tolist()]
+    low, high = span or (min(values), max(values))
     picture, draw = _canvas(step * len(matrices) + 110, side + 150)
-    for i, (matrix, title) in enumerate(zip(matrices, titles)):
+    for i, (title, matrix) in enumerate(matrices.items()):
         left = 120 + i * step
         shades = (matrix.double() - low) / max(high - low, 1e-12)  # (R, R)
         _draw_shades(picture, shades.clamp(0, 1).numpy(), left, top, side, side)

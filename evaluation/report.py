@@ -114,7 +114,7 @@ class FinishedRun:
     results: dict[str, Any]  # results.json
     settings: dict[str, Any]
     figures: dict[str, Any]  # test_METRIC, val_METRIC, ..., ordinality: of the tables and the CSV
-    table: tuple[str, ...]  # dataset, label rule and split: runs that agree in these share tables
+    table: str  # dataset, label rule and split: runs that agree in these share tables
     row: str  # the method, and what else differs between runs that would share a cell
     column: str
 
@@ -141,7 +141,9 @@ def write_report(paths: list[str | Path], name: str = "report.md") -> str:
             left_out.append(f"- left out {file}: damaged ({type(error).__name__}: {error})")
             continue
         # Figures that agree in all digits are copied, or repeated, which is no second seed.
-        identity = json.dumps([comparable_settings(run.settings), run.results["test"]])
+        identity = json.dumps(
+            [comparable_settings(run.settings), run.results["test"]], sort_keys=True
+        )
         if (first := runs.setdefault(identity, run)) is not run:
             same = f"the settings, seed, fold and figures of {first.path}, so the same run"
             left_out.append(f"- left out {file}: {same}")
@@ -151,7 +153,7 @@ def write_report(paths: list[str | Path], name: str = "report.md") -> str:
         raise SystemExit(lines)
     name_rows(runs.values())
     out_dir = Path(os.path.commonpath([run.path.parent for run in runs.values()]))
-    tables: dict[tuple, list[FinishedRun]] = {}
+    tables: dict[str, list[FinishedRun]] = {}
     for run in runs.values():
         tables.setdefault(run.table, []).append(run)
     text = "\n".join(format_tables(group, out_dir) for group in tables.values())
@@ -159,10 +161,9 @@ def write_report(paths: list[str | Path], name: str = "report.md") -> str:
     data.atomic_write(out_dir / name, lambda tmp_path: tmp_path.write_text(text, encoding="utf-8"))
     rows = []
     for run in runs.values():
-        cell = dict(table=" ".join(run.table), row=run.row, column=run.column)
-        rows.append(
-            dict(run=os.path.relpath(run.path, out_dir), **cell) | run.settings | run.figures
-        )
+        row = dict(run=os.path.relpath(run.path, out_dir), table=run.table)
+        row |= dict(row=run.row, column=run.column)
+        rows.append(row | run.settings | run.figures)
     csv_path = (out_dir / name).with_suffix(".csv")
     save_csv(csv_path, rows)
     print(text + f"\nwritten to {out_dir / name} and {csv_path.name}")
@@ -177,7 +178,7 @@ def why_empty(path: Path) -> str:
 
 
 def read_run(file: Path) -> FinishedRun:
-    """ValueError, KeyError, TypeError or AttributeError: it is damaged, so that it has no tables."""
+    """ValueError, KeyError, TypeError or AttributeError: it is damaged, it cannot have tables."""
     results = json.loads(file.read_text(encoding="utf-8"))
     settings = dict(init=None) | results["settings"]  # what runs of earlier versions do not hold
     settings["split"] = settings["split"] or "random"
@@ -191,11 +192,9 @@ def read_run(file: Path) -> FinishedRun:
     names = ("ordinality_chance", "val_is_test", "seconds", "commit", "torch", "gpu")
     figures |= {name: results.get(name) for name in names}
     split = "given lists" if settings.get("train_list") else settings["split"]
-    table = (settings["data"], settings.get("label_rule"), split)
+    table = " ".join(filter(None, (settings["data"], settings.get("label_rule"), split)))
     row, column = method_name(Namespace(**settings)), column_name(settings)
-    run = FinishedRun(
-        file.parent, results, settings, figures, tuple(filter(None, table)), row, column
-    )
+    run = FinishedRun(file.parent, results, settings, figures, table, row, column)
     name_rows([run])
     format_tables([run], run.path)
     return run
@@ -251,26 +250,28 @@ def images_digest(run: FinishedRun) -> str:
 def format_tables(runs: list[FinishedRun], out_dir: Path) -> str:
     """The tables of one dataset under one protocol, what they rest on, and a link to each run."""
     dataset, method_order = runs[0].settings["data"], list(METHODS)
-    cells: dict[str, dict[str, list[FinishedRun]]] = {}  # {row: {column: runs}}
     shown = [*runs, *overall_runs(runs)]
-    for run in sorted(shown, key=lambda run: method_order.index(run.settings["method"])):
-        cells.setdefault(run.row, {}).setdefault(run.column, []).append(run)
+    shown.sort(key=lambda run: method_order.index(run.settings["method"]))
+    cells: dict[tuple[str, str], list[FinishedRun]] = {}
+    for run in shown:
+        cells.setdefault((run.row, run.column), []).append(run)
+    rows = dict.fromkeys(run.row for run in shown)
     columns = sorted({run.column for run in shown}, key=lambda name: column_order(dataset, name))
-    other_rows = {run.row for run in runs if not is_paper_setup(run)}
-    lines = ["## " + " ".join(runs[0].table), ""]
+    paper_rows = rows.keys() - {run.row for run in runs if not is_paper_setup(run)}
+    lines = ["## " + runs[0].table, ""]
     for title, figure, factor, digits, paper in TABLES:
         if figure == IN_UNIT and all(run.figures.get(figure) is None for run in runs):
             continue
         paper = {column: paper.get(dataset, {}).get(column, {}) for column in columns}
-        in_paper = any(row in paper[column] for row in {*cells} - other_rows for column in columns)
+        in_paper = any(row in paper[column] for row in paper_rows for column in columns)
         lines += [title + " (the paper's in brackets)" * in_paper, ""]
         lines += ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-        for row in cells:
+        for row in rows:
             texts = [row]
             for column in columns:
-                values = [run.figures.get(figure) for run in cells[row].get(column, ())]
+                values = [run.figures.get(figure) for run in cells.get((row, column), ())]
                 values = [value * factor for value in values if value is not None]
-                paper_value = None if row in other_rows else paper[column].get(row)
+                paper_value = paper[column].get(row) if row in paper_rows else None
                 texts.append(format_cell(values, digits, paper_value))
             lines.append("| " + " | ".join(texts) + " |")
         lines.append("")

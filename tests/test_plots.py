@@ -70,7 +70,7 @@ def test_a_matrix_is_drawn_with_its_rows_downwards_and_darker_where_larger():
     matrix = torch.zeros(20, 20)
     matrix[3, 15] = 1  # true rank 3, predicted 15
     picture = np.asarray(
-        draw_matrices([matrix], ["t"], [str(i) for i in range(20)], ("x", "y")).convert("L")
+        draw_matrices({"t": matrix}, [str(i) for i in range(20)], ("x", "y")).convert("L")
     )
     area = picture[56:456, 120:520].reshape(20, 20, 20, 20).mean((1, 3))  # cells of 20 x 20 pixels
     assert np.unravel_index(area.argmin(), area.shape) == (3, 15) and area[3, 15] < 60
@@ -80,15 +80,15 @@ def test_a_matrix_is_drawn_with_its_rows_downwards_and_darker_where_larger():
 @pytest.mark.parametrize("num_ranks", [12, 13])
 def test_matrices_share_one_scale_and_few_ranks_carry_their_values(texts, num_ranks):
     names = [f"rank {i}" for i in range(num_ranks)]
-    values = torch.eye(num_ranks), 3 * torch.eye(num_ranks)
-    picture = draw_matrices(values, ["one", "three"], names, ("predicted", "true"))
+    matrices = dict(one=torch.eye(num_ranks), three=3 * torch.eye(num_ranks))
+    picture = draw_matrices(matrices, names, ("predicted", "true"))
     assert picture.size == (2 * 550 + 110, 550)
     labels = [text for text, *_ in texts]
     assert labels.count("3.00") == (12 if num_ranks == 12 else 0)
     assert labels[-3:] == ["0", "1.5", "3"] and labels.count("predicted") == 2
     counts = torch.arange(4).view(2, 2)
     texts.clear()
-    draw_matrices([counts], ["counts"], ["a", "b"], ("x", "y"), span=(0, 10))
+    draw_matrices(dict(counts=counts), ["a", "b"], ("x", "y"), span=(0, 10))
     labels = [text for text, *_ in texts]
     assert "2" in labels and "2.00" not in labels and labels[-3:] == ["0", "5", "10"]
 

@@ -411,19 +411,13 @@ def copy_modules(folder, *names):
             shutil.copy(ROOT / name, folder / name)
 
 
-ALONE = (
-    "predict.py",
-    "exported.py",
-    "ordinalclip.py",
-    "kernels",
-    "evaluation/plots.py",
-    "clip_model.py",
-)
-ALONE += ("clip_weights.py", "regression.py")
+MODEL_FILES = (
+    "exported.py", "ordinalclip.py", "regression.py", "kernels", "clip_model.py", "clip_weights.py",
+)  # fmt: skip
 
 
 def test_it_runs_without_the_rest_of_the_project(run, exported, tmp_path):
-    copy_modules(tmp_path, *ALONE, "backbones.py", "data")
+    copy_modules(tmp_path, *MODEL_FILES, "predict.py", "data", "evaluation/plots.py")
     image = sorted(run[1].rglob("*.png"))[0]
     words = ["predict.py", exported, str(image), str(tmp_path / "missing.png")]
     process = run_script(words, tmp_path)
@@ -433,8 +427,9 @@ def test_it_runs_without_the_rest_of_the_project(run, exported, tmp_path):
 
 
 def test_a_model_is_rebuilt_without_data_and_backbones(exported, tmp_path):
-    copy_modules(tmp_path, *ALONE)
-    code = f"""import torch, predict; p = predict.load({exported!r}); s = p.preprocess['image_size']
-print(p.model.predict(torch.zeros(2, 3, s, s))['probs'].shape == (2, len(p.rank_names)))"""
+    copy_modules(tmp_path, *MODEL_FILES)
+    code = f"""import torch, exported
+model, names, _, preprocess = exported.load_model({exported!r}); s = preprocess['image_size']
+print(model.eval().predict(torch.zeros(2, 3, s, s))['probs'].shape == (2, len(names)))"""
     process = run_python(code, tmp_path)
     assert process.returncode == 0 and process.stdout.strip() == "True", process.stderr
