@@ -115,28 +115,31 @@ def load_prototypes(path: str | Path) -> dict[str, Any]:
 
 
 def _load_file(path, expected_format, keys, expected):
-    """The dict that torch.save wrote to a file of that format, its entries as ENTRIES says."""
+    """The dict that torch.save wrote to a file of that format."""
     content = load_file(path, expected)
     content = content if isinstance(content, dict) else {}
     if content.get("format") != expected_format:
         got = ", ".join(map(str, list(content)[:9])) or "no entries"
         got = " ".join(f"format {content.get('format')!r} with {got}".split())
         raise ValueError(f"{path} is another file: got {got:.200}; expected {expected}")
-    if missing := [key for key in keys if key not in content]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: export the run again")
-    preprocess = content.get("preprocess")
-    for entries in (content, preprocess if isinstance(preprocess, dict) else {}):
-        for key in ("rank_values", "mean", "std"):  # numpy's arrays, which load_file makes tensors
-            if torch.is_tensor(entries.get(key)):
-                entries[key] = entries[key].tolist()
-    for key in keys:
-        words, is_right = ENTRIES[key]
-        if not is_right(content[key]):
-            got = f"{type(content[key]).__name__} {' '.join(repr(content[key]).split()):.60}"
-            raise ValueError(f"{path}: {key} is the {got}; expected {words}: export the run again")
+    _check_entries(content, keys, path)
+    if "preprocess" in keys:
+        _check_entries(content["preprocess"], PREPROCESS, f"{path}: preprocess")
     tensors = {key: content[key] for key in keys if torch.is_tensor(content[key])}
     check_finite(content["state_dict"] if "state_dict" in keys else tensors, str(path))
     return content
+
+
+def _check_entries(entries, keys, where):
+    if missing := [key for key in keys if key not in entries]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}: export the run again")
+    for key in [key for key in ENTRIES if key in entries]:
+        if key in ("rank_values", "mean", "std") and torch.is_tensor(entries[key]):
+            entries[key] = entries[key].tolist()  # of numpy's array, which load_file makes a tensor
+        words, is_right = ENTRIES[key]
+        if not is_right(entries[key]):
+            got = f"{type(entries[key]).__name__} {' '.join(repr(entries[key]).split()):.60}"
+            raise ValueError(f"{where}: {key} is the {got}; expected {words}: export the run again")
 
 
 def _is_list(value, *types):
@@ -154,37 +157,30 @@ def _are_tensors(value):
     )
 
 
-def _is_preprocess(value):
-    if not isinstance(value, dict):
-        return False
-    size, mean, std = (value.get(key) for key in ("image_size", "mean", "std"))
-    return (
-        type(size) is int
-        and 0 < size < 10_000
-        and _are_numbers(mean)
-        and _are_numbers(std, low=0)
-        and len(mean) == len(std) == 3
-        and value.get("resample", "bicubic") in ("bicubic", "bilinear")
-        and all(type(value.get(key, False)) is bool for key in ("squash", "draft"))
-    )
-
-
-ENTRIES = {  # of the files: what each must be, in words and in code
+IS_BOOL = "True or False", lambda value: type(value) is bool
+ENTRIES = {  # what each must be, in words and in code
     "image_encoder": ("a text", lambda value: isinstance(value, str)),
-    "quick_gelu": ("True or False", lambda value: isinstance(value, bool)),
+    "quick_gelu": IS_BOOL,
     "state_dict": ("tensors by name", _are_tensors),
     "rank_names": ("a list of texts", lambda value: _is_list(value, str)),
     "rank_values": ("a list of finite numbers", _are_numbers),
-    "preprocess": (
-        "image_size (an integer), mean and std (3 numbers each), perhaps squash, resample, draft",
-        _is_preprocess,
+    "preprocess": ("image_size, mean and std", lambda value: isinstance(value, dict)),
+    "image_size": (
+        "an integer, 1 to 9999",
+        lambda value: type(value) is int and 0 < value < 10_000,
     ),
+    "mean": ("3 numbers", lambda value: _are_numbers(value) and len(value) == 3),
+    "std": ("3 numbers above 0", lambda value: _are_numbers(value, low=0) and len(value) == 3),
+    "resample": ("bicubic or bilinear", lambda value: value in ("bicubic", "bilinear")),
+    "squash": IS_BOOL,
+    "draft": IS_BOOL,
     "prototypes": ("a tensor", torch.is_tensor),
     "logit_scale": ("a finite number", lambda value: _are_numbers([value])),
 }
 EXPORTED = (
     "image_encoder", "quick_gelu", "state_dict", "rank_names", "rank_values", "preprocess",
 )  # fmt: skip
+PREPROCESS = ("image_size", "mean", "std")  # perhaps also resample, squash, draft
 PROTOTYPES = ("prototypes", "rank_names", "rank_values", "logit_scale")
 
 

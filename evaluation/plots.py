@@ -93,13 +93,10 @@ def draw_curves(log: Sequence[dict[str, float]]) -> Image.Image:
         highest = max(row[key] for row in log for key, _ in lines) or 1
         _draw_text(draw, (left, 12), title, 20)
         _draw_grid(draw, (left, top, right, bottom), highest, ".3g")
+        xs = [left + (row["epoch"] - first) / max(last - first, 1) * (right - left) for row in log]
         styles = (left, DARK_BAR, 3), (left + 200, "#7fa6cc", 5)  # differ in width, too
         for (key, name), (legend, ink, width) in zip(lines, styles):
-            shares = [(row["epoch"] - first) / (max(last, first + 1) - first) for row in log]
-            points = [
-                (left + share * (right - left), bottom - row[key] / highest * (bottom - top))
-                for share, row in zip(shares, log)
-            ]
+            points = [(x, bottom - row[key] / highest * (bottom - top)) for x, row in zip(xs, log)]
             draw.line(points, ink, width)
             for x, y in points if len(points) < 30 else ():
                 draw.ellipse((x - 4, y - 4, x + 4, y + 4), ink)
