@@ -248,10 +248,10 @@ def check_outputs(args: Namespace, paths: Sequence[str]) -> None:
     for flag in ("--csv", "--json", "--explain", "--save-prototypes", "--onnx"):
         if (output := getattr(args, flag[2:].replace("-", "_"))) is None:
             continue
-        files = inputs if os.path.exists(output) else []
-        if files and not os.path.isfile(output):
+        exists = os.path.exists(output)
+        if exists and not os.path.isfile(output):
             raise ValueError(f"{flag} {output} is a folder or device; give the name of a file")
-        if any(os.path.exists(file) and os.path.samefile(file, output) for file in files):
+        if exists and any(os.path.exists(f) and os.path.samefile(f, output) for f in inputs):
             raise ValueError(f"{flag} {output} is one of the inputs; give another file")
         if (first := flags.setdefault(os.path.realpath(output), flag)) != flag:
             raise ValueError(f"{first} and {flag} are both {output}; give another file")

@@ -26,7 +26,7 @@ from training.sweep import categories
 def paper_table(rows: Iterable[str], columns: dict[str, str]) -> dict[str, dict[str, str]]:
     """{column: {row: figure}} from {column: "figure of each row"}, as printed in the paper."""
     return {
-        column: dict(zip(rows, (figure.replace("±", " ± ") for figure in figures.split())))
+        column: dict(zip(rows, [f.replace("±", " ± ") for f in figures.split()], strict=True))
         for column, figures in columns.items()
     }
 
