@@ -23,18 +23,17 @@ from clip_weights import check_finite, load_file
 from ordinalclip import FixedPrototypes, OrdinalCLIP
 from regression import Regression
 
-FORMAT, PROTOTYPES_FORMAT = "ordinalclip-1", "ordinalclip-prototypes-1"
-Exported = tuple[OrdinalCLIP | Regression, list[str], list[float], dict[str, Any]]
+PROTOTYPES_FORMAT = "ordinalclip-prototypes-1"
 
 
-def load_model(path: str | Path) -> Exported:
+def load_model(path: str | Path) -> tuple[OrdinalCLIP | Regression, list[str], list[float], dict]:
     """-> model (float32, on the CPU), rank names [R], rank values [R], preprocessing of an export.
 
     Raises FileNotFoundError if there is no such file, ValueError for any other, damaged or
     incomplete file and for nan and inf, ImportError if the image encoder is timm's or torchvision's
     and that package is not installed.
     """
-    content = _load_file(path, FORMAT, EXPORTED, "the exported.pt that train.py writes")
+    content = _load_file(path, "ordinalclip-1", EXPORTED, "the exported.pt that train.py writes")
     name, quick_gelu, state, names, values, preprocess = (content[key] for key in EXPORTED)
     is_regression = "head.weight" in state
     empty = torch.empty(0, 0)
@@ -111,7 +110,7 @@ def load_prototypes(path: str | Path) -> dict[str, Any]:
     return {key: content[key] for key in PROTOTYPES}
 
 
-# ------------------------------------------------------------------ every entry is checked
+# ------------------------------------------------------------------------ every entry is checked
 
 
 def _load_file(path, expected_format, keys, expected):

@@ -41,7 +41,7 @@ from regression import Regression
 COLUMNS = ("file", "rank", "rank_index", "expected_rank_index", "value", "prob")  # of --csv
 ImageLike = str | Path | Image.Image
 Answers = dict[str, Any]  # of B images: see Predictor.__call__
-Row = dict[str, Any]  # of one image: COLUMNS, and probs (R,)
+Rows = list[dict[str, Any]]  # one per image: COLUMNS and probs (R,), or file and error
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> "Predictor":
@@ -262,8 +262,8 @@ def check_outputs(args: Namespace, paths: Sequence[str]) -> None:
             raise ValueError(message) from error
 
 
-def predict_all(args: Namespace, predictor: Predictor, paths: list[str]) -> tuple[list, list]:
-    """-> rows of the images that could be read, and dict(file, error) of the others."""
+def predict_all(args: Namespace, predictor: Predictor, paths: list[str]) -> tuple[Rows, Rows]:
+    """-> rows of the images that could be read, and file and error of the others."""
     workers = args.workers
     if workers is None:  # starting them takes longer than reading a few images
         workers = min(8, (os.cpu_count() or 1) - 1) if len(paths) > 2 * args.batch_size else 0
@@ -284,7 +284,7 @@ def predict_all(args: Namespace, predictor: Predictor, paths: list[str]) -> tupl
     return rows, failed
 
 
-def report(args: Namespace, predictor: Predictor, rows: list[Row], failed: list[dict]) -> None:
+def report(args: Namespace, predictor: Predictor, rows: Rows, failed: Rows) -> None:
     """Write the files that were asked for, print the table and what failed."""
     if args.csv:
         data.atomic_write(Path(args.csv), partial(_write_csv, rows))
@@ -301,12 +301,13 @@ def report(args: Namespace, predictor: Predictor, rows: list[Row], failed: list[
         data.atomic_write(Path(args.explain), lambda tmp_path: picture.save(tmp_path, "PNG"))
     if rows:  # after the files, which are whole also if the reader of the table goes, as `head`
         print_table(rows, predictor.rank_names)
-    for path, error in map(dict.values, failed):
+    for row in failed:
+        path, error = row["file"], row["error"]
         message = error if path in error else f"{path}: {error}"
         print(printable(f"not predicted: {message}"), file=sys.stderr)
 
 
-def print_table(rows: Sequence[Row], rank_names: Sequence[str]) -> None:
+def print_table(rows: Rows, rank_names: Sequence[str]) -> None:
     """A line per image, with the 3 best ranks."""
     cells = [("file", "rank", "expected", "prob", "top 3")]
     for row in rows:

@@ -48,7 +48,7 @@ def predict_loader(run: Run, loader: DataLoader) -> tuple[Tensor, Tensor]:
     if run.args.freeze_image:
         eval_model = without_image_encoder(eval_model)
     progress = ProgressLine("predicting")
-    # where there are fewer images than processes, some have none
+    # of none: a process has no images where they are fewer than the processes
     probs, labels = [torch.zeros(0, run.task.num_ranks)], [torch.zeros(0, dtype=torch.long)]
     num_images = len(loader.dataset) * world_size()
     for i, (images, batch_labels) in enumerate(loader, 1):
@@ -95,7 +95,7 @@ def evaluate_test_set(
     if targets := task.targets("test"):
         value = task.rank_values[majority["rank"]]
         majority["mae_value"] = sum(abs(value - target) for target in targets) / len(targets)
-    is_zeroshot = args.method == "zeroshot"
+    has_prompt = args.method == "zeroshot"
     results = dict(
         data=task.name,
         protocol=task.protocol,
@@ -103,7 +103,7 @@ def evaluate_test_set(
         images=dict(train=len(task.train), val=len(task.val), test=len(task.test)),
         splits=run.splits,
         val_is_test=task.val_is_test,
-        prompt=zeroshot_prompt(args, task, task.rank_names[0]) if is_zeroshot else None,
+        prompt=zeroshot_prompt(args, task, task.rank_names[0]) if has_prompt else None,
         test=part_metrics(task, "test", probs, labels),
         val=val,
         majority=majority | dict(rank=task.rank_names[majority["rank"]]),
@@ -218,10 +218,10 @@ def draw_pictures(
     names, axes = run.task.rank_names, ("predicted rank", "true rank")
     counts = {"test images, counted": confusion_matrix(probs, labels)}
     means = mean_probs_by_rank(probs, labels)
-    scale, means = (0, float(means.max())), {"mean probability of each rank": means}
+    titled = {"mean probability of each rank": means}
     pictures = dict(
         confusion=draw_matrices(counts, names, axes),
-        distribution=draw_matrices(means, names, axes, scale),
+        distribution=draw_matrices(titled, names, axes, span=(0, float(means.max()))),
         error=draw_error_by_rank(rows),
         sheet=draw_sheet(best_and_worst(run.task, run.preprocess, probs, labels)),
     )
