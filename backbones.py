@@ -13,6 +13,7 @@ Copy together with: nothing; needs torch>=2.4. Read from the top.
 import re
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
 
@@ -46,15 +47,20 @@ def build_image_encoder(
     Raises ValueError for an unknown name or weights that do not fit, FileNotFoundError for missing
     weights, ImportError where the package is absent.
     """
+    is_imagenet = weights == "imagenet"
+    path = None if is_imagenet else weights
     package, _, model_name = name.partition(":")
     builders = {"timm": _timm, "torchvision": _torchvision}
-    is_imagenet = weights == "imagenet"
     if name == "vgg16":
         encoder = VGG16(dim)
         path = download(VGG16_URL, VGG16_SHA256) if is_imagenet else weights
     elif package in builders and model_name:
-        encoder = builders[package](model_name, dim, is_imagenet)
-        path = None if is_imagenet else weights
+        try:
+            module = import_module(package)
+        except ImportError as error:
+            message = f"image encoder {name} needs {package}: pip install {package}"
+            raise ImportError(message) from error
+        encoder = builders[package](module, model_name, dim, is_imagenet)
     else:
         expected = "expected one of vgg16, timm:NAME, torchvision:NAME"
         raise ValueError(f"image encoder {name!r}: {expected}")
@@ -103,11 +109,7 @@ class VGG16(nn.Module):
         return self.classifier(self.features(images).flatten(1))  # (B, D)
 
 
-def _timm(name, dim, pretrained):
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError(f"image encoder timm:{name} needs timm: pip install timm") from error
+def _timm(timm, name, dim, pretrained):
     encoder = timm.create_model(name, pretrained=pretrained, num_classes=dim)
     settings = encoder.default_cfg
     encoder.image_size, encoder.last_layer = settings["input_size"][-1], settings["classifier"]
@@ -115,18 +117,12 @@ def _timm(name, dim, pretrained):
     return encoder
 
 
-def _torchvision(name, dim, pretrained):
-    try:
-        from torchvision import models
-    except ImportError as error:
-        message = f"image encoder torchvision:{name} needs torchvision: pip install torchvision"
-        raise ImportError(message) from error
-    encoder = models.get_model(name, weights="DEFAULT" if pretrained else None)
+def _torchvision(torchvision, name, dim, pretrained):
+    encoder = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
     layers = [key for key, module in encoder.named_modules() if isinstance(module, nn.Linear)]
     if not layers:
-        raise ValueError(
-            f"torchvision:{name} has no linear layer at its end; expected a classifier"
-        )
+        expected = "expected a classifier"
+        raise ValueError(f"torchvision:{name} has no linear layer at its end; {expected}")
     parent, _, child = layers[-1].rpartition(".")
     width = encoder.get_submodule(layers[-1]).in_features
     setattr(encoder.get_submodule(parent), child, nn.Linear(width, dim))
@@ -135,16 +131,8 @@ def _torchvision(name, dim, pretrained):
     return encoder
 
 
-_WRAPPERS = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "net",
-    "module",
-    "params",
-    "model_ema",
-    "ema",
-)
+# What training puts around a state dict, and before its names
+_WRAPPERS = "state_dict model_state_dict model net module params model_ema ema".split()
 _PREFIXES = re.compile(r"((module|_orig_mod|model|net|backbone|image_encoder)\.)+")
 
 
@@ -164,25 +152,24 @@ def _load(encoder, path):
         removed.add(key)
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}; expected a state dict")
-    encoder_state, last_layer, entries = encoder.state_dict(), encoder.last_layer + ".", {}
+    last_layer, expected, entries = encoder.last_layer + ".", encoder.state_dict(), {}
     for key, value in state.items():
-        prefix = "" if key in encoder_state else _PREFIXES.match(str(key))
-        prefix = prefix[0] if prefix else ""
-        entries[str(key).removeprefix(prefix)] = value
-        removed |= {prefix} - {""}
-    entries = {key: value for key, value in entries.items() if not key.startswith(last_layer)}
-    got = {(key, getattr(value, "shape", None)) for key, value in entries.items()}
-    expected = {
-        (key, v.shape) for key, v in encoder_state.items() if not key.startswith(last_layer)
-    }
-    if mismatched := sorted({key for key, _ in got ^ expected}):
+        name = str(key)
+        if name not in expected and (prefix := _PREFIXES.match(name)):
+            name = name.removeprefix(prefix[0])
+            removed.add(prefix[0])
+        if not name.startswith(last_layer):
+            entries[name] = value
+    got = {(name, getattr(value, "shape", None)) for name, value in entries.items()}
+    wanted = {(name, v.shape) for name, v in expected.items() if not name.startswith(last_layer)}
+    if mismatched := sorted({name for name, _ in got ^ wanted}):
         raise ValueError(
             f"{path} does not fit {type(encoder).__name__}: {len(mismatched)} entries missing, "
             f"unexpected or of another shape, e.g. {', '.join(mismatched[:3])}"
         )
-    for key, value in entries.items():
+    for name, value in entries.items():
         if not value.isfinite().all():
-            raise ValueError(f"{path}: {key} holds nan or inf; get the file again")
+            raise ValueError(f"{path}: {name} holds nan or inf; get the file again")
     if removed:
         print(f"{path}: without {', '.join(map(repr, sorted(removed)))}", file=sys.stderr)
-    encoder.load_state_dict(encoder_state | entries)
+    encoder.load_state_dict(entries, strict=False)

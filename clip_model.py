@@ -22,17 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_weights import (
-    MODELS,
-    check_finite,
-    download,
-    load_weights,
-    read_safetensors,
-    to_openai_layout,
-)
+if __package__:  # pasted into a package, clip_weights.py beside it
+    from . import clip_weights
+else:
+    import clip_weights
 
 __all__ = ["CLIP", "MODELS", "download", "image_tower", "read_safetensors", "tiny_clip"]
 
+MODELS = clip_weights.MODELS
+download, read_safetensors = clip_weights.download, clip_weights.read_safetensors
 VOCAB_SIZE = 49408  # of CLIP's tokenizer; its last id is [EOT]
 # Heads are 64 wide, except in open_clip's ViT-H, ViT-g, ViT-bigG and ViT-e; shapes cannot tell.
 VISION_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
@@ -50,15 +48,14 @@ class CLIP(nn.Module):
         layers: int,
         mlp_width: int | None = None,
         context_length: int = 77,
-        vocab_size: int = VOCAB_SIZE,
         quick_gelu: bool = True,
     ) -> None:
         super().__init__()
         self.image_size, self.embed_dim = visual.image_size, embed_dim
-        self.context_length, self.vocab_size = context_length, vocab_size
+        self.context_length, self.vocab_size = context_length, VOCAB_SIZE
         self.visual = visual
         self.transformer = Transformer(width, layers, mlp_width, quick_gelu, causal=True)
-        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.token_embedding = nn.Embedding(VOCAB_SIZE, width)
         self.positional_embedding = nn.Parameter(torch.randn(context_length, width) * 0.01)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
@@ -104,7 +101,7 @@ class CLIP(nn.Module):
         Raises FileNotFoundError, ConnectionError (download), ImportError (huggingface_hub),
         ValueError (damaged, unsafe or unsuitable file).
         """
-        weights = load_weights(name_or_path, cache_dir, quick_gelu, trust_torchscript)
+        weights = clip_weights.load_weights(name_or_path, cache_dir, quick_gelu, trust_torchscript)
         return cls.from_state_dict(*weights)
 
     @classmethod
@@ -122,7 +119,7 @@ class CLIP(nn.Module):
                 "quick_gelu=None, and a state dict does not say its activation; pass "
                 "quick_gelu=True (OpenAI, MetaCLIP) or quick_gelu=False (LAION, DataComp)"
             )
-        state = to_openai_layout(state_dict)
+        state = clip_weights.to_openai_layout(state_dict)
         try:
             with torch.device("meta"):  # no time spent on initial values
                 clip = cls(**_architecture(state, quick_gelu)).to_empty(device="cpu").float()
@@ -136,7 +133,7 @@ class CLIP(nn.Module):
                 f"({', '.join([*state][:3])}), expected both towers, named as by OpenAI, open_clip "
                 "or Hugging Face's CLIPModel: choose other weights"
             ) from error
-        check_finite(clip.state_dict(), "the state dict")
+        clip_weights.check_finite(clip.state_dict(), "the state dict")
         return clip.eval()
 
 
@@ -190,10 +187,7 @@ def image_tower(
 
 def _architecture(state, quick_gelu):
     """The arguments of CLIP that the shapes in `state` call for."""
-    vocab_size, width = state["token_embedding.weight"].shape
-    _, embed_dim = state["text_projection"].shape
-    if vocab_size != VOCAB_SIZE:
-        raise ValueError(f"a vocabulary of {vocab_size}; expected CLIP's {VOCAB_SIZE}")
+    width, embed_dim = state["text_projection"].shape
     return dict(
         visual=image_tower(state, embed_dim, quick_gelu, "visual."),
         embed_dim=embed_dim,

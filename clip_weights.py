@@ -63,11 +63,10 @@ def load_weights(
         path = download(*MODELS[name_or_path], cache_dir)
     else:
         path = _find_weights(name_or_path)
-    content = _read_weights(path, trusted=is_public or trust_torchscript)
+    content = _read_weights(path, is_public or trust_torchscript)
     state_dict = to_openai_layout(content, str(path))
     if quick_gelu is None:
-        is_openai = is_public or "input_resolution" in content
-        quick_gelu = is_openai or _quick_gelu_from_config(path)
+        quick_gelu = "input_resolution" in content or _quick_gelu_from_config(path)
     return state_dict, quick_gelu
 
 
@@ -89,14 +88,10 @@ _HUGGING_FACE_NAMES = {  # part of a name -> part of OpenAI's, applied in order
     ".mlp.fc1.": ".mlp.c_fc.",
     ".mlp.fc2.": ".mlp.c_proj.",
 }
-
-
-_WRAPPERS = (  # of training checkpoints; the first that is there is read
-    "state_dict", "model_state_dict", "model", "net", "module", "params", "model_ema", "ema",
-)  # fmt: skip
-# Of DataParallel, torch.compile, Lightning and other packages' modules around a CLIP.
-_PREFIXES = re.compile(r"((module|_orig_mod|model|clip|clip_model|net|backbone)\.)+")
-_TOWERS = ("visual.", "transformer.", "vision_model.", "text_model.")
+# Of training checkpoints; the first that is there is read
+_WRAPPERS = "state_dict model_state_dict model net module params model_ema ema".split()
+# Of DataParallel, torch.compile, Lightning and other packages' modules around a CLIP
+_PREFIXES = re.compile(r"((module|_orig_mod|model|clip|clip_model|net|backbone)\.)*")
 _OTHER_MODELS = {  # part of a name -> whose it is
     "logit_bias": "SigLIP",
     "vision_model.head.": "SigLIP",
@@ -119,8 +114,8 @@ def unwrap(state_dict: dict, origin: str, quiet: bool = False) -> dict:
         removed.append(f"the wrapper {wrapper!r}")
     out, prefixes = {}, set()
     for key, value in state_dict.items():
-        prefix = match[0] if (match := _PREFIXES.match(str(key))) else ""
-        name = str(key)[len(prefix) :]
+        prefix = _PREFIXES.match(str(key))[0]
+        name = str(key).removeprefix(prefix)
         if name in out:
             raise ValueError(
                 f"{origin}: several entries are named {name} without their prefixes "
@@ -147,11 +142,12 @@ def to_openai_layout(state_dict: StateDict, origin: str = "state dict") -> State
         if key := next((key for key in state if part in key), ""):
             raise ValueError(f"{origin} is {name}, with {key}; expected CLIP: choose other weights")
     state = {key.removeprefix("text."): value for key, value in state.items()}  # CustomTextCLIP
-    has = {tower: any(k.startswith(tower) for k in state) for tower in _TOWERS}
-    if has["visual."] != has["transformer."] or has["vision_model."] != has["text_model."]:
-        only = "image" if has["visual."] or has["vision_model."] else "text"
+    towers = dict(image=("visual.", "vision_model."), text=("transformer.", "text_model."))
+    present = [tower for tower, names in towers.items() if any(k.startswith(names) for k in state)]
+    if len(present) == 1:
         raise ValueError(
-            f"{origin} holds the {only} tower only; expected both of CLIP's: choose other weights"
+            f"{origin} holds the {present[0]} tower only; expected both of CLIP's: choose other "
+            "weights"
         )
     for extra in ("input_resolution", "context_length", "vocab_size", "attn_mask"):
         state.pop(extra, None)  # OpenAI's TorchScript archives carry these beside the parameters
@@ -174,41 +170,46 @@ def to_openai_layout(state_dict: StateDict, origin: str = "state dict") -> State
 
 
 # ----------------------------------------------------------------------------------------- files
-def load_file(path: str | PathLike, expected: str, mmap: bool = False) -> Any:
-    """What torch.save wrote: tensors, numbers, texts and containers of them, on the CPU.
+def load_file(
+    path: str | PathLike, expected: str, mmap: bool = False, trust_torchscript: bool = False
+) -> Any:
+    """What torch.save wrote: tensors, numbers, texts and containers of them, on the CPU; or the
+    state dict in a safetensors file, or in a TorchScript archive, if that is trusted.
 
     numpy's arrays become tensors, its numbers Python's. mmap: leave tensors on the disk until they
-    are read. Raises FileNotFoundError, and ValueError for other files: damaged ones, TorchScript,
-    other Python objects. `expected` says in these messages what the file should be.
+    are read. Raises FileNotFoundError, and ValueError for other files: damaged ones, other Python
+    objects. `expected` says in these messages what the file should be.
     """
     path = Path(path)
     if not path.is_file():
         got = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{path} {got}; expected {expected}")
     try:
+        if path.suffix.lower() == ".safetensors":
+            return read_safetensors(path)
         is_zip = zipfile.is_zipfile(path)
-        reason = _why_not(zipfile.ZipFile(path)) if is_zip else ""
-        if not reason:
+        if _is_torchscript(path):
+            if trust_torchscript:
+                return dict(torch.jit.load(path, map_location="cpu").state_dict())
+            reason = "it is a TorchScript archive, which can run code"
+        elif is_zip and (member := zipfile.ZipFile(path).testzip()):  # torch.load has no such test
+            reason = f"it is damaged, the checksum of {member} is wrong"
+        else:
             with warnings.catch_warnings(), _allow_numpy():
                 warnings.simplefilter("ignore")  # torch's, about the pickle protocol
                 content = torch.load(path, "cpu", mmap=mmap and is_zip, weights_only=True)
             return _without_numpy(content)
-    except Exception as error:  # zip, pickle and torch each have errors of their own
+    except Exception as error:  # zip, pickle, JSON and torch each have errors of their own
         reason = _load_error(error)
     size = path.stat().st_size
     raise ValueError(f"{path} ({size} bytes) cannot be read: {reason}; expected {expected}")
 
 
-def _is_torchscript(archive):
-    return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def _why_not(archive):
-    """Why a zip archive is not to be read as one of torch.save; "" if it may."""
-    if _is_torchscript(archive):
-        return "it is a TorchScript archive, which can run code"
-    damaged = archive.testzip()  # torch.load does not compare checksums
-    return f"it is damaged, the checksum of {damaged} is wrong" if damaged else ""
+def _is_torchscript(path):
+    try:
+        return any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist())
+    except Exception:  # no zip archive, or a damaged one
+        return False
 
 
 def _load_error(error):
@@ -262,6 +263,7 @@ def check_finite(state_dict: StateDict, origin: str) -> None:
 
 
 _EXPECTED = "a state dict of tensors, also as safetensors or TorchScript"
+_CONFIGS = ("config.json", "open_clip_config.json")  # of Hugging Face and open_clip
 
 
 def _find_weights(path):
@@ -290,12 +292,11 @@ def _download_from_hugging_face(name):
             f"hf:{name} needs huggingface_hub: pip install huggingface_hub, or download the "
             "repository and give its folder"
         ) from error
-    configs = ["config.json", "open_clip_config.json"]
     try:
         for ending in ("safetensors", "bin"):  # most have both; the first is preferred
-            names = [f"*model*.{ending}", f"*model*.{ending}.index.json"]
-            folder = snapshot_download(name, allow_patterns=names + configs)
-            if any(Path(folder).glob(names[0])):
+            patterns = [f"*model*.{ending}", f"*model*.{ending}.index.json", *_CONFIGS]
+            folder = Path(snapshot_download(name, allow_patterns=patterns))
+            if any(folder.glob(patterns[0])):
                 break
         return folder
     except Exception as error:  # of the network, of the hub, of the name
@@ -307,57 +308,37 @@ def _download_from_hugging_face(name):
 
 
 def _read_weights(path, trusted):
-    """-> the state dict in a file of any format, or in the parts that an index names."""
+    """-> the state dict in a file of any format, or in the parts that an index names beside it."""
     if path.name.endswith(".index.json"):
-        return _read_parts(path, trusted)
-    if path.suffix.lower() == ".safetensors":
         try:
-            return read_safetensors(path)
-        except Exception as error:  # whatever JSON and slices make of a damaged header
+            names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+            parts = [path.with_name(Path(name).name) for name in names]
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path} is no index of weights in parts; get it again") from error
+        if missing := [part.name for part in parts if not part.is_file()]:
+            names = ", ".join(missing)
+            raise FileNotFoundError(f"{path} names {names}, not there; get all its files")
+        return {key: v for part in parts for key, v in _read_weights(part, trusted).items()}
+    if not trusted and _is_torchscript(path):
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        trusted = sha256 in {sha256 for _, sha256 in MODELS.values()}
+        if not trusted:
             raise ValueError(
-                f"{path} ({path.stat().st_size} bytes) cannot be read: {_load_error(error)}; "
-                f"expected {_EXPECTED}: get it again"
-            ) from error
-    if not zipfile.is_zipfile(path) or not _is_torchscript(zipfile.ZipFile(path)):
-        content = load_file(path, f"{_EXPECTED}: get it again", True)
-        if isinstance(content, dict):
-            return content
+                f"{path} is a TorchScript archive, which can run code, and its sha256, {sha256}, "
+                "is not in MODELS; expected a state dict; pass trust_torchscript=True if you trust "
+                "where it came from"
+            )
+    content = load_file(path, f"{_EXPECTED}: get it again", True, trusted)
+    if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected {_EXPECTED}")
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not trusted and sha256 not in {sha256 for _, sha256 in MODELS.values()}:
-        raise ValueError(
-            f"{path} is a TorchScript archive, which can run code, and its sha256, {sha256}, is "
-            "not in MODELS; expected a state dict; pass trust_torchscript=True if you trust where "
-            "it came from"
-        )
-    try:
-        return dict(torch.jit.load(path, map_location="cpu").state_dict())
-    except Exception as error:  # torch's, and those of the code in it
-        raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read: {_load_error(error)}; "
-            f"expected {_EXPECTED}: get it again"
-        ) from error
+    return content
 
 
-def _read_parts(path, trusted):
-    """The state dict in the files that an index, {"weight_map": {entry: file}}, names beside it."""
-    try:
-        names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
-        parts = [path.with_name(Path(name).name) for name in names]
-    except (ValueError, LookupError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is no index of weights in parts; get it again") from error
-    if missing := [part.name for part in parts if not part.is_file()]:
-        raise FileNotFoundError(f"{path} names {', '.join(missing)}, not there; get all its files")
-    return {key: value for part in parts for key, value in _read_weights(part, trusted).items()}
-
-
-# fmt: off
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}
-# fmt: on
+_SAFETENSORS_DTYPES = dict(
+    F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
+    I64=torch.int64, I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8,
+    BOOL=torch.bool,
+)  # fmt: skip
 
 
 def read_safetensors(path: str | PathLike) -> StateDict:
@@ -385,18 +366,18 @@ def read_safetensors(path: str | PathLike) -> StateDict:
 def _quick_gelu_from_config(path):
     """Whether the config files beside the weights, Hugging Face's or open_clip's, say QuickGELU."""
     activations = set()
-    for file in (path.with_name("config.json"), path.with_name("open_clip_config.json")):
+    for file in filter(Path.is_file, map(path.with_name, _CONFIGS)):
         try:
-            config = json.loads(file.read_bytes()) if file.is_file() else {}
-        except ValueError as error:
+            config = json.loads(file.read_bytes())
+            if "model_cfg" in config:
+                activations.add("quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu")
+            elif config.get("model_type") == "clip":  # whose default is quick_gelu
+                towers = (config.get("text_config") or {}, config.get("vision_config") or {})
+                activations.update(tower.get("hidden_act", "quick_gelu") for tower in towers)
+        except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"{file} is no JSON ({error}); expected a model's config: get it again"
             ) from error
-        if "model_cfg" in config:
-            activations.add("quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu")
-        elif config.get("model_type") == "clip":  # whose default is quick_gelu
-            towers = (config.get("text_config") or {}, config.get("vision_config") or {})
-            activations.update(tower.get("hidden_act", "quick_gelu") for tower in towers)
     if activations not in ({"quick_gelu"}, {"gelu"}):
         raise ValueError(
             f"the activation of {path} is unknown: config files beside it say "

@@ -6,7 +6,7 @@
     model = OrdinalCLIP(encoder, FixedPrototypes(saved["prototypes"]), saved["logit_scale"])
 
 Every entry is checked when it is read. Letters: R ranks, D joint dim.
-Copy together with: ordinalclip.py, regression.py, kernels/, clip_weights.py; clip_model.py or
+Copy together with: ordinalclip.py, kernels/, clip_weights.py; clip_model.py or
 backbones.py for the image encoder; data/ to save prototypes.
 """
 
@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from clip_weights import check_finite, load_file
-from ordinalclip import FixedPrototypes, OrdinalCLIP
-from regression import Regression
+from ordinalclip import FixedPrototypes, OrdinalCLIP, Regression
 
 PROTOTYPES_FORMAT = "ordinalclip-prototypes-1"
 

@@ -1,7 +1,7 @@
 """OrdinalCLIP: ordinal regression as image-language matching (Li et al. 2022, arXiv 2206.02338).
 
 Ranks are prototypes: an image encoder, a source of one vector per rank, a temperature. What the
-paper compares differs in the source only:
+paper compares differs in the source only (but for Regression, one neuron):
 
     RankPrompts(interp="linear" | "inverse")   frozen text tower, learned prompts  OrdinalCLIP
     RankPrompts(interp="none")                 the same, one embedding per rank    CoOp
@@ -15,13 +15,11 @@ Dims, here and in every module:
     P tokens that the prompts of all ranks share in front, S = L - P tokens that each has for itself
 
 Differs from the official code (xk-huang/OrdinalCLIP@ca10a20), with equal prototypes:
-- prompts are encoded up to [EOT] instead of to 77 tokens, and what all of them begin with once
-  (ordinalclip/models/ordinalclip.py#L52-L54 encodes R x 77 tokens per step and per test batch);
+- prompts are encoded up to [EOT], and what all begin with once (models/ordinalclip.py#L52-L54);
 - with K < R, `rank_tokens` names all R ranks (official: K names, rank_prompt_learner.py#L58-L60);
 - no "normal" interpolation: exp(-d^2) underflows to 0/0 for most ranks (the same file, #L22);
 - logits, losses and the interpolation are float32 or better, whatever the towers' precision.
 
-    >>> import torch
     >>> from clip_model import tiny_clip
     >>> clip = tiny_clip()
     >>> prompts = RankPrompts(clip, num_ranks=30, context=4, interp="linear", num_base_ranks=3)
@@ -31,15 +29,16 @@ Differs from the official code (xk-huang/OrdinalCLIP@ca10a20), with equal protot
     >>> model.export().eval().predict(images)["expected"].shape
     torch.Size([8])
 
-Copy together with: the folder kernels/, where the loss is (reference.py) and the way through the
-text tower (prompts.py); needs torch>=2.4. The CLIP object may be ours, OpenAI's, open_clip's or
-Hugging Face's. Read from the top; private functions come last.
+Copy together with: kernels/, where the loss is (reference.py) and the way through the text tower
+(prompts.py); needs torch>=2.4. The CLIP object may be OpenAI's, open_clip's or Hugging Face's too.
 """
 
+import operator
 import warnings
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -71,8 +70,7 @@ def interpolation_weights(num_ranks: int, num_base_ranks: int, kind: str) -> Ten
     if num_ranks < 2:
         raise ValueError(f"num_ranks={num_ranks}: an order needs at least 2 ranks")
     if not 1 <= num_base_ranks <= num_ranks:
-        expected = f"expected 1 to num_ranks={num_ranks} base ranks"
-        raise ValueError(f"num_base_ranks={num_base_ranks}: {expected}")
+        raise ValueError(f"num_base_ranks={num_base_ranks}: expected 1 to num_ranks={num_ranks}")
     ranks = torch.arange(num_ranks, dtype=torch.float64)
     distance = (ranks[:, None] - _base_positions(num_ranks, num_base_ranks)).abs()  # (R, K)
     if kind == "linear":
@@ -80,8 +78,14 @@ def interpolation_weights(num_ranks: int, num_base_ranks: int, kind: str) -> Ten
     elif kind == "inverse":
         weights = 1 / (distance + 1e-5)
     else:
-        raise ValueError(f"interpolation {kind!r}: expected 'linear' or 'inverse'")
+        raise ValueError(f"interpolation {kind!r}: expected linear, inverse (prompts: or none)")
     return (weights / weights.sum(1, keepdim=True)).to(torch.get_default_dtype())
+
+
+def _base_positions(num_ranks, num_base_ranks):
+    if num_base_ranks == 1:
+        return torch.tensor([(num_ranks - 1) / 2], dtype=torch.float64)
+    return torch.linspace(0, num_ranks - 1, num_base_ranks, dtype=torch.float64)  # (K,)
 
 
 class RankPrompts(nn.Module):
@@ -90,18 +94,16 @@ class RankPrompts(nn.Module):
     Learned: `context_embeds` (N, W) or (R, N, W), `rank_embeds` (K, T, W); both float32, named as
     in the official checkpoints. The text tower belongs to `clip`: it moves with this module (`.to`,
     `.half`) but is not among its parameters nor in its state dict, and is set to need no gradient.
-    The state dict says which settings and which text tower it is of (`_extra_state`, which older
-    ones lack): to load it into another one is a ValueError.
+    A state dict of other settings or another text tower is a ValueError (see `_extra_state`).
 
     Args:
         clip: ours, OpenAI's, open_clip's CLIP or Hugging Face's CLIPModel.
         num_ranks: R >= 2.
         context: token ids (N,) whose embeddings start the context, without [SOT], [EOT] and
             padding, or an int N for N random ones.
-        rank_tokens: R sequences of token ids, the names of all ranks. With interpolation, the K
-            base embeddings start at the names nearest their positions, each pooled to
-            `tokens_per_rank`; with interp="none" every rank starts at its name, token by token.
-            None starts at random.
+        rank_tokens: R sequences of token ids, the names of all ranks; None starts at random. With
+            interp="none" every rank starts at its name, token by token, else the K base embeddings
+            at the names nearest their positions, each pooled to `tokens_per_rank`.
         interp: "linear", "inverse", or "none" for one free embedding per rank (CoOp).
         num_base_ranks: K, with interpolation.
         tokens_per_rank: T; names with interp="none" bring their own number.
@@ -126,47 +128,62 @@ class RankPrompts(nn.Module):
         rank_specific_context: bool = False,
     ) -> None:
         super().__init__()
-        if interp not in INTERPOLATIONS:
-            raise ValueError(f"interp={interp!r}: expected one of {', '.join(INTERPOLATIONS)}")
         if rank_position not in POSITIONS:
             expected = f"expected one of {', '.join(POSITIONS)}"
             raise ValueError(f"rank_position={rank_position!r}: {expected}")
         if tokens_per_rank < 1:
             raise ValueError(f"tokens_per_rank={tokens_per_rank}: expected at least 1")
         self.interp, self.rank_position = interp, rank_position
-        # In a tuple it is not a submodule.
-        self._text = (TextTower(clip).requires_grad_(False),)
+        self._text = (TextTower(clip).requires_grad_(False),)  # in a tuple it is not a submodule
         table = token_table(clip).float()  # (V, W)
+        width, device = table.shape[1], table.device
 
-        context_embeds = _context_embeds(table, context)  # (N, W)
+        if not isinstance(context, int):
+            context_embeds = _lookup(table, context, "context")  # (N, W)
+        elif 0 <= context < 10_000:  # before they are made; the tower reads 77
+            context_embeds = torch.randn(context, width, device=device) * 0.02
+        else:
+            raise ValueError(f"context={context}: expected a number of tokens or their ids")
+        num_context = len(context_embeds)
         if rank_specific_context:
             context_embeds = context_embeds.repeat(num_ranks, 1, 1)  # (R, N, W)
         self.context_embeds = nn.Parameter(context_embeds)
 
-        per_rank = interp == "none"  # no interpolation
-        if per_rank:
-            weights = torch.eye(num_ranks)
+        if interp == "none":
+            weights = torch.eye(num_ranks)  # K = R
         else:
             weights = interpolation_weights(num_ranks, num_base_ranks, interp)  # (R, K)
-        rank_embeds, lengths = _rank_embeds(
-            table, weights.shape, rank_tokens, tokens_per_rank, per_rank
-        )
+        lengths = [tokens_per_rank] * num_ranks
+        if rank_tokens is None:
+            size = weights.shape[1], tokens_per_rank, width
+            rank_embeds = torch.randn(size, device=device) * 0.02
+        else:
+            if len(rank_tokens) != num_ranks:
+                got = f"rank_tokens holds {len(rank_tokens)} names"
+                raise ValueError(f"{got}; expected num_ranks={num_ranks} lists of token ids")
+            names = [_lookup(table, ids, "a name of rank_tokens", 1) for ids in rank_tokens]
+            if interp == "none":
+                rank_embeds = nn.utils.rnn.pad_sequence(names, batch_first=True)
+                lengths = [len(name) for name in names]
+            else:
+                nearest = _base_positions(num_ranks, num_base_ranks).round().long().tolist()
+                pooled = [F.adaptive_avg_pool1d(names[i].T, tokens_per_rank).T for i in nearest]
+                rank_embeds = torch.stack(pooled)
         self.rank_embeds = nn.Parameter(rank_embeds)  # (K, T, W)
 
-        num_context = context_embeds.shape[-2]
-        layout, eot = _prompt_layout(num_context, lengths, rank_position, rank_specific_context)
+        before = {"tail": num_context, "middle": num_context // 2, "front": 0}[rank_position]
+        self.num_shared = 1 if rank_specific_context else 1 + before  # P
+        layout = _prompt_layout(context_embeds.shape[:-1], lengths, before)  # (R, L)
         max_length = len(self._text[0].positional_embedding)
         if layout.shape[1] > max_length:
             raise ValueError(
                 f"a prompt of {layout.shape[1]} tokens, with [SOT], '.' and [EOT]; the text tower "
                 f"reads {max_length}: shorten the context or the rank names"
             )
-        self.register_buffer("weights", weights.to(table.device), persistent=False)
-        self.register_buffer("specials", table[[SOT, FULL_STOP, EOT]], persistent=False)
-        self.register_buffer("layout", layout.to(table.device), persistent=False)
-        self.register_buffer("eot", eot.to(table.device), persistent=False)
-        is_shared = (layout == layout[0]).all(0).long()  # (L,)
-        self.num_shared = int(is_shared.cumprod(0).sum())  # P, the leading equal columns
+        eot = num_context + 2 + torch.tensor(lengths)  # (R,)
+        specials = table[[SOT, FULL_STOP, EOT]]  # (3, W)
+        for name, value in dict(weights=weights, specials=specials, layout=layout, eot=eot).items():
+            self.register_buffer(name, value.to(device), persistent=False)
 
     def forward(self) -> Tensor:
         """Prototypes (R, D), not normalised."""
@@ -181,29 +198,28 @@ class RankPrompts(nn.Module):
         return shared, own, self.eot - self.num_shared
 
     def get_extra_state(self) -> Tensor:
-        """(3 + R + 1 + D,): interp, rank_position, R; positions of [EOT]; the text tower's
-        fingerprint."""
+        """(3 + R + 1 + D,): interp, rank_position, R; where [EOT] is; the tower's fingerprint."""
         settings = [INTERPOLATIONS.index(self.interp), POSITIONS.index(self.rank_position)]
         settings = torch.tensor([*settings, len(self.eot), *self.eot.tolist()])
         return torch.cat([settings, fingerprint(self._text[0], self.specials)])
 
-    def set_extra_state(self, state: Tensor | None) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Nothing is set. ValueError if the state is of other settings or another text tower."""
-        if state is None:
-            return
         own, end, state = self.get_extra_state(), 3 + len(self.eot), state.float().cpu()
         names = ("interp", "rank_position", "number of ranks")
         other = [name for name, a, b in zip(names, own, state) if a != b]
         if not other and not torch.equal(own[:end], state[:end]):
             other = ["number of tokens per rank"]
-        if other := other or ["text tower"] * (not same_tower(own[end:], state[end:])):
+        elif not other and not same_tower(own[end:], state[end:]):
+            other = ["text tower"]
+        if other:
             raise ValueError(
                 f"a state dict of prompts with another {', '.join(other)}; build the same ones, or "
                 "remove its entry _extra_state to load the values all the same"
             )
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        state_dict.setdefault(prefix + "_extra_state", None)  # older files have none
+        state_dict.setdefault(prefix + "_extra_state", self.get_extra_state())  # in older files
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn, recurse=True):
@@ -250,18 +266,16 @@ class OrdinalCLIP(nn.Module):
     Args:
         image_encoder: module (B, 3, H, W) -> (B, D), e.g. `clip.visual`.
         prototypes: module whose call gives (R, D): RankPrompts, LinearPrototypes, FixedPrototypes.
-        logit_scale: log of the temperature's inverse, as CLIP stores it: number or tensor. Copied,
-            as a buffer; `model.logit_scale = nn.Parameter(model.logit_scale)` makes it learn.
-
-    Raises ValueError for a logit_scale that is no log: 100 instead of log(100).
+        logit_scale: log of the temperature's inverse, as CLIP stores it (log(100): 100 is a
+            ValueError), number or tensor. Copied, as a buffer; to make it learn:
+            `model.logit_scale = nn.Parameter(model.logit_scale)`.
     """
 
     def __init__(
         self, image_encoder: nn.Module, prototypes: nn.Module, logit_scale: float | Tensor
     ) -> None:
         super().__init__()
-        self.image_encoder = image_encoder
-        self.prototypes = prototypes
+        self.image_encoder, self.prototypes = image_encoder, prototypes
         logit_scale = torch.as_tensor(logit_scale).detach().float().clone()
         if logit_scale.numel() != 1 or not -7 <= logit_scale.item() <= 7:  # 1/1097 to 1097
             raise ValueError(
@@ -272,7 +286,7 @@ class OrdinalCLIP(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> logits (B, R) = exp(logit_scale) * cosine."""
-        return similarity(self._features(images), self.prototypes(), self.logit_scale.exp())
+        return similarity(*self._match_inputs(images))
 
     def loss(
         self,
@@ -281,7 +295,7 @@ class OrdinalCLIP(nn.Module):
         *,
         target: str = "normalized",
         impl: str = "auto",
-        group: "torch.distributed.ProcessGroup | None" = None,
+        group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, H, W), rank indices (B,) -> (total, i2t, t2i), total = i2t + t2i (Eq. 4).
 
@@ -295,13 +309,12 @@ class OrdinalCLIP(nn.Module):
                 "logit_scale needs a gradient but is no parameter; to make it learn: "
                 "model.logit_scale = nn.Parameter(model.logit_scale)"
             )
-        dist = torch.distributed
         if group is None and dist.is_available() and dist.is_initialized():
             if dist.get_world_size() > 1:
                 warnings.warn("this is the loss of one process: pass group=", stacklevel=2)
-        features, scale = self._features(images), self.logit_scale.exp()
+        features, prototypes, scale = self._match_inputs(images)
         i2t, t2i = matching_loss(
-            features, self.prototypes(), labels, scale, target=target, impl=impl, group=group
+            features, prototypes, labels, scale, target=target, impl=impl, group=group
         )
         return i2t + t2i, i2t, t2i
 
@@ -311,25 +324,68 @@ class OrdinalCLIP(nn.Module):
 
         Of a model with RankPrompts, predict with `model.export()`: there the text tower ran once.
         """
-        features, scale = self._features(images), self.logit_scale.exp()
-        probs, expected, rank = match(features, self.prototypes(), scale, impl=impl)
+        probs, expected, rank = match(*self._match_inputs(images), impl=impl)
         return dict(rank=rank, expected=expected, probs=probs)
 
     @torch.no_grad()
     def export(self) -> "OrdinalCLIP":
         """The same model with its prototypes computed once and stored; shares the image encoder."""
-        prototypes = FixedPrototypes(self.prototypes())
-        model = OrdinalCLIP(self.image_encoder, prototypes, self.logit_scale)
-        return model.train(self.training)
+        fixed = FixedPrototypes(self.prototypes())
+        return OrdinalCLIP(self.image_encoder, fixed, self.logit_scale).train(self.training)
 
-    def _features(self, images):
+    def _match_inputs(self, images):
         features = self.image_encoder(images)  # (B, D)
         if not torch.is_tensor(features):
             raise ValueError(
                 f"the image encoder gives a {type(features).__name__}; expected a tensor (B, D): "
                 "wrap it in a module whose forward returns that"
             )
-        return features
+        return features, self.prototypes(), self.logit_scale.exp()  # (B, D), (R, D), ()
+
+
+class Regression(nn.Module):
+    """The paper's regression baseline: one neuron, which starts at the middle rank, with L1 or L2
+    loss. Used as OrdinalCLIP is; `predict` shares the probability between the two nearest ranks.
+    """
+
+    def __init__(self, image_encoder: nn.Module, dim: int, num_ranks: int, loss_type: str) -> None:
+        super().__init__()
+        self.image_encoder, self.num_ranks, self.loss_type = image_encoder, num_ranks, loss_type
+        self.head = nn.Linear(dim, 1)
+        nn.init.constant_(self.head.bias, (num_ranks - 1) / 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> rank indices (B,), of any size."""
+        return self.head(self.image_encoder(images).float())[:, 0]
+
+    def loss(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        target: str | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, H, W), ranks (B,) -> (mean loss, the same, 0); `target` has no effect."""
+        error = self(images) - labels
+        total = (error.abs() if self.loss_type == "l1" else error.square()).mean()
+        if group is not None:  # the value of all processes, the gradient of this one's share
+            total = total / dist.get_world_size(group)
+            global_loss = total.detach().clone()
+            dist.all_reduce(global_loss, group=group)
+            total = total + (global_loss - total.detach())
+        return total, total, torch.zeros_like(total)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, *, impl: str = "auto") -> dict[str, Tensor]:
+        """As OrdinalCLIP.predict: dict(rank=nearest (B,), expected (B,), probs (B, R))."""
+        ranks = torch.arange(self.num_ranks, device=images.device)
+        expected = self(images).clamp(0, self.num_ranks - 1)  # (B,)
+        probs = (1 - (expected[:, None] - ranks).abs()).clamp_min(0)  # (B, R)
+        return dict(rank=probs.argmax(1), expected=expected, probs=probs)
+
+    def export(self) -> "Regression":
+        return self
 
 
 def ordinality(prototypes: Tensor, span: int | None = None, official: bool = False) -> float:
@@ -343,106 +399,49 @@ def ordinality(prototypes: Tensor, span: int | None = None, official: bool = Fal
     See `ordinality_chance`. Raises ValueError for R < 3 or a span that leaves nothing to compare.
     Source: paper Fig. 3; scripts/vis_ordinality.py#L70-L77 (there: ages 15 to 75 of MORPH's 101).
     """
-    mask = _comparisons(len(prototypes), span, official, prototypes.device)  # (R, R-1)
-    cosine = unit(prototypes) @ unit(prototypes).T  # (R, R)
-    right = (cosine[:, :-1] > cosine[:, 1:])[mask]  # rank i against j, j + 1
-    if official:
-        return right.double().mean().item()
-    cosine = cosine.flip(0, 1)  # flip both axes so that left neighbours are compared the same way
-    left = (cosine[:, :-1] > cosine[:, 1:])[mask]
-    return torch.cat([right, left]).double().mean().item()
+    mask = _comparisons(len(prototypes), span, official)  # (R, R-1)
+    cosine = (unit(prototypes) @ unit(prototypes).T).cpu()  # (R, R)
+    sides = [cosine] if official else [cosine, cosine.flip(0, 1)]  # flipped: left is right
+    is_in_order = [(side[:, :-1] > side[:, 1:])[mask] for side in sides]  # rank i against j, j + 1
+    return torch.cat(is_in_order).double().mean().item()
 
 
 def ordinality_chance(num_ranks: int, span: int | None = None, official: bool = False) -> float:
-    """The score that unordered (exchangeable) prototypes are expected to get, in [0, 1].
-
-    1/2; for the official score more, since the comparison of a rank with itself is always won.
-    """
-    if not official:
-        return 0.5
+    """The expected score of unordered prototypes: 1/2, or more if `official`: j = i always wins."""
     mask = _comparisons(num_ranks, span, official)
     trivial, total = mask.diagonal().sum().item(), mask.sum().item()
     return (trivial + 0.5 * (total - trivial)) / total
 
 
-# ----------------------------------------------------------------------------- behind RankPrompts
-def _base_positions(num_ranks, num_base_ranks):
-    if num_base_ranks == 1:
-        return torch.tensor([(num_ranks - 1) / 2], dtype=torch.float64)
-    return torch.linspace(0, num_ranks - 1, num_base_ranks, dtype=torch.float64)  # (K,)
-
-
-def _context_embeds(table, context):
-    """Start of the context (N, W): embeddings of token ids (N,), or an int N of random ones."""
-    if isinstance(context, int):
-        if not 0 <= context < 10_000:  # before they are made; the tower reads 77
-            raise ValueError(f"context={context}: expected a number of tokens or their ids")
-        return torch.randn(context, table.shape[1], device=table.device) * 0.02
-    return _lookup(table, context, "context")
-
-
-def _rank_embeds(table, shape, rank_tokens, tokens_per_rank, per_rank):
-    """Start of the rank embeddings (K, T, W), and how many tokens each of the R ranks has."""
-    num_ranks, num_base_ranks = shape
-    lengths = [tokens_per_rank] * num_ranks
-    if rank_tokens is None:
-        size = (num_base_ranks, tokens_per_rank, table.shape[1])
-        return torch.randn(size, device=table.device) * 0.02, lengths
-    if isinstance(rank_tokens, str) or len(rank_tokens) != num_ranks:
-        got = "is a text" if isinstance(rank_tokens, str) else f"holds {len(rank_tokens)} names"
-        raise ValueError(f"rank_tokens {got}; expected num_ranks={num_ranks} lists of token ids")
-    names = [_lookup(table, ids, "a name of rank_tokens") for ids in rank_tokens]  # (tokens, W)
-    if not all(len(name) for name in names):
-        raise ValueError(
-            "rank_tokens holds a name without tokens; give every rank a word or number"
-        )
-    if per_rank:
-        return nn.utils.rnn.pad_sequence(names, batch_first=True), [len(name) for name in names]
-    nearest = _base_positions(num_ranks, num_base_ranks).round().long().tolist()
-    embeds = [F.adaptive_avg_pool1d(names[i].T, tokens_per_rank).T for i in nearest]  # (T, W) each
-    return torch.stack(embeds), lengths
-
-
-def _lookup(table, ids, name):
-    """Rows of the embedding table (V, W) for token ids (M,) -> (M, W)."""
-    expected = "expected token ids (N,) without [SOT], [EOT] and padding: tokenizer.encode(text)"
-    try:
-        ids = torch.as_tensor(ids, device=table.device)
-    except (TypeError, ValueError, RuntimeError) as error:  # texts, lists of several lengths
-        raise ValueError(f"{name} is {ids!r:.80}; {expected}") from error
-    ids = ids if ids.numel() else ids.long()  # an empty list is float
-    if ids.dim() != 1 or ids.is_floating_point():
-        raise ValueError(f"{name} of shape {tuple(ids.shape)}, {ids.dtype}; {expected}")
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(table):
-        raise ValueError(f"{name}: token ids {ids.tolist()}; expected 0 to {len(table) - 1}")
-    # No word ends with id 0, which is "!" within a word, and padding.
-    if bool(((ids == SOT) | (ids == EOT)).any()) or len(ids) and int(ids[-1]) == 0:
-        raise ValueError(f"{name}: token ids {ids.tolist()}; {expected}")
-    return F.embedding(ids.long(), table)
-
-
-def _prompt_layout(num_context, lengths, position, rank_specific):
-    """Indices (R, L) into the pool [SOT, ".", EOT, contexts.., ranks..]; position of [EOT] (R,)."""
-    before = {"tail": num_context, "middle": num_context // 2, "front": 0}[position]
-    first_rank = 3 + num_context * (len(lengths) if rank_specific else 1)
-    prompts = []
-    for rank, length in enumerate(lengths):
-        start = 3 + num_context * rank * rank_specific
-        context = range(start, start + num_context)
-        start = first_rank + max(lengths) * rank
-        name = range(start, start + length)
-        prompts.append(torch.tensor([0, *context[:before], *name, *context[before:], 1, 2]))
-    eot = torch.tensor([len(prompt) - 1 for prompt in prompts])
-    return nn.utils.rnn.pad_sequence(prompts, batch_first=True), eot
-
-
-# ------------------------------------------------------------------------------ behind ordinality
-def _comparisons(num_ranks, span, official, device=None):
+def _comparisons(num_ranks, span, official):
     """Which (i, j) count, (R, R-1) bool: j against j + 1, compared with i."""
     first, span = 1 - official, num_ranks - 1 if span is None else span
     if num_ranks < 3 or not 1 + first <= span <= num_ranks - 1:
-        expected = f"expected {1 + first} to R-1, and R >= 3"
-        raise ValueError(f"span={span} of {num_ranks} prototypes: {expected}")
-    i = torch.arange(num_ranks, device=device)[:, None]
-    j = torch.arange(num_ranks - 1, device=device)[None, :]
+        raise ValueError(f"span={span} of {num_ranks} prototypes: expected {1 + first} to R-1 >= 2")
+    i, j = torch.arange(num_ranks)[:, None], torch.arange(num_ranks - 1)
     return (j >= i + first) & (j + 1 - i <= span)
+
+
+def _lookup(table, ids, name, at_least=0):
+    """Rows of the embedding table (V, W) for token ids (M,) -> (M, W)."""
+    try:
+        words = [operator.index(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+    except TypeError:  # texts, fractions, more than one row
+        words = [EOT]  # no word
+    if len(words) < at_least or not all(0 <= i < SOT for i in words) or words[-1:] == [0]:
+        got = f"{name} is {' '.join(repr(ids).split()):.80}; expected token ids (N,)"
+        raise ValueError(f"{got} without [SOT], [EOT] and padding: tokenizer.encode(text)")
+    return F.embedding(torch.tensor(words, dtype=torch.long, device=table.device), table)
+
+
+def _prompt_layout(contexts_shape, lengths, before):
+    """Indices (R, L) into the pool [SOT, ".", EOT, contexts.., ranks..]."""
+    num_ranks = len(lengths)
+    sizes = 3, contexts_shape.numel(), num_ranks * max(lengths)
+    specials, contexts, ranks = torch.arange(sum(sizes)).split(sizes)
+    contexts = contexts.view(contexts_shape).expand(num_ranks, -1)  # (R, N)
+    prompts = []
+    for context, rank, length in zip(contexts, ranks.view(num_ranks, -1), lengths):
+        words = [specials[:1], context[:before], rank[:length], context[before:], specials[1:]]
+        prompts.append(torch.cat(words))
+    return nn.utils.rnn.pad_sequence(prompts, batch_first=True)

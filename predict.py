@@ -35,8 +35,7 @@ import data
 from evaluation.plots import MAX_EXPLAINED, explain, printable
 from exported import load_model, save_prototypes
 from kernels import which_impl
-from ordinalclip import OrdinalCLIP
-from regression import Regression
+from ordinalclip import OrdinalCLIP, Regression
 
 COLUMNS = ("file", "rank", "rank_index", "expected_rank_index", "value", "prob")  # of --csv
 ImageLike = str | Path | Image.Image

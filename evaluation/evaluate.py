@@ -26,8 +26,7 @@ from evaluation.metrics import (
 )
 from evaluation.plots import draw_curves, draw_error_by_rank, draw_matrices, draw_sheet
 from kernels import unit
-from ordinalclip import ordinality, ordinality_chance
-from regression import Regression
+from ordinalclip import Regression, ordinality, ordinality_chance
 from training.distributed import all_gather_rows, average_buffers, is_main, world_size
 from training.loaders import autocast, make_images, prepare_batch, without_image_encoder
 from training.methods import zeroshot_prompt

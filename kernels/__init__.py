@@ -104,18 +104,16 @@ def which_impl(
         raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLS)}")
     if impl != "auto":
         return impl, "asked for"
-    reason = _unsupported_device(torch.device(device), dtype)
+    reason = _unsupported_device(torch.device(device)) or _unsupported_dtypes({dtype})
     if not reason and dtype == torch.float32 and matching_triton.float32_dots() == "ieee":
         reason = "without tensor cores (float32 matmul precision 'highest') PyTorch is faster"
     return ("torch", reason) if reason else ("triton", "fused kernels on CUDA")
 
 
-def _unsupported_device(device, dtype):
-    """What keeps the fused kernels from running on this device and in this dtype, or ""."""
+def _unsupported_device(device):
+    """What keeps the fused kernels from running on this device, or ""."""
     if device.type != "cuda":
         return f"the fused kernels need CUDA, this is {device.type}"
-    if dtype not in FUSED_DTYPES:
-        return f"the fused kernels compute in float32, this is {str(dtype)[6:]}"
     if TRITON_UNAVAILABLE:
         return TRITON_UNAVAILABLE
     if torch.version.hip:
@@ -126,14 +124,19 @@ def _unsupported_device(device, dtype):
     return ""
 
 
-def _unsupported_call(image_features, prototypes):
-    """What keeps the fused kernels from taking these tensors on any device, or ""."""
-    dtypes = {image_features.dtype, prototypes.dtype}
-    for dtype in dtypes:
-        if dtype not in FUSED_DTYPES:
-            return f"the fused kernels compute in float32, this is {str(dtype)[6:]}"
+def _unsupported_dtypes(dtypes):
+    """What keeps the fused kernels from taking these dtypes, or ""."""
+    for dtype in dtypes.difference(FUSED_DTYPES):
+        return f"the fused kernels compute in float32, this is {str(dtype)[6:]}"
     if torch.float16 in dtypes and len(dtypes) > 1:  # whose range the other's would leave
         return "the fused kernels take float16 only on both sides"
+    return ""
+
+
+def _unsupported_call(image_features, prototypes):
+    """What keeps the fused kernels from taking these tensors on any device, or ""."""
+    if reason := _unsupported_dtypes({image_features.dtype, prototypes.dtype}):
+        return reason
     if image_features.shape[1] % 16:
         return f"the fused kernels take D in multiples of 16, this is {image_features.shape[1]}"
     if len(prototypes) > FUSED_RANKS:
@@ -157,21 +160,22 @@ def _select_implementation(impl, image_features, prototypes):
     device = image_features.device
     dtype = min(image_features.dtype, prototypes.dtype, key=lambda dtype: dtype.itemsize)
     name, why = which_impl(device, impl, dtype)
-    if impl == "triton" and not HAS_TRITON:
-        raise ImportError(
-            f"impl='triton': {TRITON_UNAVAILABLE}; pip install 'triton>=3.6', or use impl='torch'"
-        )
-    if name == "triton" and (reason := _unsupported_call(image_features, prototypes)):
-        if impl == "triton":
+    if name == "triton":
+        if not HAS_TRITON:
+            raise ImportError(
+                f"impl='triton': {TRITON_UNAVAILABLE}; pip install 'triton>=3.6', or use "
+                "impl='torch'"
+            )
+        reason = _unsupported_call(image_features, prototypes)
+        if impl == "triton" and not matching_triton.INTERPRET:
+            reason = reason or _unsupported_device(device)
+        if impl == "triton" and reason:
             raise ValueError(f"impl='triton': {reason}; use impl='auto' or impl='torch'")
-        name, why = "torch", reason
+        if reason:
+            name, why = "torch", reason
     if impl == "auto":
         _log_once(f"kernels: the matching op runs on impl={name!r}: {why}")
-    if name == "torch":
-        return reference
-    if not matching_triton.INTERPRET and (reason := _unsupported_device(device, dtype)):
-        raise ValueError(f"impl='triton': {reason}; use impl='auto' or impl='torch'")
-    return matching_triton
+    return reference if name == "torch" else matching_triton
 
 
 def _log_once(line):

@@ -123,13 +123,14 @@ def forward_kernel(
     P,  # (R, D) prototypes
     Y,  # (B,) labels, int64 or int32
     S,  # () scale, fp32
-    COSINES,  # (B, cosine_stride) fp32 out, columns R.. unspecified; written if SAVE
-    ROWS,  # (3, B) fp32 out: max_c A_ic, 1 / sum_c exp(A_ic - max), 1/|x_i|; written if SAVE
+    COSINES,  # (B, cosine_stride) fp32 out, columns R.. unspecified
+    ROWS,  # (3, B) fp32 out: max_c A_ic, 1 / sum_c exp(A_ic - max), 1/|x_i|
     COLUMNS,  # (6, RPAD) fp32 out, row 5: 1/|p_c|; the others: finish_kernel
     PARTS,  # (programs, 7, RPAD) fp32 out, see above
+    COUNTERS,  # (SLICES,) int32 out: zeros, as the kernels that follow leave them
     B, R, x_stride, p_stride, cosine_stride,
     D: tl.constexpr, BM: tl.constexpr, RPAD: tl.constexpr, BK: tl.constexpr, SMOOTH: tl.constexpr,
-    SAVE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SLICES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Program i owns images i BM .. and all ranks."""
     program = tl.program_id(0)
@@ -142,11 +143,11 @@ def forward_kernel(
     cosines, rx, rp = _cosines(
         X, P, rows, ranks, B, R, x_stride, p_stride, D, BM, RPAD, BK, OPERAND, PRECISION, UPCAST
     )
-    if SAVE:
-        at = COSINES + rows.to(tl.int64)[:, None] * cosine_stride + ranks[None, :]
-        tl.store(at, cosines, mask=inside[:, None] & (ranks < cosine_stride)[None, :])
-        if program == 0:
-            tl.store(COLUMNS + 5 * RPAD + ranks, rp)
+    at = COSINES + rows.to(tl.int64)[:, None] * cosine_stride + ranks[None, :]
+    tl.store(at, cosines, mask=inside[:, None] & (ranks < cosine_stride)[None, :])
+    if program == 0:
+        tl.store(COLUMNS + 5 * RPAD + ranks, rp)
+        tl.store(COUNTERS + tl.arange(0, SLICES), 0)
 
     a = cosines * s
     hit = y[:, None] == ranks[None, :]
@@ -157,10 +158,9 @@ def forward_kernel(
     own_exp = _exp(own - m)
     loss = tl.where(own == m, _log1p(others), m - own + tl.log(others + own_exp))
     loss = tl.sum(tl.where(y >= 0, loss, 0.0))
-    if SAVE:
-        tl.store(ROWS + rows, m, mask=inside)
-        tl.store(ROWS + B + rows, 1.0 / (others + tl.where(y >= 0, own_exp, 0.0)), mask=inside)
-        tl.store(ROWS + 2 * B + rows, rx, mask=inside)
+    tl.store(ROWS + rows, m, mask=inside)
+    tl.store(ROWS + B + rows, 1.0 / (others + tl.where(y >= 0, own_exp, 0.0)), mask=inside)
+    tl.store(ROWS + 2 * B + rows, rx, mask=inside)
 
     by_column = tl.where(inside[:, None], a, float("-inf"))
     top = tl.max(by_column, 0)
@@ -197,7 +197,7 @@ def finish_kernel(
     I2T,  # () fp32 out
     T2I,  # () fp32 out
     SUMS,  # (3, programs) fp32 scratch: t2i, |V|, labelled images (int32) of each program
-    COUNTER,  # (1,) int32, zero before and after
+    COUNTER,  # int32, zero before and after
     count, R, RPAD: tl.constexpr, SMOOTH: tl.constexpr, FINISH: tl.constexpr,
     RANKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -277,9 +277,8 @@ def finish_kernel(
             labels = tl.load(SUMS + 2 * programs + each, cache_modifier=".cg")
             valid = tl.sum(labels.to(tl.int32, bitcast=True)) == images
             tl.device_assert(valid, "kernels.matching_loss: a label is outside 0..R-1")
-            present = tl.where(
-                valid, tl.maximum(present, 1.0), float("nan")
-            )  # assertions may be off
+            # nan, too, since assertions may be off
+            present = tl.where(valid, tl.maximum(present, 1.0), float("nan"))
             divisor = tl.where(valid, tl.maximum(images, 1).to(tl.float32), float("nan"))
             tl.store(I2T, row_loss / divisor)
             tl.store(T2I, t2i / present)
@@ -288,18 +287,14 @@ def finish_kernel(
 
 
 @triton.jit
-def _upstream(COUNTS, G_I2T, G_T2I, HAS_I2T: tl.constexpr, HAS_T2I: tl.constexpr):
+def _upstream(COUNTS, G_I2T, G_T2I):
     """Three scalars: what multiplies the two halves of G, and what undoes their scaling.
 
     Whatever the upstream gradients are, |G| is at most twice FP16_ROOM; small ones stay in fp16.
     """
     images = tl.load(COUNTS)
     per_rank = images / tl.load(COUNTS + 1)  # B / |V|
-    i2t, t2i = 0.0, 0.0
-    if HAS_I2T:
-        i2t = tl.load(G_I2T).to(tl.float32)
-    if HAS_T2I:
-        t2i = tl.load(G_T2I).to(tl.float32)
+    i2t, t2i = tl.load(G_I2T), tl.load(G_T2I)
     top = tl.maximum(tl.abs(i2t), tl.abs(t2i))
     top = tl.where(top > 0, top, 1.0)
     room = FP16_ROOM / per_rank
@@ -341,24 +336,23 @@ def backward_kernel(
     ROWS,  # (3, B) fp32, see forward_kernel
     COLUMNS,  # (6, RPAD) fp32, see finish_kernel and, for row 5, forward_kernel
     COUNTS,  # (2,) fp32: B, |V|
-    G_I2T,  # () fp32 gradient of i2t, read if HAS_I2T
-    G_T2I,  # () fp32 gradient of t2i, read if HAS_T2I
-    DX,  # (B, D) out, dtype of X
-    DP,  # (R, D) out, dtype of P
+    G_I2T,  # () fp32 gradient of i2t
+    G_T2I,  # () fp32 gradient of t2i
+    DX,  # (B, D) out, dtype of X; written if NEED_X
+    DP,  # (R, D) out, dtype of P; written if NEED_P
     DS,  # () fp32 out
     PARTS,  # (chunks, RPAD D + 16) fp32 scratch: dP, then ds, of each chunk of images
     COUNTERS,  # (programs in axis 0,) int32, zero before and after
     B, R, x_stride, p_stride, cosine_stride, tiles,
     D: tl.constexpr, BM: tl.constexpr, RPAD: tl.constexpr, BD: tl.constexpr,
-    NEED_X: tl.constexpr, NEED_P: tl.constexpr, NEED_S: tl.constexpr,
-    HAS_I2T: tl.constexpr, HAS_T2I: tl.constexpr, SMOOTH: tl.constexpr, ALONE: tl.constexpr,
+    NEED_X: tl.constexpr, NEED_P: tl.constexpr, SMOOTH: tl.constexpr, ALONE: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Program (j, i): dimensions j BD .., `tiles` tiles of BM images from i on, all ranks."""
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
     ranks = tl.arange(0, RPAD)
     columns = tl.program_id(0) * BD + tl.arange(0, BD)
-    by_row, by_column, back = _upstream(COUNTS, G_I2T, G_T2I, HAS_I2T, HAS_T2I)
+    by_row, by_column, back = _upstream(COUNTS, G_I2T, G_T2I)
     back_s = back * tl.load(S)
     rp = tl.load(COLUMNS + 5 * RPAD + ranks)
 
@@ -401,8 +395,7 @@ def backward_kernel(
         at = PARTS + chunk * (RPAD * D + 16)
         if NEED_P:
             tl.store(at + at_dp, dp, mask=inside_dp)
-        if NEED_S:
-            tl.store(at + RPAD * D, ds, mask=first_slice)
+        tl.store(at + RPAD * D, ds, mask=first_slice)
         counter = COUNTERS + tl.program_id(0)
         last = _arrive(counter) == chunks - 1
         if last:
@@ -413,13 +406,11 @@ def backward_kernel(
                 at = PARTS + i * (RPAD * D + 16)
                 if NEED_P:
                     dp += tl.load(at + at_dp, mask=inside_dp, other=0.0, cache_modifier=".cg")
-                if NEED_S:
-                    ds += tl.load(at + RPAD * D, first_slice, 0.0, cache_modifier=".cg")
+                ds += tl.load(at + RPAD * D, first_slice, 0.0, cache_modifier=".cg")
     if last:
         if NEED_P:
             tl.store(DP + at_dp, dp.to(DP.dtype.element_ty), mask=inside_dp)
-        if NEED_S:
-            tl.store(DS, ds, mask=first_slice)
+        tl.store(DS, ds, mask=first_slice)
 
 
 @triton.jit(do_not_specialize=["B", "R"])

@@ -27,31 +27,32 @@ MAX_CHUNKS = 32  # of images, whose dP and ds the last program of the backward a
 FINISH = dict(RANKS=16, CHUNK=32)  # ranks of a program of finish_kernel, parts read at once
 HOPPER = 9
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-_counters: dict[tuple, Tensor] = {}  # (device, stream) -> int32 zeros
 _groups: dict[str, dist.ProcessGroup] = {}  # an operator takes strings, not groups
 
 
-def forward_config(B: int, D: int, dots: str, generation: int, save: bool = True) -> dict[str, int]:
-    """BM and BK of forward_kernel and match_kernel, num_warps, num_stages; dots: see dot_type.
+def forward_config(x: Tensor, p: Tensor) -> dict[str, int]:
+    """BM and BK of forward_kernel and match_kernel, num_warps, num_stages.
 
     BM below 64, so that no product is a wgmma: where the norms read its operands, too, Triton fills
     their buffers while it may still be reading (triton-lang/triton#6691).
     """
+    (B, D), dots = x.shape, dot_type(x, p)
     if dots != "half":
         return dict(BM=16, BK=16, num_warps=4 if dots == "ieee" else 8, num_stages=2)
-    BM = 32 if B > 2048 and D % 64 == 0 and save else 16
-    is_wide = D % 64 == 0 and (BM == 16 or generation == HOPPER)  # elsewhere 64 spills registers
+    BM = 32 if B > 2048 and D % 64 == 0 and x.dtype == p.dtype else 16
+    is_wide = D % 64 == 0 and (BM == 16 or gpu_generation(x.device) == HOPPER)  # else: it spills
     return dict(BM=BM, BK=64 if is_wide else 32, num_warps=8, num_stages=3)
 
 
-def backward_config(R: int, dots: str, generation: int) -> dict[str, int]:
+def backward_config(x: Tensor, p: Tensor) -> dict[str, int]:
     """BM and BD of backward_kernel, num_warps, num_stages.
 
     On sm_90 its products are wgmmas of N = 64: for N of 32 and less, illegal addresses were
     reported of kernels with several (triton-lang/triton#10486, #10573, #11366).
     """
+    dots, R = dot_type(x, p), len(p)
     BM = 32 if dots == "half" else 16
-    if generation == HOPPER and dots != "ieee":
+    if gpu_generation(x.device) == HOPPER and dots != "ieee":
         return dict(BM=BM, BD=64, num_warps=4 if R <= 64 else 8, num_stages=1)
     BD, num_warps = 32 if dots == "half" else 16, 4 if dots == "tf32" else 8
     return dict(BM=BM, BD=BD, num_warps=num_warps, num_stages=2)
@@ -123,57 +124,47 @@ def _rpad(R: int) -> int:
     return 64 if R <= 64 else 128
 
 
-def _zeros(device: torch.device, count: int, shared: bool) -> Tensor:
-    """int32 counters, zero before and after each kernel.
-
-    Launches on one stream take turns and share a buffer. A graph may be replayed beside others and
-    keeps its own, and so does compiled code, which torch.compile(mode="reduce-overhead") runs once
-    in a memory pool where nothing may stay behind.
-    """
-    cuda = device.type == "cuda"
-    if not shared or (cuda and torch.cuda.is_current_stream_capturing()):
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream if cuda else 0
-    counters = _counters.get((device, stream))
-    if counters is None or len(counters) < count:
-        size = max(1024, triton.next_power_of_2(count))
-        _counters[device, stream] = counters = torch.zeros(size, dtype=torch.int32, device=device)
-    return counters
-
-
-def _outputs(x: Tensor, R: int, save: bool) -> tuple[Tensor, ...]:
-    """COSINES, ROWS, COLUMNS, COUNTS, I2T, T2I, not filled in."""
-    B = x.shape[0] if save else 0
+def _outputs(x: Tensor, R: int) -> tuple[Tensor, ...]:
+    """COSINES, ROWS, COLUMNS, COUNTS, COUNTERS, I2T, T2I, not filled in."""
+    B, D = x.shape
     shapes = ((B, _cdiv(R, 16) * 16), (3, B), (6, _rpad(R)), (2,), (), ())
-    return tuple(torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes)
+    floats = [torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes]
+    counters = torch.empty(
+        triton.next_power_of_2(max(16, int(D))) // 16, dtype=torch.int32, device=x.device
+    )
+    return (*floats[:4], counters, *floats[4:])
 
 
 def forward(
-    x: Tensor, p: Tensor, y: Tensor, s: Tensor, smooth: bool, save: bool, shared: bool, group: str
+    x: Tensor, p: Tensor, y: Tensor, s: Tensor, smooth: bool, group: str
 ) -> tuple[Tensor, ...]:
-    """(cosines, rows, columns, counts, i2t, t2i): see the kernels. group: key of _groups or ""."""
+    """(cosines, rows, columns, counts, counters, i2t, t2i): see the kernels.
+
+    group: key of _groups, or "".
+    """
     x, p, y = _unit_stride(x), _unit_stride(p), y.contiguous()
     (B, D), R = x.shape, int(p.shape[0])
-    RPAD, config = _rpad(R), forward_config(B, D, dot_type(x, p), gpu_generation(x.device), save)
-    outputs = cosines, rows, columns, counts, i2t, t2i = _outputs(x, R, save)
+    RPAD, config = _rpad(R), forward_config(x, p)
+    outputs = cosines, rows, columns, counts, counters, i2t, t2i = _outputs(x, R)
     programs = _cdiv(B, config["BM"])
     parts = x.new_empty(max(programs, 1), 7, RPAD, dtype=torch.float32)
     sums = x.new_empty(3, RPAD // FINISH["RANKS"], dtype=torch.float32)
     with _device(x):
         if B:
             _launch(
-                forward_kernel, (programs,), x, p, y, s, cosines, rows, columns, parts, B, R,
-                x.stride(0), p.stride(0), cosines.stride(0), D=D, RPAD=RPAD, SMOOTH=smooth,
-                SAVE=save, **_dots(x, p), **config,
+                forward_kernel, (programs,), x, p, y, s, cosines, rows, columns, parts, counters,
+                B, R, x.stride(0), p.stride(0), cosines.stride(0), D=D, RPAD=RPAD, SMOOTH=smooth,
+                SLICES=len(counters), **_dots(x, p), **config,
             )  # fmt: skip
         else:  # the part of no images
             parts.zero_()[:, 0] = float("-inf")
             columns.zero_()
+            counters.zero_()
         for last in (False, True) if group else (True,):
             merged = parts if last else torch.empty_like(parts[0])
             _launch(
                 finish_kernel, sums.shape[1:], parts, merged, columns, counts, i2t, t2i, sums,
-                _zeros(x.device, 1, shared), len(parts), R, RPAD=RPAD, SMOOTH=smooth, FINISH=last,
+                counters, len(parts), R, RPAD=RPAD, SMOOTH=smooth, FINISH=last,
                 **FINISH, num_warps=4, num_stages=1,
             )  # fmt: skip
             if not last:  # the only communication there is
@@ -183,18 +174,17 @@ def forward(
 
 
 def backward(
-    g_i2t: Tensor | None, g_t2i: Tensor | None, x: Tensor, p: Tensor, y: Tensor, s: Tensor,
-    cosines: Tensor, rows: Tensor, columns: Tensor, counts: Tensor, smooth: bool, shared: bool,
-    need_x: bool, need_p: bool, need_s: bool,
+    g_i2t: Tensor, g_t2i: Tensor, x: Tensor, p: Tensor, y: Tensor, s: Tensor, cosines: Tensor,
+    rows: Tensor, columns: Tensor, counts: Tensor, counters: Tensor, smooth: bool, need_x: bool,
+    need_p: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx (B, D), dp (R, D), ds ()), empty where not needed."""
+    """(dx (B, D), dp (R, D), ds ()); dx and dp are empty where not needed."""
     x, p, y = _unit_stride(x), _unit_stride(p), y.contiguous()
     (B, D), R = x.shape, len(p)
-    needs = (x, need_x), (p, need_p), (s, need_s)
-    grads = dx, dp, ds = tuple(t.new_empty(t.shape if need else 0) for t, need in needs)
+    grads = dx, dp, ds = _gradient_outputs(x, p, s, need_x, need_p)
     if not B:
         return dx, dp.zero_(), ds.zero_()
-    RPAD, config = _rpad(R), backward_config(R, dot_type(x, p), gpu_generation(x.device))
+    RPAD, config = _rpad(R), backward_config(x, p)
     slices = _cdiv(D, config["BD"]) if need_x or need_p else 1
     num_tiles = _cdiv(B, config["BM"])
     chunks = min(num_tiles, max(num_multiprocessors(x.device) // slices, 1), MAX_CHUNKS)
@@ -202,23 +192,28 @@ def backward(
     chunks = _cdiv(num_tiles, tiles)
     alone = chunks == 1
     parts = s.new_empty(0 if alone else chunks * (RPAD * D + 16), dtype=torch.float32)
-    counters = parts if alone else _zeros(x.device, slices, shared)
     with _device(x):
         _launch(
             backward_kernel, (slices, chunks), x, p, y, s, cosines, rows, columns, counts, g_i2t,
             g_t2i, *grads, parts, counters, B, R, x.stride(0), p.stride(0), cosines.stride(0),
-            tiles, D=D, RPAD=RPAD, NEED_X=need_x, NEED_P=need_p, NEED_S=need_s,
-            HAS_I2T=g_i2t is not None, HAS_T2I=g_t2i is not None, SMOOTH=smooth, ALONE=alone,
+            tiles, D=D, RPAD=RPAD, NEED_X=need_x, NEED_P=need_p, SMOOTH=smooth, ALONE=alone,
             **_dots(x, p), **config,
         )  # fmt: skip
     return grads
+
+
+def _gradient_outputs(
+    x: Tensor, p: Tensor, s: Tensor, need_x: bool, need_p: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = x.shape if need_x else (0,), p.shape if need_p else (0,)
+    return x.new_empty(shapes[0]), p.new_empty(shapes[1]), torch.empty_like(s)
 
 
 def probabilities(x: Tensor, p: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(probs (B, R), expected (B,), argmax (B,))"""
     x, p = _unit_stride(x), _unit_stride(p)
     (B, D), R = x.shape, int(p.shape[0])
-    config = forward_config(B, D, dot_type(x, p), gpu_generation(x.device))
+    config = forward_config(x, p)
     outputs = _empty_answers(x, p, s)
     if B:
         with _device(x):
@@ -245,9 +240,8 @@ class _Matching(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, p, y, s, *flags):
         *saved, i2t, t2i = forward(x, p, y, s, *flags)
-        ctx.smooth, _, ctx.shared, _ = flags
+        ctx.smooth = flags[0]
         ctx.save_for_backward(x, p, y, s, *saved)
-        ctx.set_materialize_grads(False)
         return i2t, t2i
 
     @staticmethod
@@ -275,31 +269,20 @@ def _operator(name: str, schema: str, implementation, fake):
     return operator
 
 
-def _forward_fake(x, p, y, s, smooth, save, shared, group):
-    return _outputs(x, int(p.shape[0]), save)
-
-
-def _backward_fake(
-    g_i2t, g_t2i, x, p, y, s, cosines, rows, columns, counts, smooth, shared, *needs
-):
-    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip((x, p, s), needs))
-
-
 _forward = _operator(
     "matching_forward",
-    "(Tensor x, Tensor p, Tensor y, Tensor s, bool smooth, bool save, bool shared, str group)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor p, Tensor y, Tensor s, bool smooth, str group)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     forward,
-    _forward_fake,
+    lambda x, p, *_: _outputs(x, int(p.shape[0])),
 )
 _backward = _operator(
     "matching_backward",
-    "(Tensor? g_i2t, Tensor? g_t2i, Tensor x, Tensor p, Tensor y, Tensor s,"
-    " Tensor cosines, Tensor rows, Tensor columns, Tensor counts, bool smooth,"
-    " bool shared, bool need_x, bool need_p, bool need_s)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor g_i2t, Tensor g_t2i, Tensor x, Tensor p, Tensor y, Tensor s, Tensor cosines,"
+    " Tensor rows, Tensor columns, Tensor counts, Tensor counters, bool smooth, bool need_x,"
+    " bool need_p) -> (Tensor, Tensor, Tensor)",
     backward,
-    _backward_fake,
+    lambda _i, _t, x, p, _y, s, *rest: _gradient_outputs(x, p, s, *rest[-2:]),
 )
 _match = _operator(
     "matching_probabilities",
@@ -310,30 +293,28 @@ _match = _operator(
 
 
 def _save(ctx, inputs, output):
-    x, p, y, s, ctx.smooth, _, ctx.shared, _ = inputs
-    ctx.save_for_backward(x, p, y, s, *output[:4])
-    ctx.set_materialize_grads(False)
+    x, p, y, s, ctx.smooth, _ = inputs
+    ctx.save_for_backward(x, p, y, s, *output[:5])
+    ctx.set_materialize_grads(False)  # of the cosines, (B, R)
 
 
-def _gradients(ctx, g_i2t, g_t2i):
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    if g_i2t is None and g_t2i is None:
-        return (None,) * 8
+def _gradients(ctx, *upstream):
+    need_x, need_p, _, need_s, *_ = ctx.needs_input_grad
     functorch = torch._C._functorch
-    upstream = [g for g in (g_i2t, g_t2i) if g is not None]
     if functorch.peek_interpreter_stack() or any(map(functorch.is_legacy_batchedtensor, upstream)):
         raise RuntimeError("no batched gradients with impl='triton'; use impl='torch'")
     saved = ctx.saved_tensors  # once: checkpointing and offloading count, and pay for, each reading
     # with create_graph the operator, which says that it has no derivative; compiled autograd traces
     direct = not torch.is_grad_enabled() and is_plain_eager(*saved)
     compute = backward if direct else _backward
-    grads = compute(g_i2t, g_t2i, *saved, ctx.smooth, ctx.shared, *needs)
-    dx, dp, ds = (grad if need else None for grad, need in zip(grads, needs))
-    return dx, dp, None, ds, None, None, None, None
+    dx, dp, ds = compute(*upstream, *saved, ctx.smooth, need_x, need_p)
+    return dx if need_x else None, dp if need_p else None, None, ds if need_s else None, None, None
 
 
-def _operator_gradients(ctx, _cosines, _rows, _columns, _counts, g_i2t, g_t2i):
-    return _gradients(ctx, g_i2t, g_t2i)
+def _operator_gradients(ctx, *upstream):
+    i2t, t2i = upstream[-2:]
+    zero = torch.zeros_like(t2i if i2t is None else i2t)  # of a loss that is not used
+    return _gradients(ctx, zero if i2t is None else i2t, zero if t2i is None else t2i)
 
 
 def _raise_no_gradient(ctx, *grads):
@@ -361,9 +342,9 @@ def matching_loss(
     name = "" if group is None else group.group_name
     if group is not None:
         _groups[name] = group
-    flags = target == "softmax10", needs_grad(tensors), not torch.compiler.is_compiling(), name
+    flags = target == "softmax10", name
     if is_plain_eager(*tensors):
-        if flags[1]:  # features of a frozen tower may come from torch.inference_mode
+        if needs_grad(tensors):  # features of a frozen tower may come from torch.inference_mode
             tensors = (t.clone() if t.is_inference() else t for t in tensors)
         return _Matching.apply(*tensors, *flags)
     *_, i2t, t2i = _forward(*tensors, *flags)

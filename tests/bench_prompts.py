@@ -22,7 +22,7 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     visual = ModifiedResNet((1, 1, 1, 1), 1024, 224, width=16)  # not used here
-    text = dict(embed_dim=1024, width=512, layers=12, context_length=77, vocab_size=49408)
+    text = dict(embed_dim=1024, width=512, layers=12)
     clip = CLIP(visual, **text, quick_gelu=True).eval().to(device)
     prompts = RankPrompts(clip, RANKS, context=CONTEXT).to(device)
     gradient = torch.randn(RANKS, 1024, device=device)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from clip_shapes import TINY, fill
+from conftest import TINY_MODEL
 from torch import nn
 
 import predict
@@ -231,8 +232,7 @@ CHECKPOINTS = [  # flag, entry, its new value, the message
 def command(flag, path, stripes):
     if flag != "--init":
         return [flag, str(path)]
-    flags = "--clip tiny --image-encoder clip --batch-size 16 --workers 0 --device cpu".split()
-    return ["--data", str(stripes), *flags, "--init", str(path), "--out", f"{path}.run"]
+    return ["--data", str(stripes), *TINY_MODEL, "--init", str(path), "--out", f"{path}.run"]
 
 
 @pytest.mark.parametrize("flag, key, value, message", CHECKPOINTS)
@@ -363,7 +363,7 @@ def test_hints_on_the_command_line_name_flags(tmp_path, stripes):
 
 def test_zeroshot_refuses_the_names_of_special_tokens(stripes, tmp_path):
     """CLIP would read its feature before the rank's name: all ranks alike."""
-    argv = ["--data", str(stripes), "--clip", "tiny", "--image-encoder", "clip", "--device", "cpu"]
+    argv = ["--data", str(stripes), *TINY_MODEL]
     argv += ["--method", "zeroshot", "--context", "a <|ENDOFTEXT|>", "--out", str(tmp_path / "run")]
     assert message_of(train.main, argv) == (
         "train.py: 'a <|ENDOFTEXT|> 1 stripes.' spells out a special token of CLIP; use other words"

@@ -14,30 +14,29 @@ from kernels import bench
 
 
 def test_the_steps_run_and_are_right(tmp_path, monkeypatch, capsys):
-    if bench_on_gpu():
-        pytest.skip("the whole benchmark would run")
-    plan = [["machine", 60], ["exact", 60, [3, 5, 16]], ["exact", 60, [3, 129, 16]]]
+    plan = [["machine", 60], ["exact", 60, 3, 5, 16], ["exact", 60, 3, 129, 16]]
     monkeypatch.setattr(bench, "steps", lambda tiny: plan)
     bench.main(["--report", str(tmp_path)])
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row["step"][0] for row in rows] == ["machine", *["exact"] * 6]
-    assert rows[0]["torch"] and rows[0]["gpu"] is None
+    assert rows[0]["torch"] and (rows[0]["gpu"] is None) == (bench.DEVICE == "cpu")
     assert all(row["ok"] and 0 < row["dX"] < 2e-2 for row in rows if row["step"][0] == "exact")
     table = (tmp_path / "report.md").read_text()
     assert "| dtype | target | i2t | t2i | dX | dP | ds | ok |" in table
     assert "Stopped: " in table and "up to 128 ranks" in table  # a step that fails costs itself
-    assert "through the interpreter" in capsys.readouterr().err
+    assert ("through the interpreter" in capsys.readouterr().err) == (bench.DEVICE == "cpu")
 
 
-def test_speed_and_training_step(capsys):
-    bench.speed("cpu", [2, 3, 16], "fp32", "fp32")
+def test_speed_and_training_step(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    bench.speed([2, 3, 16], "fp32", "fp32")
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["way"] for row in rows] == [*bench.ways("cpu")]
+    assert [row["way"] for row in rows] == [*bench.ways()]
     assert all(row["wall_us"] > 0 for row in rows)
     assert rows[0]["way"] == "ours" and rows[0]["error"] < 1e-4
-    bench.memcheck("cpu", [3, 5, 16]), bench.gpu_tests("cpu")
+    bench.memcheck(3, 5, 16), bench.gpu_tests()
     assert capsys.readouterr().out.count("needs a GPU") == 2
-    bench.training_step("cpu", "tiny", 2, 3)
+    bench.training_step("tiny", 2, 3)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 10 and all(row["images_per_s"] > 0 for row in rows)
 
@@ -58,8 +57,10 @@ def double_loss(x, p, y, s, target):
 
 @pytest.mark.parametrize("wrong", [lose_gradient, shift_loss, double_loss])
 def test_a_wrong_way_is_not_timed(monkeypatch, capsys, wrong):
-    monkeypatch.setattr(bench, "ways", lambda device: {"ours": (wrong, "normalized")})
-    bench.speed("cpu", [2, 3, 16], "fp32", "fp32")
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    monkeypatch.setattr(bench, "ours", wrong)
+    monkeypatch.setattr(bench, "ways", lambda: {"ours": (wrong, "normalized")})
+    bench.speed([2, 3, 16], "fp32", "fp32")
     row = json.loads(capsys.readouterr().out)
     assert "not timed" in row["failed"] and "wall_us" not in row
 
@@ -71,11 +72,12 @@ def test_a_step_out_of_time_leaves_no_process(tmp_path, monkeypatch):
         "import subprocess; print('{not json'); print('{\"a\": 1}', flush=True)\n"
         f"subprocess.run(['sh', '-c', 'sleep 3; touch {tmp_path}/late'])\n"
     )
-    monkeypatch.setattr(bench, "__file__", str(script))
-    rows = []
-    assert bench.run_step(["machine"], 2.0, rows.append) == "out of time after 2 s"
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    record = dict(step=["machine"], rows=[], problem=None)
+    assert [*bench.run_step(record, 2.0)] == record["rows"] == [dict(a=1)]
+    assert record["problem"] == "out of time after 2 s"
     time.sleep(2)
-    assert rows == [dict(a=1)] and not (tmp_path / "late").exists()
+    assert not (tmp_path / "late").exists()
 
 
 @pytest.mark.full
@@ -86,12 +88,5 @@ def test_the_whole_command(tmp_path):
 
 def test_no_time_left(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "steps", lambda tiny: [["machine", 60]])
-    (record,) = bench.report(tmp_path, 0.0, "cpu")
-    assert record["problem"] == "not begun: no time left"
-    assert "not begun" in (tmp_path / "report.md").read_text()
-
-
-def bench_on_gpu():
-    import torch
-
-    return torch.cuda.is_available()
+    bench.report(tmp_path, 0.0)
+    assert "Stopped: not begun: no time left" in (tmp_path / "report.md").read_text()

@@ -144,6 +144,7 @@ def test_damaged_and_foreign_files(state, archive, tmp_path):
     page = b"<!DOCTYPE html><html><body>404 Not Found</body></html>"
     bad |= {
         "junk.safetensors": whole["safetensors"] + b"junk",
+        "directory.pt": whole["zip.pt"].replace(b"PK\x01\x02", b"PK\x09\x02"),
         "types.safetensors": safetensors_bytes({"a": torch.zeros(2)}).replace(b"F32", b"F99"),
         "list.safetensors": (2).to_bytes(8, "little") + b"[]",
         "page.pt": page,
@@ -245,9 +246,12 @@ def test_activation_from_the_config_beside_the_weights(tiny_folder, configs, exp
         assert activations(CLIP.from_pretrained(tiny_folder)) == {expected}
 
 
-def test_damaged_config(tiny_folder):
-    (tiny_folder / "config.json").write_text("<html>")
-    message = r"config.json is no JSON \(.*char 0\).*; expected a model's config: get it again"
+@pytest.mark.parametrize(
+    "text, reason", [("<html>", ".*char 0"), ("[1]", ".*no attribute.*"), ("3", ".*not iterable.*")]
+)
+def test_damaged_config(tiny_folder, text, reason):
+    (tiny_folder / "config.json").write_text(text)
+    message = rf"config.json is no JSON \({reason}\).*; expected a model's config: get it again"
     with pytest.raises(ValueError, match=message):
         CLIP.from_pretrained(tiny_folder)
 

@@ -11,7 +11,7 @@ from test_predict import NAMES, PREPROCESS, export, image_of
 import data
 import predict
 from clip_model import tiny_clip
-from regression import Regression
+from ordinalclip import Regression
 
 METADATA = dict(
     rank_names=NAMES,

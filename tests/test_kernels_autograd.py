@@ -104,7 +104,7 @@ def test_what_the_kernels_do_not_take(monkeypatch, capsys, features, prototypes,
 
 
 def test_float32_without_tensor_cores_is_left_to_pytorch(monkeypatch):
-    monkeypatch.setattr(kernels, "_unsupported_device", lambda device, dtype: "")
+    monkeypatch.setattr(kernels, "_unsupported_device", lambda device: "")
     for precision, name in [("ieee", "torch"), ("tf32", "triton")]:
         monkeypatch.setattr(matching_triton, "float32_dots", lambda precision=precision: precision)
         assert kernels.which_impl("cuda")[0] == name
@@ -287,24 +287,11 @@ def test_opcheck():
     features, prototypes, labels, scale = on_device(make_case(20, 9, 16))
     leaves = [t.clone().requires_grad_() for t in (features, prototypes, scale)]
     ops = torch.ops.kernels_matching_triton
-    args = (leaves[0], leaves[1], labels, leaves[2], True, True, True, "")
+    args = (leaves[0], leaves[1], labels, leaves[2], True, "")
     torch.library.opcheck(ops.matching_forward.default, args)
-    saved = ops.matching_forward(features, prototypes, labels, scale, True, True, True, "")
+    saved = ops.matching_forward(features, prototypes, labels, scale, True, "")[:5]
     one = torch.ones((), device=DEVICE)
-    args = (
-        one,
-        None,
-        features,
-        prototypes,
-        labels,
-        scale,
-        *saved[:4],
-        True,
-        True,
-        True,
-        False,
-        True,
-    )
+    args = (one, 2 * one, features, prototypes, labels, scale, *saved, True, True, False)
     torch.library.opcheck(ops.matching_backward.default, args)
     torch.library.opcheck(ops.matching_probabilities.default, (features, prototypes, scale))
 

@@ -36,16 +36,14 @@ AXES = dict(
     dtypes=[(FP32, FP32, "tf32"), (FP32, FP32, "ieee"), (FP16, FP16, ""), (BF16, BF16, "")]
     + [(FP32, BF16, ""), (BF16, FP32, "")],
     smooth=[False, True],
-    save=[True, False],
-    needs=[n for n in itertools.product([True, False], repeat=3) if any(n)],
-    losses=[(True, True), (True, False), (False, True)],
+    needs=[*itertools.product([True, False], repeat=2)],
     group=["", "all"],
     labels=[torch.int64, torch.int32],
     stride=[0, 1],  # that many numbers between the rows of the features
 )
 
 
-def launches(capability, B, R, D, dtypes, smooth, save, needs, losses, group, labels, stride):
+def launches(capability, B, R, D, dtypes, smooth, needs, group, labels, stride):
     """[(kernel, arguments, options)] of a forward, its backward, and a prediction."""
     module, calls = matching_triton, []
     module._launch = lambda kernel, grid, *args, **options: calls.append((kernel, args, options))
@@ -57,12 +55,9 @@ def launches(capability, B, R, D, dtypes, smooth, save, needs, losses, group, la
     x = torch.empty(B, D + stride, dtype=dtypes[0], device="meta")[:, :D]
     p = torch.empty(R, D, dtype=dtypes[1], device="meta")
     y, s = torch.empty(B, dtype=labels, device="meta"), torch.empty((), device="meta")
-    *saved, i2t, t2i = module.forward(x, p, y, s, smooth, save, True, group)
-    if save:
-        upstream = [loss if used else None for loss, used in zip((i2t, t2i), losses)]
-        module.backward(*upstream, x, p, y, s, *saved, smooth, True, *needs)
-    else:
-        module.probabilities(x, p, s)
+    *saved, i2t, t2i = module.forward(x, p, y, s, smooth, group)
+    module.backward(i2t, t2i, x, p, y, s, *saved, smooth, *needs)
+    module.probabilities(x, p, s)
     return calls
 
 

@@ -16,7 +16,7 @@ from processes import run_python, run_script
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("kernels", "data", "training", "evaluation")
 OURS = {
-    "ordinalclip", "clip_model", "clip_weights", "tokenizer", "backbones", "train", "regression", "exported", "predict", *PACKAGES
+    "ordinalclip", "clip_model", "clip_weights", "tokenizer", "backbones", "train", "exported", "predict", *PACKAGES
 }  # fmt: skip
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 MODULES = sorted([*ROOT.glob("*.py"), *(p for name in PACKAGES for p in ROOT.glob(f"{name}/*.py"))])
@@ -29,14 +29,13 @@ def module_id(path: Path) -> str:
 # --- imports ---
 
 CLIP = {"clip_model", "clip_weights", "tokenizer"}
-BELOW_TRAINING = {"ordinalclip", "regression", "backbones", "kernels", "data"} | CLIP
+BELOW_TRAINING = {"ordinalclip", "backbones", "kernels", "data"} | CLIP
 OPTIONAL = {"timm", "torchvision"}
 ARROWS = {  # file or folder: (modules of ours, third-party packages) it may import
     "tokenizer.py": (set(), {"torch", "ftfy", "regex"}),
     "clip_model.py": ({"clip_weights"}, {"torch"}),
     "clip_weights.py": (set(), {"torch", "numpy", "huggingface_hub"}),
     "ordinalclip.py": ({"kernels"}, {"torch"}),
-    "regression.py": (set(), {"torch"}),
     "backbones.py": (set(), {"torch"} | OPTIONAL),
     "kernels": ({"kernels"}, {"torch", "triton"}),
     "kernels/bench.py": ({"kernels", "clip_model", "ordinalclip"}, {"torch", "triton"}),
@@ -263,10 +262,6 @@ ALONE = {  # files that are copied together, and what runs on them
     ("data",):
         "import torch, data; pixels = torch.zeros(1, 3, 1, 77, dtype=torch.uint8)\n"
         "print(tuple(data.normalize(pixels, data.CLIP_MEAN, data.CLIP_STD)[0, :1, 0].shape))",
-    ("regression.py",):
-        "import torch; from regression import Regression\n"
-        "model = Regression(torch.nn.Flatten(), 12, 77, 'l1')\n"
-        "print(tuple(model.predict(torch.zeros(1, 3, 2, 2))['probs'].shape))",
     ("backbones.py",):
         "import torch; from backbones import VGG16\n"
         "with torch.device('meta'): print(tuple(VGG16(77)(torch.zeros(1, 3, 224, 224)).shape))",

@@ -377,15 +377,19 @@ def test_a_loss_past_ddp_is_not_silent(tmp_path):
 
 
 def test_pasted_into_a_package(tmp_path):
-    """mylib/ordinalclip.py finds kernels/ beside it, and no other kernels."""
+    """mylib/ordinalclip.py finds kernels/ beside it, and no other kernels; so does clip_model.py."""
     (tmp_path / "mylib").mkdir()
     (tmp_path / "mylib" / "__init__.py").touch()
-    (tmp_path / "kernels.py").write_text("raise ImportError('another module of that name')")
-    shutil.copy(ROOT / "ordinalclip.py", tmp_path / "mylib")
+    for name in ("kernels.py", "clip_weights.py"):
+        (tmp_path / name).write_text("raise ImportError('another module of that name')")
+    for name in ("ordinalclip.py", "clip_model.py", "clip_weights.py"):
+        shutil.copy(ROOT / name, tmp_path / "mylib")
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "kernels", tmp_path / "mylib" / "kernels", ignore=ignore)
-    code = """import torch; from mylib.ordinalclip import LinearPrototypes, OrdinalCLIP
-model = OrdinalCLIP(torch.nn.Flatten(), LinearPrototypes(3, 12), 3.0)
-print(model.loss(torch.randn(2, 3, 2, 2), torch.tensor([0, 2]))[0].isfinite().item())"""
+    code = """import torch; from mylib.ordinalclip import OrdinalCLIP, RankPrompts
+from mylib.clip_model import CLIP, tiny_clip
+clip = CLIP.from_state_dict(tiny_clip().state_dict())
+model = OrdinalCLIP(clip.visual, RankPrompts(clip, 3, context=2), clip.logit_scale)
+print(model.loss(torch.randn(2, 3, 64, 64), torch.tensor([0, 2]))[0].isfinite().item())"""
     process = run_python(code, tmp_path)
     assert process.returncode == 0 and process.stdout.strip() == "True", process.stderr

@@ -379,9 +379,7 @@ def copy_modules(folder, *names):
             shutil.copy(ROOT / name, folder / name)
 
 
-MODEL_FILES = (
-    "exported.py", "ordinalclip.py", "regression.py", "kernels", "clip_model.py", "clip_weights.py",
-)  # fmt: skip
+MODEL_FILES = ("exported.py", "ordinalclip.py", "kernels", "clip_model.py", "clip_weights.py")
 
 
 def test_it_runs_without_the_rest_of_the_project(run, exported, tmp_path):

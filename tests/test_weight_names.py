@@ -53,18 +53,11 @@ def nested(prefix, wrapper, state):
     return {"epoch": 3, wrapper: state} if wrapper else state
 
 
-WRAPPERS = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "net",
-    "ema",
-    "model_ema",
-    "params",
-    "module",
-)
-PREFIXES = ("module.", "model.", "clip.", "clip_model.", "net.", "backbone.", "_orig_mod.",
-            "module.model.", "model.clip_model.", "_orig_mod.module.net.backbone.")  # fmt: skip
+WRAPPERS = "state_dict model_state_dict model net ema model_ema params module".split()
+PREFIXES = (
+    "module. model. clip. clip_model. net. backbone. _orig_mod. module.model. model.clip_model. "
+    "_orig_mod.module.net.backbone."
+).split()
 
 
 @pytest.mark.parametrize("wrapper", ["", *WRAPPERS])

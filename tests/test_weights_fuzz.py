@@ -19,6 +19,17 @@ from training.checkpoints import NEEDED_TO_RESUME, load_checkpoint, load_model
 NAN = float("nan")
 
 
+def save(rng, content, path, change):
+    """Write content to path, cut off or with bits flipped where the change is that."""
+    torch.save(content, path)
+    data = bytearray(path.read_bytes())
+    if change == "cut":
+        data = data[: rng.randrange(len(data))]
+    for _ in range(rng.choice([1, 3, 20]) if change == "flip" else 0):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
 def mutate(rng, content, path):
     """Write content, changed at random, to path; returns what was done."""
     state = dict(content["state_dict"])
@@ -40,13 +51,7 @@ def mutate(rng, content, path):
     if change == "entry":
         key = rng.choice(sorted(content))
         content[key] = rng.choice([None, 0, 1.5, "x", [], {}, [NAN], (1, 2, 3), torch.zeros(2)])
-    torch.save(content, path)
-    data = bytearray(path.read_bytes())
-    if change == "cut":
-        data = data[: rng.randrange(len(data))]
-    for _ in range(rng.choice([1, 3, 20]) if change == "flip" else 0):
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    path.write_bytes(data)
+    save(rng, content, path, change)
     return change
 
 
@@ -100,13 +105,7 @@ def mutate_checkpoint(rng, content, path):
         part[key] = torch.zeros([size + 1 for size in value.shape] or [2])
     elif change == "nan" and torch.is_tensor(value) and value.is_floating_point():
         part[key] = torch.full_like(value, NAN)
-    torch.save(content, path)
-    data = bytearray(path.read_bytes())
-    if change == "cut":
-        data = data[: rng.randrange(len(data))]
-    for _ in range(rng.choice([1, 3, 20]) if change == "flip" else 0):
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    path.write_bytes(data)
+    save(rng, content, path, change)
     return f"{change} {key}"
 
 

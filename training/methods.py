@@ -24,8 +24,7 @@ import data
 from backbones import build_image_encoder
 from clip_model import CLIP, download, tiny_clip
 from clip_weights import check_finite, unwrap
-from ordinalclip import FixedPrototypes, LinearPrototypes, OrdinalCLIP, RankPrompts
-from regression import Regression
+from ordinalclip import FixedPrototypes, LinearPrototypes, OrdinalCLIP, RankPrompts, Regression
 from tokenizer import Tokenizer
 from training.checkpoints import load_checkpoint
 from training.distributed import is_main, main_process_first
