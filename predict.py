@@ -9,8 +9,8 @@
 
 Images are prepared as in the evaluation. Letters: B images, R ranks, S image size, D joint dim.
 Read from the top: load, Predictor, ONNX, the command line, how images are read.
-Copy together with: exported.py and its files, evaluation/plots.py; data/, unless you call
-predictor.model on your own tensors.
+Copy together with: exported.py and its files, data/, evaluation/plots.py. exported.py alone gives
+the model, for your own tensors.
 """
 
 import csv
@@ -31,6 +31,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import data
 from evaluation.plots import MAX_EXPLAINED, explain, printable
 from exported import load_model, save_prototypes
 from kernels import which_impl
@@ -38,8 +39,8 @@ from ordinalclip import OrdinalCLIP, Regression
 
 COLUMNS = ("file", "rank", "rank_index", "expected_rank_index", "value", "prob")  # of --csv
 ImageLike = str | Path | Image.Image
-Answers = dict[str, Any]  # of B images: see Predictor.__call__; on the command line also file [B]
-Failed = list[tuple[str, str]]  # (path, error)
+Answers = dict[str, Any]  # of B images: see Predictor.__call__
+Rows = list[dict[str, Any]]  # one per image: COLUMNS and probs (R,), or file and error
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> "Predictor":
@@ -82,22 +83,22 @@ class Predictor:
             if errors:
                 raise errors[0][1]
             batches.append(answers)
-        return _concat_answers(batches)
+        names = [name for batch in batches for name in batch["name"]]
+        tensors = {k: torch.cat([b[k] for b in batches]) for k in batches[0] if k != "name"}
+        return dict(name=names, **tensors)
 
     def batches(
         self, images: Sequence[ImageLike], batch_size: int = 32, workers: int = 0
     ) -> Iterator[tuple[list[int], Answers | None, list[tuple[int, Exception]]]]:
         """Yield (indices of the images that were read, their answers or None, [(index, error)])."""
         read = partial(_read_batch, self.preprocess)  # runs in the workers
-        items = list(enumerate(images))
-        loader = DataLoader(items, batch_size, collate_fn=read, num_workers=workers)
+        images = list(enumerate(images))
+        loader = DataLoader(images, batch_size, collate_fn=read, num_workers=workers)
         for pixels, indices, errors in loader:
             yield indices, self.predict(pixels) if indices else None, errors
 
     def predict(self, pixels: Tensor) -> Answers:
         """uint8 images (B, 3, S, S) -> the dict of __call__."""
-        import data
-
         mean, std = self.preprocess["mean"], self.preprocess["std"]
         images = data.normalize(pixels.to(self.device), mean, std)  # (B, 3, S, S)
         images = images.contiguous(memory_format=torch.channels_last)
@@ -125,7 +126,6 @@ def export_onnx(predictor: Predictor, path: str | Path) -> None:
     except ImportError as error:
         message = f"--onnx needs two packages ({error}): pip install onnx onnxscript"
         raise ImportError(message) from error
-    import data
 
     class Outputs(nn.Module):  # torch.export takes modules only
         def forward(self, images):
@@ -171,12 +171,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add(
         "--workers", type=int, help="reading processes (default: none for few images, else up to 8)"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # images also after options
     for name, value in vars(args).items():  # Path("") would be the current folder
         if any(not str(v).strip() for v in (value if isinstance(value, list) else [value])):
             parser.error(f"{name.replace('_', '-')} is empty; give a value, or leave it out")
-    if not (args.images or args.save_prototypes or args.onnx):
-        parser.error("give images, a folder or a list")
+    tables = [f"--{name}" for name in ("csv", "json", "explain") if getattr(args, name)]
+    if not args.images and (tables or not (args.save_prototypes or args.onnx)):
+        what = ", ".join(tables) or "predictions"
+        parser.error(f"give images, folders or lists for {what}")
     max_workers = max(64, 2 * (os.cpu_count() or 1))  # as of train.py
     if args.batch_size < 1 or not 0 <= (args.workers or 0) <= max_workers:
         parser.error(f"--batch-size must be at least 1, --workers at least 0 and <= {max_workers}")
@@ -206,15 +208,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             export_onnx(predictor, args.onnx)
         for path in filter(None, (args.save_prototypes, args.onnx)):
             print(f"wrote {path}", file=sys.stderr)
-        return report(args, predictor, *predict_all(args, predictor, paths)) if paths else 0
+        if not paths:
+            return 0
+        rows, failed = predict_all(args, predictor, paths)
+        report(args, predictor, rows, failed)
+        return 1 if failed else 0
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"predict.py: {error}") from error
 
 
 def find_images(arguments: Sequence[str | Path]) -> list[str]:
     """Paths of images, of those in folders and lists; ValueError for a folder or list of none."""
-    import data
-
     paths = []
     for argument in map(Path, arguments):
         images = [argument]
@@ -243,10 +247,10 @@ def check_outputs(args: Namespace, paths: Sequence[str]) -> None:
     for flag in ("--csv", "--json", "--explain", "--save-prototypes", "--onnx"):
         if (output := getattr(args, flag[2:].replace("-", "_"))) is None:
             continue
-        files = inputs if os.path.exists(output) else []
-        if files and not os.path.isfile(output):
+        exists = os.path.exists(output)
+        if exists and not os.path.isfile(output):
             raise ValueError(f"{flag} {output} is a folder or device; give the name of a file")
-        if any(os.path.exists(file) and os.path.samefile(file, output) for file in files):
+        if exists and any(os.path.exists(f) and os.path.samefile(f, output) for f in inputs):
             raise ValueError(f"{flag} {output} is one of the inputs; give another file")
         if (first := flags.setdefault(os.path.realpath(output), flag)) != flag:
             raise ValueError(f"{first} and {flag} are both {output}; give another file")
@@ -257,68 +261,57 @@ def check_outputs(args: Namespace, paths: Sequence[str]) -> None:
             raise ValueError(message) from error
 
 
-def predict_all(args: Namespace, predictor: Predictor, paths: list[str]) -> tuple[Answers, Failed]:
-    """-> answers of the images that could be read ({} if none could), and the others' errors."""
+def predict_all(args: Namespace, predictor: Predictor, paths: list[str]) -> tuple[Rows, Rows]:
+    """-> rows of the images that could be read, and file and error of the others."""
     workers = args.workers
     if workers is None:  # starting them takes longer than reading a few images
         workers = min(8, (os.cpu_count() or 1) - 1) if len(paths) > 2 * args.batch_size else 0
-    batches, failed, num_read, start_time = [], [], 0, time.time()
+    rows, failed, start_time = [], [], time.time()
     for indices, answers, errors in predictor.batches(paths, args.batch_size, workers):
         if indices:
-            batches.append(dict(answers, file=[paths[i] for i in indices]))
-        failed += [(paths[i], str(error)) for i, error in errors]
-        num_read += len(indices) + len(errors)
+            files = [paths[i] for i in indices]
+            columns = [answers[key].tolist() for key in ("rank", "expected", "value")]
+            columns += [answers["probs"].max(1).values.tolist(), answers["probs"]]
+            for row in zip(files, answers["name"], *columns):
+                rows.append(dict(zip((*COLUMNS, "probs"), row)))
+        failed += [dict(file=paths[i], error=str(error)) for i, error in errors]
         if sys.stderr.isatty():
+            num_read = len(rows) + len(failed)
             speed = f"{num_read / (time.time() - start_time):.0f} images/s "
             print(f"\r  {num_read}/{len(paths)}  {speed}", end="", file=sys.stderr, flush=True)
     print("\r\033[K" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True)
-    return _concat_answers(batches) if batches else {}, failed
+    return rows, failed
 
 
-def report(args: Namespace, predictor: Predictor, answers: Answers, failed: Failed) -> int:
-    """Print the table and what failed, write the files that were asked for -> exit code."""
-    import data
-
-    names, rows = predictor.rank_names, []
-    if answers:
-        indices, expected, values = (answers[key].tolist() for key in ("rank", "expected", "value"))
-        highest = answers["probs"].max(1).values.tolist()
-        columns = (answers["file"], answers["name"], indices, expected, values, highest)
-        rows = [dict(zip(COLUMNS, row)) for row in zip(*columns)]
+def report(args: Namespace, predictor: Predictor, rows: Rows, failed: Rows) -> None:
+    """Write the files that were asked for, print the table and what failed."""
     if args.csv:
         data.atomic_write(Path(args.csv), partial(_write_csv, rows))
     if args.json:
-        probs = answers["probs"].tolist() if answers else []
-        images = [dict(row, probs=p) for row, p in zip(rows, probs)]
-        content = dict(rank_names=names, rank_values=predictor.rank_values, images=images)
-        content["not_predicted"] = [dict(file=path, error=error) for path, error in failed]
-        text = json.dumps(content, indent=1) + "\n"
+        content = dict(rank_names=predictor.rank_names, rank_values=predictor.rank_values)
+        content["images"] = [dict(row, probs=row["probs"].tolist()) for row in rows]
+        text = json.dumps(dict(content, not_predicted=failed), indent=1) + "\n"
         data.atomic_write(Path(args.json), lambda tmp_path: tmp_path.write_text(text))
-    if args.explain and answers:
-        count = min(MAX_EXPLAINED, len(rows))
-        spread = torch.linspace(0, len(rows) - 1, count).round().long()  # over the whole list
-        files = [rows[i]["file"] for i in spread]
-        pixels, _, _ = _read_batch(predictor.preprocess, enumerate(files))
-        few = {
-            key: values[spread] if torch.is_tensor(values) else [values[i] for i in spread]
-            for key, values in answers.items()
-        }
-        picture = explain(pixels, few, names)
+    if args.explain and rows:
+        spread = torch.linspace(0, len(rows) - 1, min(MAX_EXPLAINED, len(rows)))  # over all of them
+        chosen = [rows[i] for i in spread.round().long()]
+        pixels, *_ = _read_batch(predictor.preprocess, enumerate(row["file"] for row in chosen))
+        picture = explain(pixels, chosen, predictor.rank_names)
         data.atomic_write(Path(args.explain), lambda tmp_path: picture.save(tmp_path, "PNG"))
     if rows:  # after the files, which are whole also if the reader of the table goes, as `head`
-        print_table(rows, answers["probs"], names)
-    for path, error in failed:
+        print_table(rows, predictor.rank_names)
+    for row in failed:
+        path, error = row["file"], row["error"]
         message = error if path in error else f"{path}: {error}"
         print(printable(f"not predicted: {message}"), file=sys.stderr)
-    return 1 if failed else 0
 
 
-def print_table(rows: Sequence[dict[str, Any]], probs: Tensor, rank_names: Sequence[str]) -> None:
-    """rows: dicts of COLUMNS for B images, probs (B, R): a line each, with the 3 best ranks."""
+def print_table(rows: Rows, rank_names: Sequence[str]) -> None:
+    """A line per image, with the 3 best ranks."""
     cells = [("file", "rank", "expected", "prob", "top 3")]
-    for row, distribution in zip(rows, probs):  # (R,)
-        ranks = distribution.topk(min(3, len(rank_names))).indices.tolist()
-        best = "  ".join(f"{rank_names[rank]} {distribution[rank]:.0%}" for rank in ranks)
+    for row in rows:
+        ranks = row["probs"].topk(min(3, len(rank_names))).indices.tolist()
+        best = "  ".join(f"{rank_names[rank]} {row['probs'][rank]:.0%}" for rank in ranks)
         file, value, prob = printable(row["file"]), f"{row['value']:.2f}", f"{row['prob']:.1%}"
         cells.append((file, row["rank"], value, prob, best))
     w = [max(map(len, column)) for column in zip(*cells)]  # widths
@@ -327,9 +320,12 @@ def print_table(rows: Sequence[dict[str, Any]], probs: Tensor, rank_names: Seque
 
 
 def _write_csv(rows, tmp_path):
-    cells = ([f"{x:.4f}" if isinstance(x, float) else x for x in row.values()] for row in rows)
     with open(tmp_path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows([COLUMNS, *cells])
+        table = csv.writer(file)
+        table.writerow(COLUMNS)
+        for row in rows:
+            cells = [row[name] for name in COLUMNS]
+            table.writerow([f"{x:.4f}" if isinstance(x, float) else x for x in cells])
 
 
 def _read_batch(preprocess, items):
@@ -346,8 +342,6 @@ def _read_batch(preprocess, items):
 
 def _read_pixels(preprocess, image):
     """A path or PIL image -> uint8 (3, S, S), as the evaluation prepares it."""
-    import data
-
     names = ("image_size", "squash", "resample", "draft")
     options = {name: preprocess[name] for name in names if name in preprocess}
     images = data.ImageList([(image, 0)], "", **options)
@@ -360,12 +354,6 @@ def _read_pixels(preprocess, image):
     if image.getexif().get(0x0112, 1) != 1:  # a copy loses TIFF's tags: only if it must be turned
         image = ImageOps.exif_transpose(image)
     return images.prepare(data.to_rgb(image))
-
-
-def _concat_answers(batches):
-    """Dicts of lists or tensors -> one dict."""
-    columns = {key: [batch[key] for batch in batches] for key in batches[0]}
-    return {k: torch.cat(v) if torch.is_tensor(v[0]) else sum(v, []) for k, v in columns.items()}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Read evaluate_test_set first. Needs: data, kernels, ordinalclip, training, .metr
 """
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ def predict_loader(run: Run, loader: DataLoader) -> tuple[Tensor, Tensor]:
     eval_model = run.model.export().eval()  # the text tower runs once
     if run.args.freeze_image:
         eval_model = without_image_encoder(eval_model)
-    probs, labels, progress = [], [], ProgressLine("predicting")
+    progress = ProgressLine("predicting")
+    # of none: a process has no images where they are fewer than the processes
+    probs, labels = [torch.zeros(0, run.task.num_ranks)], [torch.zeros(0, dtype=torch.long)]
     num_images = len(loader.dataset) * world_size()
     for i, (images, batch_labels) in enumerate(loader, 1):
         with autocast(run.args):
@@ -53,8 +56,6 @@ def predict_loader(run: Run, loader: DataLoader) -> tuple[Tensor, Tensor]:
         probs.append(outputs["probs"].cpu())
         labels.append(batch_labels)
         progress(min(i * run.args.batch_size, num_images), num_images)
-    if not labels:  # fewer images than processes
-        probs, labels = [torch.zeros(0, run.task.num_ranks)], [torch.zeros(0, dtype=torch.long)]
     probs = all_gather_rows(torch.cat(probs))  # (M, R)
     if not probs.isfinite().all():
         raise FloatingPointError(
@@ -89,11 +90,11 @@ def evaluate_test_set(
     probs, labels = predict_loader(run, test_loader)
     val = part_metrics(task, "val", *predict_loader(run, val_loader)) if task.val else None
     train_counts = torch.tensor([s.label for s in task.train]).bincount(minlength=task.num_ranks)
-    majority = majority_baseline(torch.tensor([s.label for s in task.test]), train_counts)
+    majority = majority_baseline(labels, train_counts)
     if targets := task.targets("test"):
         value = task.rank_values[majority["rank"]]
         majority["mae_value"] = sum(abs(value - target) for target in targets) / len(targets)
-    first_prompt = zeroshot_prompt(args, task, task.rank_names[0])
+    has_prompt = args.method == "zeroshot"
     results = dict(
         data=task.name,
         protocol=task.protocol,
@@ -101,7 +102,7 @@ def evaluate_test_set(
         images=dict(train=len(task.train), val=len(task.val), test=len(task.test)),
         splits=run.splits,
         val_is_test=task.val_is_test,
-        prompt=first_prompt if args.method == "zeroshot" else None,
+        prompt=zeroshot_prompt(args, task, task.rank_names[0]) if has_prompt else None,
         test=part_metrics(task, "test", probs, labels),
         val=val,
         majority=majority | dict(rank=task.rank_names[majority["rank"]]),
@@ -114,9 +115,11 @@ def evaluate_test_set(
     )
     if is_main():
         save_predictions(run.dir / f"predictions-{name}.csv", task, probs)
+        pictures = draw_pictures(run, initial_similarity, probs, labels, results["per_rank"])
         pictures_dir = run.dir / ("pictures" if name == "best" else f"pictures-{name}")
-        per_rank = results["per_rank"]
-        pictures = save_pictures(pictures_dir, run, initial_similarity, probs, labels, per_rank)
+        pictures_dir.mkdir(exist_ok=True)
+        for title, picture in pictures.items():
+            data.atomic_write(pictures_dir / f"{title}.png", partial(picture.save, format="PNG"))
         if name == "best":
             board = TensorBoard(run)
             board.write(args.epochs, {f"test_{k}": v for k, v in results["test"].items()}, pictures)
@@ -133,19 +136,17 @@ def ordinality_scores(run: Run) -> dict[str, Any]:
     prototypes, official = run.model.prototypes().float(), run.args.official
     if official and run.task.name == "morph2":
         prototypes = prototypes[15:76]  # scripts/vis_ordinality.py: ages 15 to 75
-    scores = {
-        span: dict(
+
+    def score(span: int | None) -> dict[str, float]:
+        return dict(
             score=ordinality(prototypes, span, official),
             chance=ordinality_chance(len(prototypes), span, official),
         )
-        for span in (None, *ORDINALITY_SPANS)
-        if span is None or span < len(prototypes) - 1
-    }
-    whole = scores.pop(None)
+
+    spans = {str(span): score(span) for span in ORDINALITY_SPANS if span < len(prototypes) - 1}
+    whole = score(None)
     return dict(
-        ordinality=whole["score"],
-        ordinality_chance=whole["chance"],
-        ordinality_spans={str(span): score for span, score in scores.items()},
+        ordinality=whole["score"], ordinality_chance=whole["chance"], ordinality_spans=spans
     )
 
 
@@ -183,21 +184,20 @@ def print_results(results: dict[str, Any]) -> None:
 
 def save_predictions(path: Path, task: data.Task, probs: Tensor) -> None:
     """predictions-NAME.csv: path, true and predicted rank, expected rank index, probability."""
-    ranks = torch.arange(task.num_ranks, dtype=probs.dtype)
-    rows = [
-        dict(
+    ranks, targets = torch.arange(task.num_ranks, dtype=probs.dtype), task.targets("test")
+    values = probs.double() @ torch.tensor(task.rank_values, dtype=torch.float64)  # (M,)
+    rows = []
+    for i, (sample, p) in enumerate(zip(task.test, probs)):
+        row = dict(
             path=sample.path,
             label=task.rank_names[sample.label],
             rank=task.rank_names[int(p.argmax())],
             expected_rank_index=f"{float(p @ ranks):.4f}",
             prob=f"{float(p.max()):.4f}",
         )
-        for sample, p in zip(task.test, probs)
-    ]
-    if targets := task.targets("test"):
-        values = (probs.double() @ torch.tensor(task.rank_values, dtype=torch.float64)).tolist()
-        for row, target, value in zip(rows, targets, values):
-            row |= dict(value=target, expected_value=f"{value:.6g}")
+        if targets:
+            row |= dict(value=targets[i], expected_value=f"{float(values[i]):.6g}")
+        rows.append(row)
     save_csv(path, rows)
 
 
@@ -210,23 +210,18 @@ def similarity_matrix(model: nn.Module) -> Tensor | None:
     return rows @ rows.T
 
 
-def save_pictures(
-    pictures_dir: Path,
-    run: Run,
-    initial_similarity: Tensor | None,
-    probs: Tensor,
-    labels: Tensor,
-    per_rank: list[dict],
+def draw_pictures(
+    run: Run, initial_similarity: Tensor | None, probs: Tensor, labels: Tensor, rows: list[dict]
 ) -> dict[str, Any]:
-    """similarity, confusion, distribution, error, sheet and curves as PNG, and returned."""
+    """similarity, confusion, distribution, error, sheet and curves; rows: of each rank."""
     names, axes = run.task.rank_names, ("predicted rank", "true rank")
+    counts = {"test images, counted": confusion_matrix(probs, labels)}
     means = mean_probs_by_rank(probs, labels)
-    scale, title = (0, float(means.max())), "mean probability of each rank"
-    counts = confusion_matrix(probs, labels)
+    titled = {"mean probability of each rank": means}
     pictures = dict(
-        confusion=draw_matrices([counts], ["test images, counted"], names, axes),
-        distribution=draw_matrices([means], [title], names, axes, scale),
-        error=draw_error_by_rank(per_rank),
+        confusion=draw_matrices(counts, names, axes),
+        distribution=draw_matrices(titled, names, axes, span=(0, float(means.max()))),
+        error=draw_error_by_rank(rows),
         sheet=draw_sheet(best_and_worst(run.task, run.preprocess, probs, labels)),
     )
     similarity = similarity_matrix(run.model)
@@ -234,14 +229,9 @@ def save_pictures(
         matrices = {"similarity of the prototypes": similarity}
         if initial_similarity is not None:
             matrices = {"similarity before training": initial_similarity, **matrices}
-        pictures["similarity"] = draw_matrices(
-            tuple(matrices.values()), tuple(matrices), names, ("rank", "rank")
-        )
+        pictures["similarity"] = draw_matrices(matrices, names, ("rank", "rank"))
     if log := read_log(run.dir):
         pictures["curves"] = draw_curves(log)
-    pictures_dir.mkdir(exist_ok=True)
-    for name, picture in pictures.items():
-        data.atomic_write(pictures_dir / f"{name}.png", lambda path: picture.save(path, "PNG"))
     return pictures
 
 

@@ -159,16 +159,10 @@ def per_rank_metrics(
     rows = []
     for rank in labels.unique().tolist():
         mask = labels == rank
-        rank_metrics = compute_metrics(probs[mask], labels[mask])
-        rows.append(
-            dict(
-                rank=rank_names[rank],
-                train_images=int(train_counts[rank]),
-                test_images=int(mask.sum()),
-                mae_expected=rank_metrics["mae_expected"],
-                mae_argmax=rank_metrics["mae_argmax"],
-            )
-        )
+        metrics = compute_metrics(probs[mask], labels[mask])
+        row = dict(rank=rank_names[rank], train_images=int(train_counts[rank]))
+        maes = {name: metrics[name] for name in ("mae_expected", "mae_argmax")}
+        rows.append(row | dict(test_images=int(mask.sum()), **maes))
     return rows
 
 

@@ -1,6 +1,6 @@
 """The pictures of a run and of single predictions, drawn with Pillow alone.
 
-    draw_matrices([confusion], ["test images"], rank_names, ("predicted", "true")).save("c.png")
+    draw_matrices({"test images": confusion}, rank_names, ("predicted", "true")).save("c.png")
 
 Letters: B images, R ranks, S image size; positions are in pixels. Read in order: the pictures
 (draw_matrices, draw_error_by_rank, draw_curves, draw_sheet, explain), then what they share.
@@ -18,27 +18,26 @@ from torch import Tensor
 
 LIGHT_BAR, DARK_BAR, INK, GRID = "#a9bfd6", "#1d3a5f", "#111111", "#d5d5d5"  # differ in grey, too
 MAX_EXPLAINED = 6  # images in one picture of `explain`
+MAX_NAMED = 6  # ranks that are all named along an axis
 Box = tuple[float, float, float, float]  # left, top, right, bottom of a chart
 
 
 def draw_matrices(
-    matrices: Sequence[Tensor],
-    titles: Sequence[str],
+    matrices: dict[str, Tensor],
     rank_names: Sequence[str],
     axes: tuple[str, str],
     span: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """Matrices (R, R) side by side on one colour scale: the darker, the larger.
+    """Matrices {title: (R, R)} side by side on one colour scale: the darker, the larger.
 
     axes: titles of the (columns, rows). span: lowest and highest value of the scale, by default of
     all matrices. Up to 12 ranks are drawn with the values in their cells.
     """
     side, step, top = 400, 550, 56
-    lowest = min(float(matrix.min()) for matrix in matrices)
-    highest = max(float(matrix.max()) for matrix in matrices)
-    low, high = span or (lowest, highest)
+    values = [value for matrix in matrices.values() for value in matrix.flatten().tolist()]
+    low, high = span or (min(values), max(values))
     picture, draw = _canvas(step * len(matrices) + 110, side + 150)
-    for i, (matrix, title) in enumerate(zip(matrices, titles)):
+    for i, (title, matrix) in enumerate(matrices.items()):
         left = 120 + i * step
         shades = (matrix.double() - low) / max(high - low, 1e-12)  # (R, R)
         _draw_shades(picture, shades.clamp(0, 1).numpy(), left, top, side, side)
@@ -48,8 +47,10 @@ def draw_matrices(
             value, ink = matrix[row, column].item(), "white" if shades[row, column] > 0.55 else INK
             text = f"{value:.2f}" if isinstance(value, float) else str(value)
             _draw_text(draw, (xs[column], ys[row]), text, 14, "mm", ink)
-        _draw_rank_axis(draw, rank_names, xs, top + side, side)
-        _draw_upright_rank_axis(draw, rank_names, ys, left, side)
+        _draw_rank_axis(draw, rank_names, left, side, top + side)
+        for y, name in _named(rank_names, top, side, 26):
+            draw.line((left - 4, y, left, y), INK)
+            _draw_text(draw, (left - 8, y), name, 14, "rm", max_width=92)
         _draw_text(draw, (left + side / 2, top + side + 32), axes[0], 16, "ma")
         _draw_text(draw, (left - 112, top - 22), axes[1], 14)
     left = step * len(matrices) + 26
@@ -66,15 +67,14 @@ def draw_error_by_rank(rows: Sequence[dict[str, Any]]) -> Image.Image:
     rows: dicts of rank (name), train_images, mae_argmax (in ranks), for the ranks with test images.
     """
     picture, draw = _canvas(1000, 580)
-    xs = _centers(80, 890, len(rows))
+    names = [row["rank"] for row in rows]
     for key, title, top, bottom in (
         ("mae_argmax", "MAE of the most probable rank, test images", 50, 290),
         ("train_images", "training images", 400, 510),
     ):
-        values = [row[key] for row in rows]
+        values, inks = [row[key] for row in rows], [DARK_BAR] * len(rows)
         _draw_text(draw, (80, top - 34), title, 18)
-        _draw_bars(draw, (80, top, 970, bottom), xs, values, [DARK_BAR] * len(rows), ".3g", 0.5)
-        _draw_rank_axis(draw, [row["rank"] for row in rows], xs, bottom, 890)
+        _draw_bars(draw, (80, top, 970, bottom), values, inks, names, ".3g")
         _draw_text(draw, (525, bottom + 32), "true rank", 16, "ma")
     return picture
 
@@ -93,13 +93,10 @@ def draw_curves(log: Sequence[dict[str, float]]) -> Image.Image:
         highest = max(row[key] for row in log for key, _ in lines) or 1
         _draw_text(draw, (left, 12), title, 20)
         _draw_grid(draw, (left, top, right, bottom), highest, ".3g")
+        xs = [left + (row["epoch"] - first) / max(last - first, 1) * (right - left) for row in log]
         styles = (left, DARK_BAR, 3), (left + 200, "#7fa6cc", 5)  # differ in width, too
         for (key, name), (legend, ink, width) in zip(lines, styles):
-            shares = [(row["epoch"] - first) / (max(last, first + 1) - first) for row in log]
-            points = [
-                (left + share * (right - left), bottom - row[key] / highest * (bottom - top))
-                for share, row in zip(shares, log)
-            ]
+            points = [(x, bottom - row[key] / highest * (bottom - top)) for x, row in zip(xs, log)]
             draw.line(points, ink, width)
             for x, y in points if len(points) < 30 else ():
                 draw.ellipse((x - 4, y - 4, x + 4, y + 4), ink)
@@ -127,33 +124,27 @@ def draw_sheet(rows: Sequence[tuple[str, Sequence[tuple[Tensor, str]]]]) -> Imag
 
 
 def explain(
-    images: Tensor, answers: dict[str, Sequence[Any]], rank_names: Sequence[str]
+    images: Tensor, rows: Sequence[dict[str, Any]], rank_names: Sequence[str]
 ) -> Image.Image:
     """Each image as the model sees it, beside its distribution over the ranks; 1000 pixels wide.
 
-    images: uint8 (B, 3, S, S), of which the first MAX_EXPLAINED are drawn.
-    answers: what predict.Predictor returns for them, and `file` [B], their paths, for the captions.
+    images: uint8 (B, 3, S, S), of which the first MAX_EXPLAINED are drawn. rows: one dict each, as
+    in predict.py's --json: file, rank (name), expected_rank_index, value, probs (R,).
     """
     images, num_ranks, height = images[:MAX_EXPLAINED], len(rank_names), 330
     left, right, width = 390, 970, 580
-    xs = [left + (rank + 0.5) * width / num_ranks for rank in range(num_ranks)]
     picture, draw = _canvas(1000, height * len(images))
-    for i, image in enumerate(images):
+    for i, (image, row) in enumerate(zip(images, rows)):
         start = i * height
         top, bottom = start + 84, start + 276
-        probs = answers["probs"][i].tolist()
-        file_name, summary = (
-            Path(answers["file"][i]).name,
-            f"{answers['name'][i]}: {max(probs):.0%}",
-        )
+        probs = [float(prob) for prob in row["probs"]]
         _draw_photo(picture, image, 30, start + 14, 270)
-        _draw_text(draw, (30, start + 290), file_name, 16, max_width=270)
-        _draw_text(draw, (left, start + 12), summary, 24, max_width=380)
-        _draw_text(draw, (right, start + 16), f"expected {answers['value'][i]:.2f}", 20, "ra")
+        _draw_text(draw, (30, start + 290), Path(row["file"]).name, 16, max_width=270)
+        _draw_text(draw, (left, start + 12), f"{row['rank']}: {max(probs):.0%}", 24, max_width=380)
+        _draw_text(draw, (right, start + 16), f"expected {row['value']:.2f}", 20, "ra")
         inks = [DARK_BAR if prob == max(probs) else LIGHT_BAR for prob in probs]
-        _draw_bars(draw, (left, top, right, bottom), xs, probs, inks, ".1%", 1)
-        _draw_rank_axis(draw, rank_names, xs, bottom, width, 150, 24, max_named=0, edge=998)
-        x = left + (answers["expected"][i].item() + 0.5) * width / num_ranks
+        _draw_bars(draw, (left, top, right, bottom), probs, inks, rank_names, ".1%", gap=24)
+        x = left + (row["expected_rank_index"] + 0.5) * width / num_ranks
         draw.line((x, top, x, bottom), "white", 2)  # black and white show on any bar
         for y in range(top, bottom, 8):
             draw.line((x, y, x, y + 4), INK, 2)
@@ -207,41 +198,37 @@ def _draw_grid(draw, box: Box, highest: float, number_format: str):
         _draw_text(draw, (left - 8, y), f"{share * highest:{number_format}}", 14, "rm")
 
 
-def _draw_bars(draw, box: Box, centers, values, inks, number_format: str, min_half_width: float):
+def _draw_bars(draw, box: Box, values, inks, names, number_format, gap=14):
+    """A bar per rank, above the ranks' names."""
     left, top, right, bottom = box
-    highest, half = max(values) or 1, max(min_half_width, 0.4 * (right - left) / len(values))
+    highest, half = max(values) or 1, max(1, 0.4 * (right - left) / len(values))
     _draw_grid(draw, box, highest, number_format)
-    for x, value, ink in zip(centers, values, inks):
+    for x, value, ink in zip(_centers(left, right - left, len(values)), values, inks):
         draw.rectangle((x - half, bottom - value / highest * (bottom - top), x + half, bottom), ink)
     draw.line((left, bottom, right, bottom), INK)
+    _draw_rank_axis(draw, names, left, right - left, bottom, gap)
 
 
-def _centers(start: float, length: float, count: int) -> list[float]:
-    cell = length / count
-    return [start + (i + 0.5) * cell for i in range(count)]
-
-
-def _draw_rank_axis(
-    draw, names, centers, y, length, longest=110, gap=14, max_named=6, edge=math.inf
-):
-    """Rank names below a chart: all of up to max_named, of more as many as do not touch."""
-    font, step, max_width = ImageFont.load_default(14), 1, length / len(names) - 4
+def _draw_rank_axis(draw, names, start, length, y, gap=14):
+    """Rank names below a chart."""
+    font, edge, longest = ImageFont.load_default(14), draw.im.size[0] - 2, 110
     widest = min(longest, max(draw.textlength(name, font) for name in names))
-    if len(names) > max_named:
-        step, max_width = _label_step(len(names), length, widest + gap), longest
-    for x, name in list(zip(centers, names))[::step]:
+    max_width = length / len(names) - 4 if len(names) <= MAX_NAMED else longest
+    for x, name in _named(names, start, length, widest + gap):
         draw.line((x, y, x, y + 4), INK)
         _draw_text(draw, (min(x, edge - widest / 2), y + 8), name, 14, "ma", max_width=max_width)
 
 
-def _draw_upright_rank_axis(draw, names, centers, x, length):
-    step = 1 if len(names) <= 6 else _label_step(len(names), length, 26)
-    for y, name in list(zip(centers, names))[::step]:
-        draw.line((x - 4, y, x, y), INK)
-        _draw_text(draw, (x - 8, y), name, 14, "rm", max_width=92)
+def _named(names, start, length, room):
+    """[(position, name)] along an axis: all of up to MAX_NAMED ranks, of more every n-th, so that
+    each has `room` pixels."""
+    step, num_ranks = 1, len(names)
+    if num_ranks > MAX_NAMED:
+        steps = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+        step = next((step for step in steps if step * length / num_ranks >= room), num_ranks)
+    return list(zip(_centers(start, length, num_ranks), names))[::step]
 
 
-def _label_step(num_ranks: int, length: float, room: float) -> int:
-    """n where every n-th rank is named, because a name needs `room` of the `length` pixels."""
-    steps = (1, 2, 5, 10, 20, 50, 100, 200, 500)
-    return next((step for step in steps if step * length / num_ranks >= room), num_ranks)
+def _centers(start, length, count):
+    cell = length / count
+    return [start + (i + 0.5) * cell for i in range(count)]

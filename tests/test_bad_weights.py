@@ -2,7 +2,6 @@
 foreign or incomplete: one line each, whole, and what is read after all."""
 
 import hashlib
-import re
 import shutil
 import warnings
 from pathlib import Path
@@ -63,9 +62,6 @@ def replaced(content, key, value):
 
 # --- exported files ---
 
-PREPROCESS = (
-    "image_size (an integer), mean and std (3 numbers each), perhaps squash, resample, draft"
-)
 CONV = "state_dict/image_encoder.conv1.weight"
 EXPORTED = [  # entry, its new value, the message
     ("format", "DEL", "{path} is another file: got format None with image_encoder, quick_gelu, "
@@ -106,10 +102,10 @@ EXPORTED = [  # entry, its new value, the message
      "expected a list of finite numbers: export the run again"),
     ("rank_values", ["0", "1", "2", "3"], "{path}: rank_values is the list ['0', '1', '2', '3']; "
      "expected a list of finite numbers: export the run again"),
-    ("preprocess", None, "{path}: preprocess is the NoneType None; expected " + PREPROCESS
-     + ": export the run again"),
-    ("preprocess", {}, "{path}: preprocess is the dict {{}}; expected " + PREPROCESS
-     + ": export the run again"),
+    ("preprocess", None, "{path}: preprocess is the NoneType None; expected image_size, mean and "
+     "std: export the run again"),
+    ("preprocess", {}, "{path}: preprocess lacks image_size, mean, std: export the run again"),
+    ("preprocess/image_size", "DEL", "{path}: preprocess lacks image_size: export the run again"),
     ("state_dict/prototypes.prototypes", "DEL", "{path}: got prototypes (0, 0), 4 rank_names, "
      "4 rank_values; expected (R, D), R and R"),
     ("state_dict/prototypes.prototypes", torch.zeros(4), "{path}: got prototypes (4,), "
@@ -136,24 +132,24 @@ EXPORTED = [  # entry, its new value, the message
      "image encoder 'clip' (TypeError image_encoder.bn1.bias is torch.int64, not torch.float32); "
      "export the run again"),
 ]  # fmt: skip
-for entry, value in (
-    ("image_size", "DEL"), ("image_size", 0), ("image_size", 64.0), ("mean", [0.5]),
-    ("mean", "abc"), ("std", (0.2, 0.2, 0.0)), ("std", (0.2, 0.2, NAN)), ("squash", 1),
-    ("draft", 512), ("resample", "nearest"),
+INTEGER, ABOVE_0, BOOL = "an integer, 1 to 9999", "3 numbers above 0", "True or False"
+for entry, value, expected in (
+    ("image_size", 0, INTEGER), ("image_size", 64.0, INTEGER), ("mean", [0.5], "3 numbers"),
+    ("mean", "abc", "3 numbers"), ("std", (0.2, 0.2, 0.0), ABOVE_0), ("std", (0.2, 0.2, NAN), ABOVE_0),
+    ("squash", 1, BOOL), ("draft", 512, BOOL), ("resample", "nearest", "bicubic or bilinear"),
 ):  # fmt: skip
-    EXPORTED.append((f"preprocess/{entry}", value, None))
+    got = f"{type(value).__name__} {value!r}"
+    message = f"preprocess: {entry} is the {got}; expected {expected}: export the run again"
+    EXPORTED.append((f"preprocess/{entry}", value, "{path}: " + message))
 
 
 @pytest.mark.parametrize("key, value, message", EXPORTED)
 def test_an_exported_file_with_a_wrong_part(files, stripes, tmp_path, key, value, message):
     path, image = tmp_path / "x.pt", str(stripes / "1 stripes" / "image 0.png")
     torch.save(replaced(files["exported.pt"], key, value), path)
-    got = message_of(predict.main, [str(path), image])
-    if message is None:  # the whole entry is named
-        assert re.fullmatch(f"predict.py: {path}: preprocess is the dict .*; expected "
-                            f"{re.escape(PREPROCESS)}: export the run again", got)  # fmt: skip
-    else:
-        assert got == "predict.py: " + message.format(path=path)
+    assert message_of(predict.main, [str(path), image]) == "predict.py: " + message.format(
+        path=path
+    )
 
 
 PROTOTYPES = [

@@ -271,7 +271,7 @@ ALONE = {  # files that are copied together, and what runs on them
     ("evaluation/plots.py",):
         "import torch; from plots import draw_matrices\n"
         "names = [str(i) for i in range(5)]\n"
-        "picture = draw_matrices([torch.eye(5)], ['title'], names, ('x', 'y'))\n"
+        "picture = draw_matrices({'title': torch.eye(5)}, names, ('x', 'y'))\n"
         "print((1, 77 * (picture.width > 77)))",
 }  # fmt: skip
 

@@ -43,10 +43,8 @@ def test_cumulative_score_and_kappa():
     metrics = compute_metrics(F.one_hot(torch.tensor(answers), 20).float(), torch.tensor(labels))
     assert metrics["qwk_argmax"] == pytest.approx(kappa(answers, labels, 20), abs=1e-9)
     assert metrics["qwk_expected"] == pytest.approx(metrics["qwk_argmax"])
-    assert (
-        metrics["cs_argmax"] == pytest.approx((abs(answers - labels) <= 5).mean())
-        and metrics["cs_argmax"] < 1
-    )
+    assert metrics["cs_argmax"] == pytest.approx((abs(answers - labels) <= 5).mean())
+    assert metrics["cs_argmax"] < 1
     for labels in ([0], [2], [1, 1]):  # one rank alone: no agreement beyond chance
         metrics = compute_metrics(torch.eye(3)[: len(labels)], torch.tensor(labels))
         assert metrics["qwk_argmax"] is None and metrics["mae_argmax"] is not None

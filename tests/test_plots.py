@@ -30,17 +30,13 @@ def texts(monkeypatch):
     return texts
 
 
-def answers_of(probs, file="x.png", names=("0",)):
-    expected = probs @ torch.arange(probs.shape[1]).float()
-    rank = probs.argmax(1)
-    return dict(
-        file=[file] * len(probs),
-        name=[*names] * len(probs),
-        probs=probs,
-        expected=expected,
-        value=expected,
-        rank=rank,
-    )
+def rows_of(probs, file="x.png", name="0"):
+    """As predict.py makes them."""
+    expected = (probs @ torch.arange(probs.shape[1]).float()).tolist()
+    return [
+        dict(file=file, rank=name, expected_rank_index=e, value=e, probs=p)
+        for p, e in zip(probs, expected)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -50,8 +46,8 @@ def answers_of(probs, file="x.png", names=("0",)):
 def test_names_of_ranks_do_not_touch(num_ranks, name, texts):
     names = [name.format(rank) for rank in range(num_ranks)]
     probs = torch.rand(1, num_ranks, generator=torch.Generator().manual_seed(0)).softmax(1)
-    answers = answers_of(probs, "x" * 300 + ".png", names[:1])
-    picture = explain(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), answers, names)
+    rows = rows_of(probs, "x" * 300 + ".png", names[0])
+    picture = explain(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), rows, names)
     boxes = [box for _, anchor, box in texts if anchor == "ma"]
     assert picture.size == (1000, 330) and boxes
     assert boxes[0][0] > 0 and boxes[-1][2] <= 1000
@@ -61,7 +57,7 @@ def test_names_of_ranks_do_not_touch(num_ranks, name, texts):
 def test_explain_draws_six_images_and_the_most_probable_rank_dark(texts):
     probs = torch.tensor([[0.1, 0.2, 0.6, 0.1]]).repeat(8, 1)
     images = torch.full((8, 3, 64, 64), 7, dtype=torch.uint8)
-    picture = explain(images, answers_of(probs, "\udcff.png"), list("abcd"))
+    picture = explain(images, rows_of(probs, "\udcff.png"), list("abcd"))
     assert picture.size == (1000, 6 * 330)
     first = np.asarray(picture)[:330]
     assert (first[20:280, 40:290] == 7).all()
@@ -74,7 +70,7 @@ def test_a_matrix_is_drawn_with_its_rows_downwards_and_darker_where_larger():
     matrix = torch.zeros(20, 20)
     matrix[3, 15] = 1  # true rank 3, predicted 15
     picture = np.asarray(
-        draw_matrices([matrix], ["t"], [str(i) for i in range(20)], ("x", "y")).convert("L")
+        draw_matrices({"t": matrix}, [str(i) for i in range(20)], ("x", "y")).convert("L")
     )
     area = picture[56:456, 120:520].reshape(20, 20, 20, 20).mean((1, 3))  # cells of 20 x 20 pixels
     assert np.unravel_index(area.argmin(), area.shape) == (3, 15) and area[3, 15] < 60
@@ -84,15 +80,15 @@ def test_a_matrix_is_drawn_with_its_rows_downwards_and_darker_where_larger():
 @pytest.mark.parametrize("num_ranks", [12, 13])
 def test_matrices_share_one_scale_and_few_ranks_carry_their_values(texts, num_ranks):
     names = [f"rank {i}" for i in range(num_ranks)]
-    values = torch.eye(num_ranks), 3 * torch.eye(num_ranks)
-    picture = draw_matrices(values, ["one", "three"], names, ("predicted", "true"))
+    matrices = dict(one=torch.eye(num_ranks), three=3 * torch.eye(num_ranks))
+    picture = draw_matrices(matrices, names, ("predicted", "true"))
     assert picture.size == (2 * 550 + 110, 550)
     labels = [text for text, *_ in texts]
     assert labels.count("3.00") == (12 if num_ranks == 12 else 0)
     assert labels[-3:] == ["0", "1.5", "3"] and labels.count("predicted") == 2
     counts = torch.arange(4).view(2, 2)
     texts.clear()
-    draw_matrices([counts], ["counts"], ["a", "b"], ("x", "y"), span=(0, 10))
+    draw_matrices(dict(counts=counts), ["a", "b"], ("x", "y"), span=(0, 10))
     labels = [text for text, *_ in texts]
     assert "2" in labels and "2.00" not in labels and labels[-3:] == ["0", "5", "10"]
 
