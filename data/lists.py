@@ -130,13 +130,13 @@ def check_labels(
     """ValueError if an image has two labels; where(part, i): where sample i of it is listed."""
     parts, first = [part or () for part in parts], {}
     starts = np.cumsum([0, *map(len, parts)])
-    paths = (path for part in parts for path, _ in part)
+    paths = (sample[0] for part in parts for sample in part)
     keys = np.fromiter(map(hash, paths), np.int64, starts[-1])
     _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
     for row in np.flatnonzero(counts[inverse] > 1):  # few, so that this takes little memory
         part = int(np.searchsorted(starts, row, "right")) - 1
         i = int(row - starts[part])
-        image, label = parts[part][i]
+        image, label = parts[part][i][:2]
         other_label, *other = first.setdefault(image, (label, part, i))
         if label != other_label:
             raise ValueError(

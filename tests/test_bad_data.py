@@ -238,10 +238,12 @@ OWN = [  # (images, {file: content}, message)
     (["0.jpg", "1.jpg"], {"labels.csv": "image,score,age\n0.jpg,1,30\n1.jpg,2,40\n"},
      "{root}/labels.csv:1: {either}"),
     (TWO, {"train.csv": "path,label,split\n1/0.jpg,0,train\n1/1.jpg,1,test\n"},
-     "{root}: a column names other parts than its list; make train.csv, val.csv, test.csv"),
+     "{root}/train.csv: column split names other parts than this list; make train.csv, val.csv, "
+     "test.csv"),
     (["train/0.jpg", "train/1.jpg"],
      {"train/a.csv": "path,label,split\n0.jpg,0,train\n1.jpg,1,val\n"},
-     "{root}: a column names other parts than its list; make train.csv, val.csv, test.csv"),
+     "{root}/train/a.csv: column split names other parts than this list; make train.csv, val.csv, "
+     "test.csv"),
     (["0.jpg", "1.jpg"], {"a.csv": "path,label,fold\n0.jpg,0,train\n1.jpg,1,extra\n"},
      "{root}/a.csv: column fold has 'extra', no name of a part"),
 ]  # fmt: skip
