@@ -148,28 +148,29 @@ def check_labels(
 def parse_list(path: str | Path, root: str | Path | None = None) -> Iterator[tuple[int, str, int]]:
     """(line number, image path, label) of a list file, with any whole number as label."""
     for number, image, text in parse_rows(path, root=root):
-        label = parse_integer(text)
-        if label is None:
-            what = f"label {text[:99]!r} is no whole number"
-            advice = "labels are ranks, counted from 0 (own images: see --ranks, --bins)"
-            raise ValueError(f"{path}:{number}: {what}; {advice}")
+        if (label := parse_integer(text)) is None:
+            raise ValueError(
+                f"{path}:{number}: label {text[:99]!r} is no whole number; labels are ranks, "
+                "counted from 0 (own images: see --ranks, --bins)"
+            )
         yield number, image, label
 
 
 def read_texts(
     path: str | Path, root: str | Path, column: str | None = None, allow_missing: bool = False
-) -> list[Sample]:
-    """The samples of a list file with labels as text, 3.0 as 3; or with the cells of a column.
+) -> list[tuple[str, str]]:
+    """[(path, label as text, 3.0 as 3)] of a list file; or with the cells of a column.
 
     Errors: those of read_list, but for the values of labels.
     """
-    rows = [*parse_rows(path, column, root)]
-    integers = [None if column else parse_integer(text) for _, _, text in rows]
-    texts = [text if n is None else str(n) for (_, _, text), n in zip(rows, integers)]
-    samples = zip((image for _, image, _ in rows), texts)
-    samples = [Sample(*row) for row in resolve_paths(root, samples, path, allow_missing)]
-    check_labels([samples], lambda _, i: f"{path}:{rows[i][0]}")
-    return samples
+    lines, rows = [], []
+    for line, image, text in parse_rows(path, column, root):
+        number = None if column else parse_integer(text)
+        lines.append(line)
+        rows.append((image, text if number is None else str(number)))
+    rows = [*resolve_paths(root, rows, path, allow_missing)]
+    check_labels([rows], lambda _, i: f"{path}:{lines[i]}")
+    return rows
 
 
 def parse_rows(
