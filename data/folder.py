@@ -138,12 +138,13 @@ def _read_rows(
         if source is None:
             continue
         if source.is_file():
-            more = _read_table(source, root, root, options, part)
+            more, names, notes = _read_table(source, root, root, options, part), set(), []
         else:
-            part = None if source == folder else part
-            more, names, notes = _read_part(source, root, options, part, ranks)
-            ranks, left_out = ranks | names, left_out + notes
-        rows, ranks = rows + more, ranks | {row.label for row in more}
+            expected = None if source == folder else part
+            more, names, notes = _read_part(source, root, options, expected, ranks)
+        rows += more
+        ranks |= names | {row.label for row in more}
+        left_out += notes
     check_labels([rows], lambda _, i: str(sources[rows[i].part]))
     if options.bins or options.ranks not in (None, PRESENT):
         names, rank_of, real_labels, outside = number_ranks(
@@ -357,9 +358,10 @@ def _find_parts(names: dict[Path, str]) -> list[Path | None]:
 
 def _list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
     """(folders, other files) in a folder, sorted, without hidden ones."""
-    entries = [entry for entry in sorted(folder.iterdir()) if not is_hidden(entry.name)]
-    folders = [entry for entry in entries if entry.is_dir()]
-    return folders, [entry for entry in entries if entry not in folders]
+    with os.scandir(folder) as entries:
+        entries = sorted((entry.path, entry.is_dir()) for entry in entries)
+    entries = [(Path(path), is_dir) for path, is_dir in entries if not is_hidden(Path(path).name)]
+    return [path for path, is_dir in entries if is_dir], [p for p, is_dir in entries if not is_dir]
 
 
 def _find_lists(folder: Path) -> list[Path]:

@@ -172,29 +172,34 @@ def order_ranks(folder: Path, names: Iterable[str], order: list[str] | None) -> 
         if parts := [name for name in sorted(names) if re.match(PART_WORD, name.casefold())]:
             raise ValueError(f"{folder}: {parts[0]!r} may be a part or a rank; {how}")
         keys = {name: key for name in sorted(names) if (key := rank_key(name))}
-        before = next(iter(keys.values()))[1] if keys else ""  # "class" of "class 3"
-        by_number = {key[0]: name for name, key in keys.items() if key[1] == before}
+        word = next((key.word for key in keys.values()), "")  # "class" of "class 3"
+        by_number = {key.number: name for name, key in keys.items() if key.word == word}
         order = [by_number[number] for number in sorted(by_number)]
     if unknown := sorted(set(names) - set(order)):
         raise ValueError(f"{folder}: the order of rank {unknown[0]!r} is not known; {how}")
-    units, numbers = {key[2]: name for name, key in keys.items()}, {key[0] for key in keys.values()}
-    is_counted = any(numbers == {(i + first, 0) for i in range(len(units))} for first in (0, 1))
+    units = {key.units: name for name, key in keys.items()}
+    counted = [{(i + first, 0) for i in range(len(units))} for first in (0, 1)]
+    is_counted = {key.number for key in keys.values()} in counted
     is_counted &= not any(word in UNITS for unit in units for word in unit)
     if len(units) > 1 and not is_counted and units.keys() - UNITS_LEFT_OUT != {()}:
         pair = " and ".join(map(repr, sorted(units.values())[:2]))
         raise ValueError(f"{folder}: the ranks {pair} have different units; {how}")
-    ends = [(keys[name][3], name) for name in order if name in keys and keys[name][3] is not None]
+    ends = [(keys[name].end, name) for name in order if name in keys and keys[name].end is not None]
     for (end, name), (next_end, next_name) in zip(ends, ends[1:]):  # Q1 2021, Q2 2020
         if end > next_end:
             raise ValueError(f"{folder}: is rank {name!r} below {next_name!r}? {how}")
     return order
 
 
-def rank_key(name: str) -> tuple[tuple[float, int], str, tuple[str, ...], float | None] | None:
-    """((number, -1 below it, 1 above it, else 0), word before it, words after it, second number).
+class RankKey(NamedTuple):
+    number: tuple[float, int]  # and -1 below it, 1 above it, else 0
+    word: str  # before the number
+    units: tuple[str, ...]  # words after it
+    end: float | None  # second number: 30 of 18-30
 
-    None without a number, and where it may be read in two ways: 1,5 and 00s and minus 2.
-    """
+
+def rank_key(name: str) -> RankKey | None:
+    """None without a number, and where it may be read in two ways: 1,5 and 00s and minus 2."""
     name = name.casefold().replace("\u2212", "-")
     match = re.match(rf"(\D*?)({NUMBER})(\s*\+)?(.*)", name)
     without_thousands = re.sub(r"(?<![\d,.])[1-9]\d{0,2}(,\d{3})+(?![\d,])", "", name)
@@ -204,6 +209,7 @@ def rank_key(name: str) -> tuple[tuple[float, int], str, tuple[str, ...], float 
     before, number = match[1].strip(" _-([#"), float(match[2].replace(",", ""))
     side = -1 if before in BELOW else int(before in ABOVE or bool(match[3]))
     words = (re.sub(r"(?<=..)s$", "", word) for word in re.findall(r"[^\W\d_]+", match[4]))
-    second = re.search(NUMBER, re.sub(r"^\s*[-\u2013]\s*", "", match[4]))  # 30 of 18-30
+    units = tuple(word for word in words if word not in NO_UNITS)
+    second = re.search(NUMBER, re.sub(r"^\s*[-\u2013]\s*", "", match[4]))
     end = float(second[0].replace(",", "")) if second else None
-    return (number, side), before * (side == 0), tuple(w for w in words if w not in NO_UNITS), end
+    return RankKey((number, side), before * (side == 0), units, end)
