@@ -21,15 +21,7 @@ from pathlib import Path
 
 from .files import count_types, find_images, is_hidden, is_image, read_lines
 from .labels import MAX_RANKS, PRESENT, Row, match_names, nfc, number_ranks, order_ranks, rank_key
-from .lists import (
-    LABEL_COLUMNS,
-    SPLIT_COLUMNS,
-    Sample,
-    check_labels,
-    parse_integer,
-    read_header,
-    read_texts,
-)
+from .lists import LABEL_COLUMNS, Sample, check_labels, parse_integer, read_header, read_texts
 from .task import PARTS, REAL_LABELS, Options, Task, hold_out, make_task
 
 LEAVE_ONE_OUT = "leave-one-group-out"
@@ -39,6 +31,7 @@ PART_NAMES = {  # in upper or lower case; eval is whichever of val and test is m
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
+SPLIT_COLUMNS = {"split", "part", "set", "subset", "fold", "partition"}  # of names of parts
 LIST_WORD = "train|val|test|dev|label|meta|annotation|split|fold"  # in names of lists
 
 Sources = Sequence[Path | None]  # lists or folders of train, val, test
@@ -117,7 +110,7 @@ def _read_rank_lists(
         if path:
             groups |= _read_columns(path, root, options, part)[0]
     num_ranks = len(order) if order else 1 + max(max(part.labels) for part in samples)
-    _check_num_ranks(folder, num_ranks, order, sum(map(len, samples)))
+    _check_num_ranks(folder, num_ranks, len(order or ()) or sum(map(len, samples)))
     if (path := first.parent / REAL_LABELS).is_file():  # beside the lists of a run
         real_labels = {image: float(text) for image, text in read_texts(path, root)}
         images = (image for part in samples for image, _ in part)
@@ -153,7 +146,7 @@ def _read_rows(
         left_out += outside
     else:
         names, real_labels = order_ranks(folder, ranks, order), {}
-        _check_num_ranks(folder, len(names), order, len(rows))
+        _check_num_ranks(folder, len(names), len(order or rows))
         index = {name: rank for rank, name in enumerate(names)}
         rank_of = {row.path: index[row.label] for row in rows}
     parts = [[], [], []]
@@ -165,11 +158,9 @@ def _read_rows(
     return names, parts, groups, real_labels, left_out
 
 
-def _check_num_ranks(
-    folder: Path, num_ranks: int, order: list[str] | None, num_images: int
-) -> None:
+def _check_num_ranks(folder: Path, num_ranks: int, num_images: int) -> None:
     """ValueError for labels that are dates or ids: more ranks than images, or than MAX_RANKS."""
-    if num_ranks > (limit := MAX_RANKS if order else min(MAX_RANKS, num_images)):
+    if num_ranks > (limit := min(MAX_RANKS, num_images)):
         raise ValueError(
             f"{folder}: {num_ranks:,} ranks, expected at most {limit:,}; labels are ranks, counted "
             "from 0: if these are dates or ids, write the rank in their place"
@@ -253,7 +244,7 @@ def _read_columns(
     groups = {}
     if options.group:
         groups = dict(read_texts(table, folder, options.group, options.allow_missing))
-    for column in (name for name in read_header(table) if name in SPLIT_COLUMNS):
+    for column in filter(SPLIT_COLUMNS.__contains__, read_header(table)):
         cells = read_texts(table, folder, column, options.allow_missing)
         parts = _find_parts({Path(cell): cell for _, cell in cells})
         index = {path.name: part for part, path in enumerate(parts) if path}
@@ -302,8 +293,7 @@ def _split_by_group(
     """(parts, notes), val and test held out where they are missing; no group is in two of them."""
 
     def held_out(samples: Sequence[Sample], part: str) -> tuple[Sequence[Sample], Sequence[Sample]]:
-        num_groups = len({groups[path] for path, _ in samples})
-        share = max(0.1, 1 / num_groups)
+        share = max(0.1, 1 / len({groups[path] for path, _ in samples}))
         return hold_out(samples, share, f"{part}/{options.salt}", groups.__getitem__)
 
     train, val, test = parts

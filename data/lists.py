@@ -26,7 +26,6 @@ from .files import IMAGE_TYPES, read_lines, write_lines
 
 PATH_COLUMNS = ("path", "image", "filename", "file", "file_name", "image_path", "photo")
 LABEL_COLUMNS = ("label", "rank", "age", "class", "target", "value", "score")
-SPLIT_COLUMNS = ("split", "part", "set", "subset", "fold", "partition")
 
 
 class Sample(NamedTuple):
@@ -232,13 +231,11 @@ def _columns(
             f"separated by {known!r}; got {first_line[:200]!r}"
         )
     is_header = parse_number(names[1]) is None and Path(names[0]).suffix not in IMAGE_TYPES
-    return known, 0, 1, int(is_header and not _is_listed(root, _cells(first_line, known)[0]))
-
-
-def _is_listed(root: str | Path | None, path: str) -> bool:
-    """Whether there is a file `path` under root, as resolve_paths spells it."""
-    path = next(resolve_paths(root or "", [(path, 0)], path, allow_missing=True))[0]
-    return root is not None and os.path.isfile(os.path.join(root, path))
+    if is_header and root is not None:
+        cells = _cells(first_line, known)
+        [(name, _)] = resolve_paths(root, [cells], path, allow_missing=True)
+        is_header = not os.path.isfile(os.path.join(root, name))
+    return known, 0, 1, int(is_header)
 
 
 def _uncommented(path: str | Path, root: str | Path | None) -> Iterator[tuple[int, str]]:
