@@ -4,7 +4,7 @@ Each row: what lies in the folder or is asked for, and the whole message that th
 """
 
 import pytest
-from data_makers import AESTHETICS_TABLE, MAKERS, MORPH_TABLE, PICTURE, edit
+from data_makers import AESTHETICS_TABLE, MAKERS, MORPH_TABLE, PICTURE, edit, write_files
 
 import data
 from data.__main__ import main
@@ -252,11 +252,8 @@ OWN = [  # (images, {file: content}, message)
 @pytest.mark.parametrize("images, files, message", OWN)
 def test_own_images(tmp_path, images, files, message):
     root = tmp_path / "own"
-    files = {name: text.encode() if isinstance(text, str) else text for name, text in files.items()}
     root.mkdir()
-    for name, content in (dict.fromkeys(images, PICTURE) | files).items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content)
+    write_files(root, dict.fromkeys(images, PICTURE) | files)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         data.load(root)
     if "{beside}" in message:
@@ -325,11 +322,9 @@ def test_releases(tmp_path, name, old, new, message):
     "num_groups, counts", [(1, "0 train / 0 val / 6"), (2, "0 train / 3 val / 3")]
 )
 def test_fewer_groups_than_parts(tmp_path, num_groups, counts):
-    rows = [(f"{i}.jpg", i // 2, i % num_groups) for i in range(6)]
-    for name, *_ in rows:
-        (tmp_path / name).write_bytes(PICTURE)
-    lines = ["path,label,who", *(",".join(map(str, row)) for row in rows)]
-    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    lines = ["path,label,who", *(f"{i}.jpg,{i // 2},{i % num_groups}" for i in range(6))]
+    images = {f"{i}.jpg": PICTURE for i in range(6)}
+    write_files(tmp_path, images | {"labels.csv": "\n".join(lines)})
     with pytest.raises(ValueError) as error:
         data.load(tmp_path, group="who")
     assert str(error.value) == (
@@ -345,9 +340,7 @@ def test_fewer_groups_than_parts(tmp_path, num_groups, counts):
     (["{root}", "--out={root}/1/x"], "--out {root}/1/x lies in {root}, where folders are data; give another"),
 ])  # fmt: skip
 def test_bad_commands(tmp_path, capsys, argv, message):
-    for name in [f"{rank}/{i}.jpg" for rank in (1, 2) for i in range(9)]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(PICTURE)
+    write_files(tmp_path, {f"{rank}/{i}.jpg": PICTURE for rank in (1, 2) for i in range(9)})
     assert main([word.replace("{root}", str(tmp_path)) for word in argv]) == 1
     assert capsys.readouterr().err == f"error: {message.replace('{root}', str(tmp_path))}\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
