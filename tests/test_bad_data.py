@@ -367,6 +367,8 @@ OPTIONS = [  # (dataset, options, message)
      "a folder of own data"),
     ("/", dict(split="subject-exclusive"), "{root} has no split 'subject-exclusive'; give random or leave-one-group-out"),
     ("/", dict(category="all"), "{root} has no category, got 'all'; leave it out"),
+    *(("hci", {option: "3"}, f"hci has no {option}, got '3'; leave it out")
+      for option in ("label_pattern", "ranks", "bins", "group")),
     ("demo", dict(lists=("a.txt", None, None)),
      "the demo has lists of its own; leave yours out, or load its folder"),
 ]  # fmt: skip

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -83,12 +82,6 @@ def test_a_new_dataset_is_one_new_file(pasted):
     assert "weather: random split, seed 1, fold 0: 24 train / 3 val / 3 test" in process.stdout
     assert "30 of 30 images can be read" in process.stdout
     assert sorted(os.listdir(pasted / "lists")) == ["fold_0", "fold_1", "fold_2"]
-
-
-def test_imports():
-    for file in PACKAGE.glob("*.py"):
-        imports = re.findall(r"^(?:import|from) (\w+)", file.read_text(), re.MULTILINE)
-        assert set(imports) - set(sys.stdlib_module_names) <= {"numpy", "torch", "PIL"}, file
 
 
 # ---------------------------------------------------------------------------------------- python -m data

@@ -437,9 +437,3 @@ def test_bad_use_on_the_command_line(bad_folders, tmp_path):
     with pytest.raises(SystemExit, match="train.py: bins '-1,0': expected a number of bins"):
         train.main([*argv, "--label-pattern", UTKFACE, "--bins=-1,0"])
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("option", ["label_pattern", "ranks", "bins", "group"])
-def test_releases_have_labels_of_their_own(tmp_path, option):
-    with pytest.raises(ValueError, match=f"hci has no {option}, got '3'; leave it out"):
-        load("hci", tmp_path, **{option: "3"})
