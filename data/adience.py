@@ -39,7 +39,7 @@ Unpack aligned.tar.gz (or faces.tar.gz) and put the tables of the five folds bes
     or faces/30601258@N03/coarse_tilt_aligned_face.1.10399863183_a04f4c26a1_o.jpg ..."""
 
 
-class Row(NamedTuple):
+class Face(NamedTuple):
     fold: int
     path: str  # under the image folder
     age: str  # as written
@@ -61,7 +61,7 @@ def load(root: Path, options: Options) -> Task:
     return make_task("adience", PRESET, image_dir, parts, options, notes=notes)
 
 
-def _read_release(root: Path, image_dir: Path) -> list[Row]:
+def _read_release(root: Path, image_dir: Path) -> list[Face]:
     """The rows of the five tables."""
     rows, errors, columns = [], [], ("user_id", "original_image", "face_id", "age")
     for fold in range(PRESET["folds"]):
@@ -74,12 +74,12 @@ def _read_release(root: Path, image_dir: Path) -> list[Row]:
                     f"{table}:{number}: expected {', '.join(columns)}, got {user!r}, "
                     f"{image!r}, {face!r}, {age!r}"
                 )
-            rows.append(Row(fold, f"{user}/{FILE_STEMS[image_dir.name]}.{face}.{image}", age))
+            rows.append(Face(fold, f"{user}/{FILE_STEMS[image_dir.name]}.{face}.{image}", age))
     raise_if_any(errors)
     return rows
 
 
-def _label(rows: list[Row], rule: str) -> tuple[list[Row], list[str]]:
+def _label(rows: list[Face], rule: str) -> tuple[list[Face], list[str]]:
     """(rows with ranks, notes). Only `merged` drops the further rows of an image."""
     labelled, unlabelled, ranks, repeats, people = [], Counter(), {}, 0, {}
     for row in rows:
@@ -117,7 +117,7 @@ def _rank(age: str, rule: str) -> int | None:
     return None
 
 
-def _count_warnings(rows: list[Row], rule: str) -> list[str]:
+def _count_warnings(rows: list[Face], rule: str) -> list[str]:
     """Where the labelled rows differ in number from the published lists."""
     if rule == "merged":
         return count_warning("images", len(rows), NUM_MERGED)

@@ -71,15 +71,16 @@ def check_images(
                 text = json.dumps(cache | good)
                 atomic_write(cache_path, lambda tmp_path: tmp_path.write_text(text, "utf-8"))
     peaks = [peak for _, _, peak in good.values() if peak is not None]
-    notes = [*_copies(task, {path: digest for path, (_, digest, _) in good.items()})]
+    notes = _copies(task, {path: digest for path, (_, digest, _) in good.items()})
     if peaks and (bits := max(peaks).bit_length()) <= 14:
         notes.append(
             f"{len(peaks):,} images of 16 bits a pixel are near black, as they use only {bits} "
             f"bits: multiply their pixels by {2 ** (16 - bits)}"
         )
-    notes += [f"{len(errors):,} unreadable images left out"] * bool(errors)
-    parts = [[s for s in getattr(task, part) if s.path not in errors] for part in PARTS]
-    parts = dict(zip(PARTS, map(tuple, parts)))
+    parts = {}
+    if errors:
+        notes.append(f"{len(errors):,} unreadable images left out")
+        parts = {part: [s for s in getattr(task, part) if s.path not in errors] for part in PARTS}
     return replace(task, protocol="; ".join([task.protocol, *notes]), **parts), errors
 
 

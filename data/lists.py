@@ -192,7 +192,8 @@ def parse_rows(
             raise ValueError(
                 f"{path}:{number}: expected an image path and a {column or 'label'}, got {got}"
             )
-        yield number, cells[image].rstrip("/"), cells[label]
+        name = cells[image]
+        yield number, str(Path(name)) if name[-1] == "/" else name, cells[label]
     if number is None:
         raise ValueError(f"{path} lists no image; expected lines `path label`")
 
