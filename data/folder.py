@@ -138,7 +138,8 @@ def _read_rows(
         rows += more
         ranks |= names | {row.label for row in more}
         left_out += notes
-    check_labels([rows], lambda _, i: str(sources[rows[i].part]))
+    if sum(map(bool, sources)) > 1:
+        check_labels([rows], lambda _, i: str(sources[rows[i].part]))
     if options.bins or options.ranks not in (None, PRESENT):
         names, rank_of, real_labels, outside = number_ranks(
             rows, options.ranks, options.bins, strict=bool(options.lists)
@@ -148,13 +149,13 @@ def _read_rows(
         names, real_labels = order_ranks(folder, ranks, order), {}
         _check_num_ranks(folder, len(names), len(order or rows))
         index = {name: rank for rank, name in enumerate(names)}
-        rank_of = {row.path: index[row.label] for row in rows}
+        rank_of = {path: index[label] for path, label, _, _ in rows}
     parts = [[], [], []]
-    for row in rows:
-        if row.path in rank_of:
-            parts[row.part].append(Sample(row.path, rank_of[row.path]))
+    for path, _, _, part in rows:
+        if path in rank_of:
+            parts[part].append(Sample(path, rank_of[path]))
     parts = [part if part or source else None for part, source in zip(parts, sources)]
-    groups = {row.path: row.group for row in rows if row.group}
+    groups = {path: group for path, _, group, _ in rows if group}
     return names, parts, groups, real_labels, left_out
 
 
@@ -226,15 +227,14 @@ def _read_table(
 ) -> list[Row]:
     """The images of a list or table, whose paths are relative to `folder`."""
     groups, split = _read_columns(table, folder, options, part)
-    return [
-        Row(
-            path if folder == root else os.path.relpath(folder / path, root),
-            nfc(label),
-            groups.get(path),
-            split.get(path, part or 0),
-        )
+    part = part or 0
+    rows = [
+        Row(path, nfc(label), groups.get(path), split.get(path, part))
         for path, label in read_texts(table, folder, None, options.allow_missing)
     ]
+    if folder != root:
+        rows = [row._replace(path=os.path.relpath(folder / row.path, root)) for row in rows]
+    return rows
 
 
 def _read_columns(
