@@ -8,9 +8,10 @@ lies inside a group. Read after lists.py and task.py. Copy together with: those 
 import re
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from .files import raise_if_any
-from .lists import Sample, Samples, read_table, resolve_paths
+from .lists import Sample, read_table, resolve_paths
 from .task import Options, Task, conflict_warning, count_warning, find_path, hold_out, make_task
 
 PRESET = dict(
@@ -37,7 +38,12 @@ Unpack aligned.tar.gz (or faces.tar.gz) and put the tables of the five folds bes
     aligned/30601258@N03/landmark_aligned_face.1.10399863183_a04f4c26a1_o.jpg ...
     or faces/30601258@N03/coarse_tilt_aligned_face.1.10399863183_a04f4c26a1_o.jpg ..."""
 
-Row = tuple[int, str, str]  # fold, path under the image folder, age as written
+
+class Face(NamedTuple):
+    fold: int
+    path: str  # under the image folder
+    age: str  # as written
+    rank: int | None = None
 
 
 def load(root: Path, options: Options) -> Task:
@@ -46,16 +52,16 @@ def load(root: Path, options: Options) -> Task:
     if options.lists:
         parts = options.read_lists(image_dir, len(PRESET["rank_names"]), allow_conflicts=True)
     else:
-        rows = _read_release(root, image_dir)
-        folds, samples, notes = _label(rows, options.label_rule)
-        samples = Samples(resolve_paths(image_dir, samples, root, options.allow_missing))
-        test = [sample for fold, sample in zip(folds, samples) if fold == options.fold]
-        rest = [sample for fold, sample in zip(folds, samples) if fold != options.fold]
+        rows, notes = _label(_read_release(root, image_dir), options.label_rule)
+        images = ((row.path, row) for row in rows)
+        test, rest = [], []
+        for path, row in resolve_paths(image_dir, images, root, options.allow_missing):
+            (test if row.fold == options.fold else rest).append(Sample(path, row.rank))
         parts = [*hold_out(rest, 0.1, f"val/{options.salt}", stratify=False), test]  # by image
     return make_task("adience", PRESET, image_dir, parts, options, notes=notes)
 
 
-def _read_release(root: Path, image_dir: Path) -> list[Row]:
+def _read_release(root: Path, image_dir: Path) -> list[Face]:
     """The rows of the five tables."""
     rows, errors, columns = [], [], ("user_id", "original_image", "face_id", "age")
     for fold in range(PRESET["folds"]):
@@ -68,33 +74,32 @@ def _read_release(root: Path, image_dir: Path) -> list[Row]:
                     f"{table}:{number}: expected {', '.join(columns)}, got {user!r}, "
                     f"{image!r}, {face!r}, {age!r}"
                 )
-            rows.append((fold, f"{user}/{FILE_STEMS[image_dir.name]}.{face}.{image}", age))
+            rows.append(Face(fold, f"{user}/{FILE_STEMS[image_dir.name]}.{face}.{image}", age))
     raise_if_any(errors)
     return rows
 
 
-def _label(rows: list[Row], rule: str) -> tuple[list[int], list[Sample], list[str]]:
-    """(fold of each sample, samples, notes). Only `merged` drops the further rows of an image."""
-    folds, samples, unlabelled, ranks, repeats, people = [], [], Counter(), {}, 0, {}
-    for fold, path, age in rows:
-        people.setdefault(path.split("/")[0], set()).add(fold)
-        rank = _rank(age, rule)
+def _label(rows: list[Face], rule: str) -> tuple[list[Face], list[str]]:
+    """(rows with ranks, notes). Only `merged` drops the further rows of an image."""
+    labelled, unlabelled, ranks, repeats, people = [], Counter(), {}, 0, {}
+    for row in rows:
+        people.setdefault(row.path.split("/")[0], set()).add(row.fold)
+        rank = _rank(row.age, rule)
         if rank is None:
-            unlabelled[age or "empty"] += 1
+            unlabelled[row.age or "empty"] += 1
             continue
-        repeats += path in ranks
-        if rule != "merged" or path not in ranks:
-            folds.append(fold)
-            samples.append(Sample(path, rank))
-        ranks.setdefault(path, set()).add(rank)
+        repeats += row.path in ranks
+        if rule != "merged" or row.path not in ranks:
+            labelled.append(row._replace(rank=rank))
+        ranks.setdefault(row.path, set()).add(rank)
     ages = ", ".join(f"{age} x {count:,}" for age, count in unlabelled.most_common())
-    notes = count_warning("rows", len(rows), NUM_ROWS) + _count_warnings(folds, samples, rule)
+    notes = count_warning("rows", len(rows), NUM_ROWS) + _count_warnings(labelled, rule)
     action = "left out" if rule == "merged" else "kept"
     notes += [f"{repeats:,} rows repeat an image, {action}"] * bool(repeats)
     notes += conflict_warning("image has rows", "images have rows", "of different ranks", ranks)
     notes += conflict_warning("person is", "people are", "in more than one fold", people)
-    notes.append(f"{sum(unlabelled.values()):,} rows left out, by age: {ages}")
-    return folds, samples, notes
+    notes.append(f"{unlabelled.total():,} rows left out, by age: {ages}")
+    return labelled, notes
 
 
 def _rank(age: str, rule: str) -> int | None:
@@ -112,14 +117,14 @@ def _rank(age: str, rule: str) -> int | None:
     return None
 
 
-def _count_warnings(folds: list[int], samples: list[Sample], rule: str) -> list[str]:
+def _count_warnings(rows: list[Face], rule: str) -> list[str]:
     """Where the labelled rows differ in number from the published lists."""
     if rule == "merged":
-        return count_warning("images", len(samples), NUM_MERGED)
+        return count_warning("images", len(rows), NUM_MERGED)
     if rule == "inside":
         return []  # no list of it is published
-    by_rank, by_fold = Counter(sample.label for sample in samples), Counter(folds)
-    notes = count_warning("labelled rows", len(samples), sum(RANK_COUNTS))
+    by_rank, by_fold = Counter(row.rank for row in rows), Counter(row.fold for row in rows)
+    notes = count_warning("labelled rows", len(rows), sum(RANK_COUNTS))
     for rank, (name, expected) in enumerate(zip(PRESET["rank_names"], RANK_COUNTS)):
         notes += count_warning(f"rank {name}", by_rank[rank], expected)
     for fold, expected in enumerate(FOLD_COUNTS):

@@ -77,7 +77,7 @@ def load(root: Path, options: Options) -> Task:
 
 def _read_release(table: Path, rule: str) -> tuple[dict[str, tuple[str, int]], list[str]]:
     """({photo id: (category, rank)}, notes)"""
-    rows, all_rows, errors = {}, {}, []
+    rows, errors = {}, []
     lines = read_table(table, "\t", COLUMNS)
     for number, row in lines:
         photo, category, scores = (row[column] for column in COLUMNS)
@@ -95,14 +95,13 @@ def _read_release(table: Path, rule: str) -> tuple[dict[str, tuple[str, int]], l
             int(statistics.median(scores)) if rule == "median" else round(statistics.mean(scores))
         )
         rank = score - 1  # scores count from 1, ranks from 0
-        rows.setdefault(photo, (category, rank))
-        all_rows.setdefault(photo, set()).add((category, rank))
+        rows.setdefault(photo, []).append((category, rank))
     raise_if_any(errors)
     repeats = len(lines) - len(rows)
     notes = count_warning("rows", len(lines), sum(COUNTS.values()))
     notes += [f"{repeats:,} rows repeat a photo; its first row counts"] * bool(repeats)
-    conflicts = conflict_warning("photo has rows", "photos have rows", "that contradict", all_rows)
-    return rows, notes + conflicts
+    notes += conflict_warning("photo has rows", "photos have rows", "that contradict", rows)
+    return {photo: several[0] for photo, several in rows.items()}, notes
 
 
 def _check_labels_are_ranks(paths: Iterable[Path]) -> None:

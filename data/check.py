@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from .files import atomic_write
+from .files import atomic_write, cache_dir
 from .images import read_image
 from .lists import Sample, Samples
 from .task import PARTS, Task
@@ -40,8 +40,12 @@ def check_images(
     again only if its size or date changes. progress: called with (opened, of how many).
     """
     paths = sorted({sample.path for part in PARTS for sample in getattr(task, part)})
-    cache_path = _cache_path(task.root)
-    cache = _read_cache(cache_path)  # {path: [[size, date], digest, peak]}
+    key = hashlib.sha256(os.fsencode(task.root.resolve()) + PIL.__version__.encode()).hexdigest()
+    cache_path, cache = cache_dir() / "checked" / f"{key[:32]}.json", {}
+    with suppress(OSError, ValueError):  # there is none, or a broken one
+        entries = json.loads(cache_path.read_text("utf-8"))  # {path: [[size, date], digest, peak]}
+        if isinstance(entries, dict) and all(len(entry) == 3 for entry in entries.values()):
+            cache = entries
     good = {path: cache[path] for path in paths if path in cache}
     good = {path: entry for path, entry in good.items() if entry[0] == _stat(task.root / path)}
     new, errors = Samples((path, 0) for path in paths if path not in good), {}
@@ -67,31 +71,17 @@ def check_images(
                 text = json.dumps(cache | good)
                 atomic_write(cache_path, lambda tmp_path: tmp_path.write_text(text, "utf-8"))
     peaks = [peak for _, _, peak in good.values() if peak is not None]
-    notes = [*_copies(task, {path: digest for path, (_, digest, _) in good.items()})]
+    notes = _copies(task, {path: digest for path, (_, digest, _) in good.items()})
     if peaks and (bits := max(peaks).bit_length()) <= 14:
         notes.append(
             f"{len(peaks):,} images of 16 bits a pixel are near black, as they use only {bits} "
             f"bits: multiply their pixels by {2 ** (16 - bits)}"
         )
-    notes += [f"{len(errors):,} unreadable images left out"] * bool(errors)
-    parts = [[s for s in getattr(task, part) if s.path not in errors] for part in PARTS]
-    parts = dict(zip(PARTS, map(tuple, parts)))
+    parts = {}
+    if errors:
+        notes.append(f"{len(errors):,} unreadable images left out")
+        parts = {part: [s for s in getattr(task, part) if s.path not in errors] for part in PARTS}
     return replace(task, protocol="; ".join([task.protocol, *notes]), **parts), errors
-
-
-def _cache_path(root: Path) -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    name = hashlib.sha256(os.fsencode(root.resolve()) + PIL.__version__.encode()).hexdigest()
-    return Path(cache, "ordinalclip", "checked", f"{name[:32]}.json")
-
-
-def _read_cache(path: Path) -> dict[str, list]:
-    """Empty where there is none, or a broken one."""
-    with suppress(OSError, ValueError):
-        cache = json.loads(path.read_text("utf-8"))
-        if isinstance(cache, dict) and all(len(entry) == 3 for entry in cache.values()):
-            return cache
-    return {}
 
 
 def _stat(path: Path) -> list[int] | None:

@@ -7,7 +7,6 @@ Read after lists.py and task.py. Copy together with: those two; needs numpy, pil
 """
 
 import math
-import os
 import shutil
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .files import write_lines
+from .files import cache_dir, write_lines
 from .lists import write_list
 from .task import PARTS, Options, Task, make_task
 
@@ -35,8 +34,7 @@ Array, Generator = np.ndarray, np.random.Generator
 
 
 def default_root() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache, "ordinalclip", "demo-v1")
+    return cache_dir() / "demo-v1"
 
 
 def load(root: Path, options: Options) -> Task:

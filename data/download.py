@@ -19,7 +19,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -48,31 +48,26 @@ def download(name: str, dataset: Any, root: Path) -> None:
         raise ValueError(
             f"{name} has no download, unlike hci and aesthetics; {how_to_get.format(root=root)}"
         )
-    if release.differences(root):
-        print(f"licence: {release.licence}\n{release.url} -> {root}", flush=True)
-        _fetch_and_unpack(release, root)
-        print(f"{root}: {'; '.join(release.differences(root)) or 'complete'}")
-    else:
+    if not release.differences(root):
         print(f"{root}: everything is there already, nothing fetched")
-    print(release.further.format(root=root))
-
-
-def _fetch_and_unpack(release: Release, root: Path) -> None:
-    archive = root / release.url.rsplit("/", 1)[1]
-    if archive.is_file():  # put there by hand
-        path, advice = archive, "get it again"
     else:
-        path = Path(f"{archive}.part")
-        advice = f"deleted; run again, or get {archive} yourself"
-        _fetch(release.url, path)
-    try:
-        _unpack(path, release, root)
-    except ValueError as error:
+        print(f"licence: {release.licence}\n{release.url} -> {root}", flush=True)
+        archive = root / release.url.rsplit("/", 1)[1]
+        path, advice = archive, "get it again"
+        if not archive.is_file():  # not put there by hand
+            path = Path(f"{archive}.part")
+            advice = f"deleted; run again, or get {archive} yourself"
+            _fetch(release.url, path)
+        try:
+            _unpack(path, release, root)
+        except ValueError as error:
+            if path != archive:
+                path.unlink()  # more bytes would not make wrong ones right
+            raise ValueError(f"{path}: {error}; {advice}") from error
         if path != archive:
-            path.unlink()  # more bytes would not make wrong ones right
-        raise ValueError(f"{path}: {error}; {advice}") from error
-    if path != archive:
-        path.unlink()
+            path.unlink()
+        print(f"{root}: {'; '.join(release.differences(root)) or 'complete'}")
+    print(release.further.format(root=root))
 
 
 def _fetch(url: str, part: Path) -> None:
@@ -90,7 +85,9 @@ def _fetch(url: str, part: Path) -> None:
                 while chunk := response.read(CHUNK):
                     file.write(chunk)
                     size += len(chunk)
-                    _print_progress(size, total)
+                    if sys.stderr.isatty():
+                        of = f" of {total / 1e6:,.1f} MB, {size / total:4.0%}" if total else " MB"
+                        print(f"\r{size / 1e6:,.1f}{of}", end="", file=sys.stderr, flush=True)
         if total and size < total:
             raise ConnectionError(f"cut off after {size:,} of {total:,} bytes")
     except (OSError, http.client.HTTPException) as error:
@@ -102,13 +99,6 @@ def _fetch(url: str, part: Path) -> None:
     finally:
         if sys.stderr.isatty():
             print(file=sys.stderr)
-
-
-def _print_progress(size: int, total: int | None) -> None:
-    """A line on stderr, where that is a terminal."""
-    if sys.stderr.isatty():
-        of = f" of {total / 1e6:,.1f} MB, {size / total:4.0%}" if total else " MB"
-        print(f"\r{size / 1e6:,.1f}{of}", end="", file=sys.stderr, flush=True)
 
 
 def _unpack(path: Path, release: Release, root: Path) -> None:
@@ -139,23 +129,25 @@ def _unpack(path: Path, release: Release, root: Path) -> None:
 
 def _extract(path: Path, folder: Path) -> None:
     """The files of an archive, without hidden ones, links and devices."""
+    for name, source in _members(path):
+        target = Path(os.path.normpath(folder / name))
+        if not target.is_relative_to(folder):
+            raise ValueError(f"{name!r} leads out of the folder; nothing is unpacked")
+        if not any(map(is_hidden, target.relative_to(folder).parts)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with source, open(target, "wb") as file:
+                shutil.copyfileobj(source, file)
+
+
+def _members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """(name, content) of each file in an archive."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
                 if not info.is_dir():
-                    _save(archive.open(info), folder, info.filename)
-        return
-    with tarfile.open(path, "r:") as archive:
-        for info in archive:
-            if info.isfile():
-                _save(archive.extractfile(info), folder, info.name)
-
-
-def _save(source: IO[bytes], folder: Path, name: str) -> None:
-    target = Path(os.path.normpath(folder / name))
-    if not target.is_relative_to(folder):
-        raise ValueError(f"{name!r} leads out of the folder; nothing is unpacked")
-    if not any(is_hidden(part) for part in target.relative_to(folder).parts):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with source, open(target, "wb") as file:
-            shutil.copyfileobj(source, file)
+                    yield info.filename, archive.open(info)
+    else:
+        with tarfile.open(path, "r:") as archive:
+            for info in archive:
+                if info.isfile():
+                    yield info.name, archive.extractfile(info)

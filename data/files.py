@@ -26,6 +26,11 @@ TOOL_FILES = {  # what file managers, archives and servers leave beside images, 
 }  # fmt: skip
 
 
+def cache_dir() -> Path:
+    """Where the demo is drawn, and what is known of checked images."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ordinalclip")
+
+
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is a tool's own: .ipynb_checkpoints, ._x.jpg, x~.jpg, @eaDir."""
     is_number = name[:1] == "." and name[1:].isdecimal()  # .5 is a rank

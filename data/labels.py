@@ -1,7 +1,7 @@
 """Labels of your own images: in file names, as numbers, in bins; the order of ranks by their names.
 
-    rows, unmatched = match_names(images, folder, "(?P<group>[0-9]+)A([0-9]+)")  # 001A02
-    names, parts, values, notes = number_ranks([samples, None, None], bins="0,1.5,3,10")
+    labels, unmatched = match_names(images, folder, "(?P<group>[0-9]+)A([0-9]+)")  # 001A02
+    names, ranks, values, notes = number_ranks(rows, bins="0,1.5,3,10")
 
 Read after lists.py. Copy together with: lists.py, files.py.
 """
@@ -10,10 +10,11 @@ import math
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
-from .lists import Sample, parse_integer, parse_number
+from .lists import parse_integer, parse_number
 
 MAX_RANKS = 10_000
 PRESENT = "present"  # ranks: the labels that occur, in order
@@ -35,10 +36,19 @@ NUMBER = (
 BELOW, ABOVE = ("<", "≤", "under", "below", "up to"), (">", "≥", "over", "above")
 
 
+class Row(NamedTuple):
+    """An image whose label is text, not yet a rank."""
+
+    path: str  # relative to the root of the images
+    label: str
+    group: str | None = None
+    part: int = 0  # index in PARTS
+
+
 def match_names(
     images: Iterable[Path], folder: Path, pattern: str
-) -> tuple[list[tuple[Path, str, str | None]], list[str]]:
-    """([(image, label, group or None)], names that the pattern does not match).
+) -> tuple[dict[Path, tuple[str, str | None]], list[str]]:
+    """({image: (label, group or None)}, names that the pattern does not match).
 
     The regular expression is searched in the file name, or, if it holds a /, in the path below
     `folder`. Its one capture group, or (?P<label>...), is the label (02 is 2), (?P<group>...) the
@@ -55,7 +65,7 @@ def match_names(
             f"label pattern {pattern!r}: expected one capture group, or (?P<label>...), and "
             "perhaps (?P<group>...); write (?:...) for other parentheses"
         )
-    label_group, rows, unmatched = names.get("label") or unnamed.pop(), [], []
+    label_group, labels, unmatched = names.get("label") or unnamed.pop(), {}, []
     for image in images:
         name = image.relative_to(folder).as_posix() if "/" in pattern else image.name
         match = expression.search(name)
@@ -63,30 +73,29 @@ def match_names(
         group = match and match["group"] if "group" in names else None
         if label and (group or "group" not in names):
             number = parse_integer(label)
-            rows.append((image, label if number is None else str(number), group))
+            labels[image] = (label if number is None else str(number), group)
         else:
             unmatched.append(name)
-    return rows, unmatched
+    return labels, unmatched
 
 
 def number_ranks(
-    parts: Sequence[Sequence[Sample] | None],
-    ranks: str | None = None,
-    bins: str | None = None,
-    strict: bool = True,
-) -> tuple[list[str], list[list[Sample] | None], dict[str, float], list[str]]:
-    """(names of ranks, parts with rank indices, {path: real label} of bins, notes).
+    rows: Iterable[Row], ranks: str | None = None, bins: str | None = None, strict: bool = True
+) -> tuple[list[str], dict[str, int], dict[str, float], list[str]]:
+    """(names of ranks, {path: rank}, {path: real label} of bins, notes).
 
-    parts: samples with labels as text. ranks: LOW-HIGH, each whole number a rank, or the limits of
-    the bins. bins: a number of equal ones, by default from the lowest label to the highest, or
-    their edges; a bin holds its lower edge, the last one both. Labels outside are an error, or, if
-    not strict, left out and counted in the notes. ValueError: labels or options that do not parse.
+    ranks: LOW-HIGH, each whole number a rank, or the limits of the bins. bins: a number of equal
+    ones, by default from the lowest label to the highest, or their edges; a bin holds its lower
+    edge, the last one both. Labels outside are an error, or, if not strict, left out and counted in
+    the notes. ValueError: labels or options that do not parse.
     """
     numbers = {}
-    for path, text in (sample for part in parts for sample in part or ()):
-        if (number := parse_number(text)) is None:
-            raise ValueError(f"label {text!r} of {path} is no number, as ranks and bins need")
-        numbers[path] = number
+    for row in rows:
+        if (number := parse_number(row.label)) is None:
+            raise ValueError(
+                f"label {row.label!r} of {row.path} is no number, as ranks and bins need"
+            )
+        numbers[row.path] = number
     if bins:
         edges = parse_bins(bins, ranks, numbers.values())
         names = [f"{_text(low)} to {_text(high)}" for low, high in zip(edges, edges[1:])]
@@ -97,23 +106,18 @@ def number_ranks(
         if fractions := [path for path, number in numbers.items() if number % 1]:
             number = _text(numbers[fractions[0]])
             raise ValueError(f"label {number} of {fractions[0]} is no whole number; give bins")
-    outside = [path for path, number in numbers.items() if not edges[0] <= number <= edges[-1]]
+    rank_of = {
+        path: min(bisect_right(edges, number), len(names)) - 1
+        for path, number in numbers.items()
+        if edges[0] <= number <= edges[-1]
+    }
+    outside = [path for path in numbers if path not in rank_of]
     limits = f"{_text(edges[0])} .. {_text(edges[-1])}"
     some = ", ".join(f"{_text(numbers[path])} of {path}" for path in outside[:3])
-    if outside and (strict or len(outside) == len(numbers)):
+    if outside and (strict or not rank_of):
         raise ValueError(f"{len(outside):,} labels are not within {limits}, such as {some}")
     notes = [f"{len(outside):,} images with labels outside {limits} left out ({some})"]
-    left_out = set(outside)
-    parts = [
-        part
-        and [
-            Sample(path, min(bisect_right(edges, numbers[path]), len(names)) - 1)
-            for path, _ in part
-            if path not in left_out
-        ]
-        for part in parts
-    ]
-    return names, parts, numbers if bins else {}, notes * bool(outside)
+    return names, rank_of, numbers if bins else {}, notes * bool(outside)
 
 
 def parse_ranks(text: str, are_limits: bool = False) -> tuple[float, float]:
@@ -168,29 +172,34 @@ def order_ranks(folder: Path, names: Iterable[str], order: list[str] | None) -> 
         if parts := [name for name in sorted(names) if re.match(PART_WORD, name.casefold())]:
             raise ValueError(f"{folder}: {parts[0]!r} may be a part or a rank; {how}")
         keys = {name: key for name in sorted(names) if (key := rank_key(name))}
-        before = next(iter(keys.values()))[1] if keys else ""  # "class" of "class 3"
-        by_number = {key[0]: name for name, key in keys.items() if key[1] == before}
+        word = next((key.word for key in keys.values()), "")  # "class" of "class 3"
+        by_number = {key.number: name for name, key in keys.items() if key.word == word}
         order = [by_number[number] for number in sorted(by_number)]
     if unknown := sorted(set(names) - set(order)):
         raise ValueError(f"{folder}: the order of rank {unknown[0]!r} is not known; {how}")
-    units, numbers = {key[2]: name for name, key in keys.items()}, {key[0] for key in keys.values()}
-    is_counted = any(numbers == {(i + first, 0) for i in range(len(units))} for first in (0, 1))
+    units = {key.units: name for name, key in keys.items()}
+    counted = [{(i + first, 0) for i in range(len(units))} for first in (0, 1)]
+    is_counted = {key.number for key in keys.values()} in counted
     is_counted &= not any(word in UNITS for unit in units for word in unit)
     if len(units) > 1 and not is_counted and units.keys() - UNITS_LEFT_OUT != {()}:
         pair = " and ".join(map(repr, sorted(units.values())[:2]))
         raise ValueError(f"{folder}: the ranks {pair} have different units; {how}")
-    ends = [(keys[name][3], name) for name in order if name in keys and keys[name][3] is not None]
+    ends = [(keys[name].end, name) for name in order if name in keys and keys[name].end is not None]
     for (end, name), (next_end, next_name) in zip(ends, ends[1:]):  # Q1 2021, Q2 2020
         if end > next_end:
             raise ValueError(f"{folder}: is rank {name!r} below {next_name!r}? {how}")
     return order
 
 
-def rank_key(name: str) -> tuple[tuple[float, int], str, tuple[str, ...], float | None] | None:
-    """((number, -1 below it, 1 above it, else 0), word before it, words after it, second number).
+class RankKey(NamedTuple):
+    number: tuple[float, int]  # and -1 below it, 1 above it, else 0
+    word: str  # before the number
+    units: tuple[str, ...]  # words after it
+    end: float | None  # second number: 30 of 18-30
 
-    None without a number, and where it may be read in two ways: 1,5 and 00s and minus 2.
-    """
+
+def rank_key(name: str) -> RankKey | None:
+    """None without a number, and where it may be read in two ways: 1,5 and 00s and minus 2."""
     name = name.casefold().replace("\u2212", "-")
     match = re.match(rf"(\D*?)({NUMBER})(\s*\+)?(.*)", name)
     without_thousands = re.sub(r"(?<![\d,.])[1-9]\d{0,2}(,\d{3})+(?![\d,])", "", name)
@@ -200,6 +209,7 @@ def rank_key(name: str) -> tuple[tuple[float, int], str, tuple[str, ...], float 
     before, number = match[1].strip(" _-([#"), float(match[2].replace(",", ""))
     side = -1 if before in BELOW else int(before in ABOVE or bool(match[3]))
     words = (re.sub(r"(?<=..)s$", "", word) for word in re.findall(r"[^\W\d_]+", match[4]))
-    second = re.search(NUMBER, re.sub(r"^\s*[-\u2013]\s*", "", match[4]))  # 30 of 18-30
+    units = tuple(word for word in words if word not in NO_UNITS)
+    second = re.search(NUMBER, re.sub(r"^\s*[-\u2013]\s*", "", match[4]))
     end = float(second[0].replace(",", "")) if second else None
-    return (number, side), before * (side == 0), tuple(w for w in words if w not in NO_UNITS), end
+    return RankKey((number, side), before * (side == 0), units, end)

@@ -26,7 +26,6 @@ from .files import IMAGE_TYPES, read_lines, write_lines
 
 PATH_COLUMNS = ("path", "image", "filename", "file", "file_name", "image_path", "photo")
 LABEL_COLUMNS = ("label", "rank", "age", "class", "target", "value", "score")
-SPLIT_COLUMNS = ("split", "part", "set", "subset", "fold", "partition")
 
 
 class Sample(NamedTuple):
@@ -130,13 +129,13 @@ def check_labels(
     """ValueError if an image has two labels; where(part, i): where sample i of it is listed."""
     parts, first = [part or () for part in parts], {}
     starts = np.cumsum([0, *map(len, parts)])
-    paths = (path for part in parts for path, _ in part)
+    paths = (sample[0] for part in parts for sample in part)
     keys = np.fromiter(map(hash, paths), np.int64, starts[-1])
     _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
     for row in np.flatnonzero(counts[inverse] > 1):  # few, so that this takes little memory
         part = int(np.searchsorted(starts, row, "right")) - 1
         i = int(row - starts[part])
-        image, label = parts[part][i]
+        image, label = parts[part][i][:2]
         other_label, *other = first.setdefault(image, (label, part, i))
         if label != other_label:
             raise ValueError(
@@ -148,28 +147,29 @@ def check_labels(
 def parse_list(path: str | Path, root: str | Path | None = None) -> Iterator[tuple[int, str, int]]:
     """(line number, image path, label) of a list file, with any whole number as label."""
     for number, image, text in parse_rows(path, root=root):
-        label = parse_integer(text)
-        if label is None:
-            what = f"label {text[:99]!r} is no whole number"
-            advice = "labels are ranks, counted from 0 (own images: see --ranks, --bins)"
-            raise ValueError(f"{path}:{number}: {what}; {advice}")
+        if (label := parse_integer(text)) is None:
+            raise ValueError(
+                f"{path}:{number}: label {text[:99]!r} is no whole number; labels are ranks, "
+                "counted from 0 (own images: see --ranks, --bins)"
+            )
         yield number, image, label
 
 
 def read_texts(
     path: str | Path, root: str | Path, column: str | None = None, allow_missing: bool = False
-) -> list[Sample]:
-    """The samples of a list file with labels as text, 3.0 as 3; or with the cells of a column.
+) -> list[tuple[str, str]]:
+    """[(path, label as text, 3.0 as 3)] of a list file; or with the cells of a column.
 
     Errors: those of read_list, but for the values of labels.
     """
-    rows = [*parse_rows(path, column, root)]
-    integers = [None if column else parse_integer(text) for _, _, text in rows]
-    texts = [text if n is None else str(n) for (_, _, text), n in zip(rows, integers)]
-    samples = zip((image for _, image, _ in rows), texts)
-    samples = [Sample(*row) for row in resolve_paths(root, samples, path, allow_missing)]
-    check_labels([samples], lambda _, i: f"{path}:{rows[i][0]}")
-    return samples
+    lines, rows = [], []
+    for line, image, text in parse_rows(path, column, root):
+        number = None if column else parse_integer(text)
+        lines.append(line)
+        rows.append((image, text if number is None else str(number)))
+    rows = [*resolve_paths(root, rows, path, allow_missing)]
+    check_labels([rows], lambda _, i: f"{path}:{lines[i]}")
+    return rows
 
 
 def parse_rows(
@@ -193,9 +193,7 @@ def parse_rows(
                 f"{path}:{number}: expected an image path and a {column or 'label'}, got {got}"
             )
         name = cells[image]
-        if name[0] == "." or name[-1] == "/" or "/." in name or "//" in name:
-            name = str(Path(name))  # a/b of ./a//b/, which takes longer than all the rest
-        yield number, name, cells[label]
+        yield number, str(Path(name)) if name[-1] == "/" else name, cells[label]
     if number is None:
         raise ValueError(f"{path} lists no image; expected lines `path label`")
 
@@ -231,13 +229,11 @@ def _columns(
             f"separated by {known!r}; got {first_line[:200]!r}"
         )
     is_header = parse_number(names[1]) is None and Path(names[0]).suffix not in IMAGE_TYPES
-    return known, 0, 1, int(is_header and not _is_listed(root, _cells(first_line, known)[0]))
-
-
-def _is_listed(root: str | Path | None, path: str) -> bool:
-    """Whether there is a file `path` under root, as resolve_paths spells it."""
-    path = next(resolve_paths(root or "", [(path, 0)], path, allow_missing=True))[0]
-    return root is not None and os.path.isfile(os.path.join(root, path))
+    if is_header and root is not None:
+        cells = _cells(first_line, known)
+        [(name, _)] = resolve_paths(root, [cells], path, allow_missing=True)
+        is_header = not os.path.isfile(os.path.join(root, name))
+    return known, 0, 1, int(is_header)
 
 
 def _uncommented(path: str | Path, root: str | Path | None) -> Iterator[tuple[int, str]]:

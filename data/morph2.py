@@ -7,7 +7,7 @@ Read after lists.py and task.py. Copy together with: those two.
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .files import raise_if_any
@@ -31,18 +31,20 @@ and put it here, as published:
     morph_2008_nonCommercial.csv
     Album2/009055_1M54.JPG ..."""
 
+Photos = dict[str, tuple[int, str]]  # {photo: (age, race)}
+
 
 def load(root: Path, options: Options) -> Task:
     """The Task; lists of MORPH images, wherever they say that these lie, may replace the split."""
     table = find_path(root, [TABLE], HOW_TO_GET)
-    ages, races, notes = read_release(table)
+    photos, notes = read_release(table)
     if options.lists:
         description = options.describe()
-        parts = [path and _match_list(path, ages) for path in options.lists]
+        parts = [path and _match_list(path, photos) for path in options.lists]
     else:
-        description, parts = _split(ages, races, options)
-    if len(ages) != NUM_ROWS:
-        description += f", release of {len(ages):,} images where {NUM_ROWS:,} are expected"
+        description, parts = _split(photos, options)
+    if len(photos) != NUM_ROWS:
+        description += f", release of {len(photos):,} images where {NUM_ROWS:,} are expected"
     parts = [
         samples and Samples(resolve_paths(root, samples, table, options.allow_missing))
         for samples in parts
@@ -50,9 +52,9 @@ def load(root: Path, options: Options) -> Task:
     return make_task("morph2", PRESET, root, parts, options, description, notes)
 
 
-def read_release(table: Path) -> tuple[dict[str, int], dict[str, str], list[str]]:
-    """({photo: age}, {photo: race}, notes) of the table; photos are relative to its folder."""
-    ages, races, errors, rows = {}, {}, [], read_table(table, ",", ("race", "age", "photo"))
+def read_release(table: Path) -> tuple[Photos, list[str]]:
+    """({photo: (age, race)}, notes) of the table; photos are relative to its folder."""
+    photos, errors, rows = {}, [], read_table(table, ",", ("race", "age", "photo"))
     for number, row in rows:
         photo, age = row["photo"], parse_integer(row["age"])
         name = re.fullmatch(r"\d+_\d+[MF](\d+)\.jpg", os.path.basename(photo), re.IGNORECASE)
@@ -64,9 +66,9 @@ def read_release(table: Path) -> tuple[dict[str, int], dict[str, str], list[str]
             continue
         if int(name[1]) != age:
             errors.append(f"{table}:{number}: age {age}, but the name of {photo} says {name[1]}")
-        ages[photo], races[photo] = age, row["race"].upper()
+        photos[photo] = age, row["race"].upper()
     raise_if_any(errors)
-    return ages, races, [*table_inconsistencies([row for _, row in rows])]
+    return photos, [*table_inconsistencies([row for _, row in rows])]
 
 
 def table_inconsistencies(rows: list[dict[str, str]]) -> Iterator[str]:
@@ -95,30 +97,28 @@ def subject_id(path: str) -> str:
     return os.path.basename(path).split("_")[0]  # 009055_1M54.JPG
 
 
-def _split(
-    ages: dict[str, int], races: dict[str, str], options: Options
-) -> tuple[str, list[list[Sample]]]:
+def _split(photos: Photos, options: Options) -> tuple[str, list[Sequence[Sample]]]:
     """(description, [train, val, test]) of the images of one race."""
-    photos = [photo for photo in ages if races[photo] == RACE]
-    subset = shuffled(photos, f"draw/{options.seed}")[:NUM_IMAGES]
-    share = f"{len(subset):,} of {len(photos):,}"
-    if len(photos) < NUM_IMAGES:
-        share = f"all {len(photos):,} (of {NUM_IMAGES:,} wanted)"
+    names = [photo for photo, (_, race) in photos.items() if race == RACE]
+    subset = shuffled(names, f"draw/{options.seed}")[:NUM_IMAGES]
+    share = f"{len(subset):,} of {len(names):,}"
+    if len(names) < NUM_IMAGES:
+        share = f"all {len(names):,} (of {NUM_IMAGES:,} wanted)"
     group = subject_id if options.split == "subject-exclusive" else str
-    samples = [Sample(photo, ages[photo]) for photo in sorted(subset)]
+    samples = [Sample(photo, photos[photo][0]) for photo in sorted(subset)]
     rest, test = hold_out(samples, TEST_SHARE, f"test/{options.salt}", group, stratify=False)
     train, val = hold_out(rest, 0.1, f"val/{options.salt}", group)
     return f"{share} images of race {RACE}, {options.describe()}", [train, val, test]
 
 
-def _match_list(path: Path, ages: dict[str, int]) -> list[Sample]:
+def _match_list(path: Path, photos: Photos) -> list[Sample]:
     """A list of MORPH images, matched by file name; ValueError where its ages are not ours."""
-    photos = {os.path.basename(photo).lower(): photo for photo in ages}
+    by_name = {os.path.basename(photo).lower(): (photo, age) for photo, (age, _) in photos.items()}
     samples = []
     for line, image, label in parse_list(path):
-        photo = photos.get(os.path.basename(image).lower())
-        if photo is None or ages[photo] != label:
-            reason = "is not in the release" if photo is None else f"has age {ages[photo]} there"
+        photo, age = by_name.get(os.path.basename(image).lower(), (None, None))
+        if age != label:
+            reason = "is not in the release" if photo is None else f"has age {age} there"
             raise ValueError(f"{path}:{line}: {image} with age {label}, but it {reason}")
         samples.append(Sample(photo, label))
     return samples

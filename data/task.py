@@ -10,7 +10,7 @@ Copy together with: lists.py.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -107,11 +107,10 @@ class Options:
         self, root: Path, num_ranks: int | None, allow_conflicts: bool = False
     ) -> list[Samples | None]:
         """The samples of each list file, None for a list that is None."""
-        lists = [path and Path(path) for path in self.lists]
         options = num_ranks, self.allow_missing, allow_conflicts
-        parts = [path and read_list(path, root, *options) for path in lists]
+        parts = [path and read_list(path, root, *options) for path in self.lists]
         if not allow_conflicts and sum(map(bool, parts)) > 1:
-            check_labels(parts, lambda part, _: str(lists[part]))
+            check_labels(parts, lambda part, _: str(self.lists[part]))
         return parts
 
 
@@ -136,7 +135,11 @@ def make_task(
     parts = [part if part is None else Samples(part) for part in parts]
     train, val, test = parts
     check_names(chain.from_iterable(part.iterate_paths() for part in parts if part))
-    repeats = [*_repeats(parts)] if options.lists else []
+    warnings = []
+    for part, samples in zip(PARTS, parts) if options.lists else ():
+        if samples and (repeats := np.count_nonzero(np.diff(np.sort(samples.keys())) == 0)):
+            lines = f"{repeats:,} of {len(samples):,} lines"
+            warnings.append(f"{lines} of the {part} list repeat an image")
     if val is None and test is None:
         train, test = hold_out(train, 0.1, f"test/{options.salt}")
         train, val = hold_out(train, 1 / 9, f"val/{options.salt}")
@@ -150,43 +153,33 @@ def make_task(
     values = tuple(map(rank_value, names))
     values = tuple(map(float, range(len(names)))) if None in values else values
     values = preset.get("rank_values", values)
-    keys = [np.unique(part.keys(), return_index=True)[0] for part in samples]  # by sorting
-    untrained = sorted(set(range(len(names))) - set(train.labels))
-    warnings = split_warnings(*keys, [names[rank] for rank in untrained], len(names))
-    protocol = "; ".join(
-        [f"{name}: {description or options.describe()}: {counts}", *repeats, *warnings]
-    )
-    context, val_is_test = preset["context"], np.array_equal(keys[1], keys[2])
+    val_is_test, overlaps = _find_overlaps(samples)
+    warnings += overlaps
+    if untrained := [names[rank] for rank in sorted({*range(len(names))} - {*train.labels})]:
+        some = ", ".join(untrained[:3] + ["..."] * (len(untrained) > 3))
+        warnings.append(f"{len(untrained)} of {len(names)} ranks have no training image ({some})")
+    protocol = f"{name}: {description or options.describe()}: {counts}"
+    protocol, context = "; ".join([protocol, *warnings]), preset["context"]
     return Task(name, protocol, root, names, values, context, *samples, val_is_test, tuple(notes))
+
+
+def _find_overlaps(parts: list[Samples]) -> tuple[bool, list[str]]:
+    """(whether val is test, warnings)"""
+    keys = [np.unique(part.keys(), return_index=True)[0] for part in parts]  # by sorting
+    if val_is_test := np.array_equal(keys[1], keys[2]):
+        warnings, pairs = ["VAL IS TEST: the validation images are the test images"], []
+    else:
+        warnings, pairs = [], [(1, 2)]
+    for i, j in (*pairs, (0, 1), (0, 2)):
+        if count := len(np.intersect1d(keys[i], keys[j], assume_unique=True)):
+            warnings.append(f"{count:,} images are in both {PARTS[i]} and {PARTS[j]}")
+    return val_is_test, warnings
 
 
 def rank_value(name: str) -> float | None:
     """16.0 of `16`, the middle of a bin such as `0 to 1.5`, None of other names."""
     ends = [parse_number(end) for end in name.split(" to ")]
     return None if None in ends or len(ends) > 2 else sum(ends) / len(ends)
-
-
-def _repeats(parts: Sequence[Samples | None]) -> Iterator[str]:
-    """How many lines of each list repeat an image."""
-    for part, samples in zip(PARTS, parts):
-        if samples and (repeats := np.count_nonzero(np.diff(np.sort(samples.keys())) == 0)):
-            yield f"{repeats:,} of {len(samples):,} lines of the {part} list repeat an image"
-
-
-def split_warnings(
-    train: np.ndarray, val: np.ndarray, test: np.ndarray, untrained: list[str], num_ranks: int
-) -> Iterator[str]:
-    """Overlaps of the parts, given by unique keys, and the names of ranks without training."""
-    if np.array_equal(val, test):
-        yield "VAL IS TEST: the validation images are the test images"
-    elif count := len(np.intersect1d(val, test, assume_unique=True)):
-        yield f"{count:,} images are in both val and test"
-    for part, others in (("val", val), ("test", test)):
-        if count := len(np.intersect1d(train, others, assume_unique=True)):
-            yield f"{count:,} images are in both train and {part}"
-    if untrained:
-        some = ", ".join(untrained[:3] + ["..."] * (len(untrained) > 3))
-        yield f"{len(untrained)} of {num_ranks} ranks have no training image ({some})"
 
 
 def few_shot(task: Task, shots: int, seed: int = 0) -> Task:

@@ -35,6 +35,13 @@ def assert_disjoint(task: Task) -> None:
     assert not (train & val or train & test or val & test)
 
 
+def write_files(root: Path, files: dict[str, bytes | str]) -> None:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        content = content.encode() if isinstance(content, str) else content
+        (root / name).write_bytes(content)
+
+
 def edit(path: Path, old: str, new: str) -> Path:
     """Replace old, which must be there, in a text file."""
     text = path.read_text()

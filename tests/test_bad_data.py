@@ -4,7 +4,7 @@ Each row: what lies in the folder or is asked for, and the whole message that th
 """
 
 import pytest
-from data_makers import AESTHETICS_TABLE, MAKERS, MORPH_TABLE, PICTURE, edit
+from data_makers import AESTHETICS_TABLE, MAKERS, MORPH_TABLE, PICTURE, edit, write_files
 
 import data
 from data.__main__ import main
@@ -238,10 +238,12 @@ OWN = [  # (images, {file: content}, message)
     (["0.jpg", "1.jpg"], {"labels.csv": "image,score,age\n0.jpg,1,30\n1.jpg,2,40\n"},
      "{root}/labels.csv:1: {either}"),
     (TWO, {"train.csv": "path,label,split\n1/0.jpg,0,train\n1/1.jpg,1,test\n"},
-     "{root}: a column names other parts than its list; make train.csv, val.csv, test.csv"),
+     "{root}/train.csv: column split names other parts than this list; make train.csv, val.csv, "
+     "test.csv"),
     (["train/0.jpg", "train/1.jpg"],
      {"train/a.csv": "path,label,split\n0.jpg,0,train\n1.jpg,1,val\n"},
-     "{root}: a column names other parts than its list; make train.csv, val.csv, test.csv"),
+     "{root}/train/a.csv: column split names other parts than this list; make train.csv, val.csv, "
+     "test.csv"),
     (["0.jpg", "1.jpg"], {"a.csv": "path,label,fold\n0.jpg,0,train\n1.jpg,1,extra\n"},
      "{root}/a.csv: column fold has 'extra', no name of a part"),
 ]  # fmt: skip
@@ -250,11 +252,8 @@ OWN = [  # (images, {file: content}, message)
 @pytest.mark.parametrize("images, files, message", OWN)
 def test_own_images(tmp_path, images, files, message):
     root = tmp_path / "own"
-    files = {name: text.encode() if isinstance(text, str) else text for name, text in files.items()}
     root.mkdir()
-    for name, content in (dict.fromkeys(images, PICTURE) | files).items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content)
+    write_files(root, dict.fromkeys(images, PICTURE) | files)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         data.load(root)
     if "{beside}" in message:
@@ -323,11 +322,9 @@ def test_releases(tmp_path, name, old, new, message):
     "num_groups, counts", [(1, "0 train / 0 val / 6"), (2, "0 train / 3 val / 3")]
 )
 def test_fewer_groups_than_parts(tmp_path, num_groups, counts):
-    rows = [(f"{i}.jpg", i // 2, i % num_groups) for i in range(6)]
-    for name, *_ in rows:
-        (tmp_path / name).write_bytes(PICTURE)
-    lines = ["path,label,who", *(",".join(map(str, row)) for row in rows)]
-    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    lines = ["path,label,who", *(f"{i}.jpg,{i // 2},{i % num_groups}" for i in range(6))]
+    images = {f"{i}.jpg": PICTURE for i in range(6)}
+    write_files(tmp_path, images | {"labels.csv": "\n".join(lines)})
     with pytest.raises(ValueError) as error:
         data.load(tmp_path, group="who")
     assert str(error.value) == (
@@ -343,9 +340,7 @@ def test_fewer_groups_than_parts(tmp_path, num_groups, counts):
     (["{root}", "--out={root}/1/x"], "--out {root}/1/x lies in {root}, where folders are data; give another"),
 ])  # fmt: skip
 def test_bad_commands(tmp_path, capsys, argv, message):
-    for name in [f"{rank}/{i}.jpg" for rank in (1, 2) for i in range(9)]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(PICTURE)
+    write_files(tmp_path, {f"{rank}/{i}.jpg": PICTURE for rank in (1, 2) for i in range(9)})
     assert main([word.replace("{root}", str(tmp_path)) for word in argv]) == 1
     assert capsys.readouterr().err == f"error: {message.replace('{root}', str(tmp_path))}\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
@@ -372,6 +367,8 @@ OPTIONS = [  # (dataset, options, message)
      "a folder of own data"),
     ("/", dict(split="subject-exclusive"), "{root} has no split 'subject-exclusive'; give random or leave-one-group-out"),
     ("/", dict(category="all"), "{root} has no category, got 'all'; leave it out"),
+    *(("hci", {option: "3"}, f"hci has no {option}, got '3'; leave it out")
+      for option in ("label_pattern", "ranks", "bins", "group")),
     ("demo", dict(lists=("a.txt", None, None)),
      "the demo has lists of its own; leave yours out, or load its folder"),
 ]  # fmt: skip

@@ -14,7 +14,7 @@ import data
 from data import ImageList, load, make_demo
 from data import demo as demo_module
 
-SIZES = (60, 30, 30)
+SIZES = (60, 8, 8)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_demo(demo):
     assert tuple(map(len, parts_of(task))) == SIZES and task.num_ranks == 30
     assert task.rank_names[0] == "1" and task.rank_values[29] == 30.0
     assert task.protocol == (
-        "demo: drawn cross-sections of trees, one fixed split: 60 train / 30 val / 30 test images"
+        "demo: drawn cross-sections of trees, one fixed split: 60 train / 8 val / 8 test images"
     )
     assert_disjoint(task)
     assert {sample.label for sample in task.train} == set(range(30))
@@ -101,8 +101,8 @@ def test_demo_killed_while_drawing_leaves_nothing_that_is_read_as_whole(tmp_path
         [sys.executable, "-c", code, str(Path(data.__file__).parents[1]), str(tmp_path / "d")]
     )
     assert process.returncode == 9 and not (tmp_path / "d").exists()
-    make_demo(tmp_path / "d", SIZES)
-    assert len(load("demo", tmp_path / "d").train) == 60
+    make_demo(tmp_path / "d", (4, 2, 2))
+    assert len(load("demo", tmp_path / "d").train) == 4
 
 
 def test_demo_two_at_once(tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_demo_two_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(demo_module, "_draw_parts", meanwhile_another)
     make_demo(tmp_path / "demo", SIZES)
-    assert os.listdir(tmp_path) == ["demo"] and len(load("demo", tmp_path / "demo").test) == 30
+    assert os.listdir(tmp_path) == ["demo"] and len(load("demo", tmp_path / "demo").test) == 8
 
 
 def test_demo_writes_over_nothing(tmp_path, monkeypatch):

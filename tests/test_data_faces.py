@@ -186,16 +186,16 @@ def test_morph_empty_table_and_no_white_person(tmp_path):
 def test_morph_contradictions(tmp_path):
     rows = [(9000, 0, "W", "M", 54), (9000, 1, "B", "M", 54), (9007, 0, "W", "F", 53)]
     table = make_morph(tmp_path, rows) / MORPH_TABLE
-    ages, _, notes = morph2.read_release(table)
-    assert len(ages) == 3 and notes == ["1 of 2 people have more than one race in the table"]
+    photos, notes = morph2.read_release(table)
+    assert len(photos) == 3 and notes == ["1 of 2 people have more than one race in the table"]
     edit(table, "1,06/14/1951", "1,06/14/1971")
-    assert morph2.read_release(table)[2] == [
+    assert morph2.read_release(table)[1] == [
         "1 of 2 people have more than one race in the table",
         "1 of 2 people have more than one dob in the table",
         "1 of 3 rows have an age that their dob and doa contradict",
     ]
     table.write_text("race,age,photo\nW,54,Album2/009000_0M54.JPG\n")
-    assert morph2.read_release(table)[2] == []
+    assert morph2.read_release(table)[1] == []
 
 
 # --------------------------------------------------------------------------------------- adience

@@ -138,9 +138,10 @@ def test_names_of_ranks_in_file_names_take_their_order_from_ranks_txt(tmp_path):
 @pytest.mark.parametrize("name, pattern", [("0_MariaCallas_35_f.jpg", AGEDB), ("001A02.JPG", FGNET),
                                            ("010a07b.jpg", FGNET)])  # fmt: skip
 def test_names_of_releases(tmp_path, name, pattern):
-    rows, unmatched = data.folder.match_names([tmp_path / name], tmp_path, pattern)
+    labels, unmatched = data.folder.match_names([tmp_path / name], tmp_path, pattern)
     expected = {"0": ("35", "MariaCallas"), "00": ("2", "001"), "01": ("7", "010")}
-    assert rows == [(tmp_path / name, *expected[name[: 1 + (pattern == FGNET)]])] and not unmatched
+    expected = expected[name[: 1 + (pattern == FGNET)]]
+    assert labels == {tmp_path / name: expected} and not unmatched
 
 
 # --- groups ---
@@ -436,9 +437,3 @@ def test_bad_use_on_the_command_line(bad_folders, tmp_path):
     with pytest.raises(SystemExit, match="train.py: bins '-1,0': expected a number of bins"):
         train.main([*argv, "--label-pattern", UTKFACE, "--bins=-1,0"])
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("option", ["label_pattern", "ranks", "bins", "group"])
-def test_releases_have_labels_of_their_own(tmp_path, option):
-    with pytest.raises(ValueError, match=f"hci has no {option}, got '3'; leave it out"):
-        load("hci", tmp_path, **{option: "3"})

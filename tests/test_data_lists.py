@@ -55,12 +55,6 @@ def test_a_first_line_that_is_an_image_is_no_header(pictures, first, label):
     assert read_texts(pictures / "l.csv", pictures) == [("a.jpg", label)]
 
 
-def test_negative_label_without_a_number_of_ranks(pictures):
-    (pictures / "l.txt").write_text("a.jpg -2\n")
-    with pytest.raises(ValueError, match="l.txt:1: label -2, but ranks are counted 0$"):
-        read_list(pictures / "l.txt", pictures)
-
-
 def test_a_half_written_file_never_gets_the_name(tmp_path):
     path = tmp_path / "last.pt"
 
