@@ -16,7 +16,7 @@ import torch
 
 import data
 from clip_model import MODELS
-from ordinalclip import POSITIONS
+from ordinalclip import INTERPOLATIONS, POSITIONS
 from training.checkpoints import load_checkpoint
 from training.loaders import PRECISIONS
 from training.methods import METHODS, init_state, needs_clip
@@ -38,7 +38,6 @@ PAPER = dict(
     epochs=100, batch_size=32, lr=1e-4, weight_decay=5e-4,
 )  # fmt: skip
 DATASET_DEFAULTS = {"demo": dict(clip="tiny", image_encoder="clip", epochs=9, lr=3e-3)}
-INTERPOLATIONS = ("linear", "inverse", "none")
 MAX_SEED = 2**32 - 1
 
 
