@@ -14,6 +14,7 @@ from data_makers import (
     make_hci,
     make_lists,
     parts_of,
+    tiny,
 )
 from processes import run_python, run_script
 
@@ -157,3 +158,16 @@ def test_check_lists_missing_images_and_counts_on(tmp_path, capsys):
     assert "2 of 200 images are not under" in err and not (tmp_path / "lists").exists()
     with pytest.raises(FileNotFoundError, match="are not under"):  # only check goes on without them
         load("adience", root)
+
+
+def test_check_lists_missing_images_of_an_own_table(tmp_path, capsys):
+    rows = [f"{i}.png,{i % 4}" for i in range(40)]
+    for i in range(38):
+        tiny(tmp_path / f"{i}.png", (5 * i, 20, 30))
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label", *rows]))
+    assert main([str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert all(f"{tmp_path / name}: there is no such image" in out for name in ("38.png", "39.png"))
+    assert "38 of 40 images can be read" in out
+    with pytest.raises(FileNotFoundError, match="38.png"):
+        load(tmp_path)
