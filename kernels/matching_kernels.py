@@ -338,15 +338,14 @@ def backward_kernel(
     COUNTS,  # (2,) fp32: B, |V|
     G_I2T,  # () fp32 gradient of i2t
     G_T2I,  # () fp32 gradient of t2i
-    DX,  # (B, D) out, dtype of X; written if NEED_X
-    DP,  # (R, D) out, dtype of P; written if NEED_P
+    DX,  # (B, D) out, dtype of X
+    DP,  # (R, D) out, dtype of P
     DS,  # () fp32 out
     PARTS,  # (chunks, RPAD D + 16) fp32 scratch: dP, then ds, of each chunk of images
     COUNTERS,  # (programs in axis 0,) int32, zero before and after
     B, R, x_stride, p_stride, cosine_stride, tiles,
-    D: tl.constexpr, BM: tl.constexpr, RPAD: tl.constexpr, BD: tl.constexpr,
-    NEED_X: tl.constexpr, NEED_P: tl.constexpr, SMOOTH: tl.constexpr, ALONE: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, RPAD: tl.constexpr, BD: tl.constexpr, SMOOTH: tl.constexpr,
+    ALONE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Program (j, i): dimensions j BD .., `tiles` tiles of BM images from i on, all ranks."""
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
@@ -369,32 +368,27 @@ def backward_kernel(
         ds += tl.sum(r)
         narrow = g.to(OPERAND)
         rx = tl.load(ROWS + 2 * B + rows, mask=rows < B, other=0.0)
-        if NEED_X:
-            p = _load(P, ranks, columns, R, p_stride, D, BD, OPERAND).to(tl.float32) * rp[:, None]
-            dx = tl.zeros([BM, BD], tl.float32)
-            dx = _dot(narrow, p.to(OPERAND), dx, PRECISION, UPCAST)
-            x = _load(X, rows, columns, B, x_stride, D, BD, OPERAND).to(tl.float32) * rx[:, None]
-            dx = (dx - r[:, None] * x) * (rx * back_s)[:, None]
-            at = DX + rows.to(tl.int64)[:, None] * D + columns[None, :]
-            mask = (rows < B)[:, None] & (columns < D)[None, :]
-            tl.store(at, dx.to(DX.dtype.element_ty), mask=mask)
-        if NEED_P:
-            q += tl.sum(g * cosines, 0)
-            x = _load(X, rows, columns, B, x_stride, D, BD, OPERAND).to(tl.float32) * rx[:, None]
-            dp = _dot(tl.trans(narrow), x.to(OPERAND), dp, PRECISION, UPCAST)
+        p = _load(P, ranks, columns, R, p_stride, D, BD, OPERAND).to(tl.float32) * rp[:, None]
+        dx = tl.zeros([BM, BD], tl.float32)
+        dx = _dot(narrow, p.to(OPERAND), dx, PRECISION, UPCAST)
+        x = _load(X, rows, columns, B, x_stride, D, BD, OPERAND).to(tl.float32) * rx[:, None]
+        dx = (dx - r[:, None] * x) * (rx * back_s)[:, None]
+        at = DX + rows.to(tl.int64)[:, None] * D + columns[None, :]
+        mask = (rows < B)[:, None] & (columns < D)[None, :]
+        tl.store(at, dx.to(DX.dtype.element_ty), mask=mask)
+        q += tl.sum(g * cosines, 0)
+        dp = _dot(tl.trans(narrow), x.to(OPERAND), dp, PRECISION, UPCAST)
 
     at_dp = ranks[:, None] * D + columns[None, :]
     inside_dp = (ranks < R)[:, None] & (columns < D)[None, :]
     first_slice = tl.program_id(0) == 0  # ds is the same in all of a chunk but for rounding
-    if NEED_P:
-        p = _load(P, ranks, columns, R, p_stride, D, BD, OPERAND).to(tl.float32) * rp[:, None]
-        dp = (dp - q[:, None] * p) * (rp * back_s)[:, None]
+    p = _load(P, ranks, columns, R, p_stride, D, BD, OPERAND).to(tl.float32) * rp[:, None]
+    dp = (dp - q[:, None] * p) * (rp * back_s)[:, None]
     ds *= back
     last = chunk == 0
     if not ALONE:
         at = PARTS + chunk * (RPAD * D + 16)
-        if NEED_P:
-            tl.store(at + at_dp, dp, mask=inside_dp)
+        tl.store(at + at_dp, dp, mask=inside_dp)
         tl.store(at + RPAD * D, ds, mask=first_slice)
         counter = COUNTERS + tl.program_id(0)
         last = _arrive(counter) == chunks - 1
@@ -404,12 +398,10 @@ def backward_kernel(
             ds = 0.0
             for i in tl.range(0, chunks, loop_unroll_factor=4):
                 at = PARTS + i * (RPAD * D + 16)
-                if NEED_P:
-                    dp += tl.load(at + at_dp, mask=inside_dp, other=0.0, cache_modifier=".cg")
+                dp += tl.load(at + at_dp, mask=inside_dp, other=0.0, cache_modifier=".cg")
                 ds += tl.load(at + RPAD * D, first_slice, 0.0, cache_modifier=".cg")
     if last:
-        if NEED_P:
-            tl.store(DP + at_dp, dp.to(DP.dtype.element_ty), mask=inside_dp)
+        tl.store(DP + at_dp, dp.to(DP.dtype.element_ty), mask=inside_dp)
         tl.store(DS, ds, mask=first_slice)
 
 

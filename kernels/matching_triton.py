@@ -50,12 +50,13 @@ def backward_config(x: Tensor, p: Tensor) -> dict[str, int]:
     On sm_90 its products are wgmmas of N = 64: for N of 32 and less, illegal addresses were
     reported of kernels with several (triton-lang/triton#10486, #10573, #11366).
     """
-    dots, R = dot_type(x, p), len(p)
-    BM = 32 if dots == "half" else 16
+    dots, is_mixed = dot_type(x, p), x.dtype != p.dtype
     if gpu_generation(x.device) == HOPPER and dots != "ieee":
-        return dict(BM=BM, BD=64, num_warps=4 if R <= 64 else 8, num_stages=1)
-    BD, num_warps = 32 if dots == "half" else 16, 4 if dots == "tf32" else 8
-    return dict(BM=BM, BD=BD, num_warps=num_warps, num_stages=2)
+        BM, num_warps = 32 if dots == "half" else 16, 4 if len(p) <= 64 else 8
+        return dict(BM=BM, BD=64, num_warps=num_warps, num_stages=1)
+    if dots == "half":
+        return dict(BM=16 if is_mixed else 32, BD=32, num_warps=8, num_stages=2)  # else: it spills
+    return dict(BM=16, BD=16, num_warps=4 if dots == "tf32" else 8, num_stages=2)
 
 
 @functools.cache
@@ -175,17 +176,16 @@ def forward(
 
 def backward(
     g_i2t: Tensor, g_t2i: Tensor, x: Tensor, p: Tensor, y: Tensor, s: Tensor, cosines: Tensor,
-    rows: Tensor, columns: Tensor, counts: Tensor, counters: Tensor, smooth: bool, need_x: bool,
-    need_p: bool,
+    rows: Tensor, columns: Tensor, counts: Tensor, counters: Tensor, smooth: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx (B, D), dp (R, D), ds ()); dx and dp are empty where not needed."""
+    """(dx (B, D), dp (R, D), ds ()), all three, since one launch computes them together."""
     x, p, y = _unit_stride(x), _unit_stride(p), y.contiguous()
     (B, D), R = x.shape, len(p)
-    grads = dx, dp, ds = _gradient_outputs(x, p, s, need_x, need_p)
+    grads = dx, dp, ds = _empty_gradients(x, p, s)
     if not B:
         return dx, dp.zero_(), ds.zero_()
     RPAD, config = _rpad(R), backward_config(x, p)
-    slices = _cdiv(D, config["BD"]) if need_x or need_p else 1
+    slices = _cdiv(D, config["BD"])
     num_tiles = _cdiv(B, config["BM"])
     chunks = min(num_tiles, max(num_multiprocessors(x.device) // slices, 1), MAX_CHUNKS)
     tiles = _cdiv(num_tiles, chunks)  # of each chunk; the last may have fewer
@@ -196,17 +196,13 @@ def backward(
         _launch(
             backward_kernel, (slices, chunks), x, p, y, s, cosines, rows, columns, counts, g_i2t,
             g_t2i, *grads, parts, counters, B, R, x.stride(0), p.stride(0), cosines.stride(0),
-            tiles, D=D, RPAD=RPAD, NEED_X=need_x, NEED_P=need_p, SMOOTH=smooth, ALONE=alone,
-            **_dots(x, p), **config,
+            tiles, D=D, RPAD=RPAD, SMOOTH=smooth, ALONE=alone, **_dots(x, p), **config,
         )  # fmt: skip
     return grads
 
 
-def _gradient_outputs(
-    x: Tensor, p: Tensor, s: Tensor, need_x: bool, need_p: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = x.shape if need_x else (0,), p.shape if need_p else (0,)
-    return x.new_empty(shapes[0]), p.new_empty(shapes[1]), torch.empty_like(s)
+def _empty_gradients(x: Tensor, p: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (x, p, s))  # rows side by side
 
 
 def probabilities(x: Tensor, p: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,10 +275,10 @@ _forward = _operator(
 _backward = _operator(
     "matching_backward",
     "(Tensor g_i2t, Tensor g_t2i, Tensor x, Tensor p, Tensor y, Tensor s, Tensor cosines,"
-    " Tensor rows, Tensor columns, Tensor counts, Tensor counters, bool smooth, bool need_x,"
-    " bool need_p) -> (Tensor, Tensor, Tensor)",
+    " Tensor rows, Tensor columns, Tensor counts, Tensor counters, bool smooth)"
+    " -> (Tensor, Tensor, Tensor)",
     backward,
-    lambda _i, _t, x, p, _y, s, *rest: _gradient_outputs(x, p, s, *rest[-2:]),
+    lambda _i, _t, x, p, _y, s, *_: _empty_gradients(x, p, s),
 )
 _match = _operator(
     "matching_probabilities",
@@ -299,7 +295,6 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, *upstream):
-    need_x, need_p, _, need_s, *_ = ctx.needs_input_grad
     functorch = torch._C._functorch
     if functorch.peek_interpreter_stack() or any(map(functorch.is_legacy_batchedtensor, upstream)):
         raise RuntimeError("no batched gradients with impl='triton'; use impl='torch'")
@@ -307,8 +302,8 @@ def _gradients(ctx, *upstream):
     # with create_graph the operator, which says that it has no derivative; compiled autograd traces
     direct = not torch.is_grad_enabled() and is_plain_eager(*saved)
     compute = backward if direct else _backward
-    dx, dp, ds = compute(*upstream, *saved, ctx.smooth, need_x, need_p)
-    return dx if need_x else None, dp if need_p else None, None, ds if need_s else None, None, None
+    dx, dp, ds = compute(*upstream, *saved, ctx.smooth)
+    return dx, dp, None, ds, None, None
 
 
 def _operator_gradients(ctx, *upstream):
