@@ -2,7 +2,7 @@
 
     vgg16              VGG-16 as in the paper (Simonyan & Zisserman 2015, arXiv 1409.1556)
     timm:NAME          any model of timm
-    torchvision:NAME   any classifier of torchvision
+    torchvision:NAME   any classifier of torchvision that ends in a linear layer
 
 The last two need those packages installed. Each encoder has the attributes `image_size` (pixels),
 `mean` and `std` (per channel, for images in 0..1): what images it reads.
@@ -121,8 +121,7 @@ def _torchvision(torchvision, name, dim, pretrained):
     encoder = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
     layers = [key for key, module in encoder.named_modules() if isinstance(module, nn.Linear)]
     if not layers:
-        expected = "expected a classifier"
-        raise ValueError(f"torchvision:{name} has no linear layer at its end; {expected}")
+        raise ValueError(f"torchvision:{name}: expected a classifier that ends in a linear layer")
     parent, _, child = layers[-1].rpartition(".")
     width = encoder.get_submodule(layers[-1]).in_features
     setattr(encoder.get_submodule(parent), child, nn.Linear(width, dim))

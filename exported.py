@@ -32,7 +32,7 @@ def load_model(path: str | Path) -> tuple[OrdinalCLIP | Regression, list[str], l
     incomplete file and for nan and inf, ImportError if the image encoder is timm's or torchvision's
     and that package is not installed.
     """
-    content = _load_file(path, "ordinalclip-1", EXPORTED, "the exported.pt that train.py writes")
+    content = _load_checked(path, "ordinalclip-1", EXPORTED, "the exported.pt that train.py writes")
     name, quick_gelu, state, names, values, preprocess = (content[key] for key in EXPORTED)
     is_regression = "head.weight" in state
     empty = torch.empty(0, 0)
@@ -103,7 +103,7 @@ def load_prototypes(path: str | Path) -> dict[str, Any]:
 
     Raises FileNotFoundError if there is no such file, ValueError for any other file.
     """
-    content = _load_file(path, PROTOTYPES_FORMAT, PROTOTYPES, "what save_prototypes writes")
+    content = _load_checked(path, PROTOTYPES_FORMAT, PROTOTYPES, "what save_prototypes writes")
     names, values = content["rank_names"], content["rank_values"]
     _check_sizes(content["prototypes"], names, values, f"{path}: ")
     return {key: content[key] for key in PROTOTYPES}
@@ -112,7 +112,7 @@ def load_prototypes(path: str | Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------ every entry is checked
 
 
-def _load_file(path, expected_format, keys, expected):
+def _load_checked(path, expected_format, keys, expected):
     """The dict that torch.save wrote to a file of that format."""
     content = load_file(path, expected)
     content = content if isinstance(content, dict) else {}

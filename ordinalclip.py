@@ -9,7 +9,6 @@ paper compares differs in the source only (but for Regression, one neuron):
     FixedPrototypes                            a stored matrix                     zero-shot, export
 
 Dims, here and in every module:
-
     B images    R ranks             K base ranks     N context tokens    T tokens per rank
     L tokens in use of a prompt     W text width     D joint dim
     P tokens that the prompts of all ranks share in front, S = L - P tokens that each has for itself
@@ -78,7 +77,7 @@ def interpolation_weights(num_ranks: int, num_base_ranks: int, kind: str) -> Ten
     elif kind == "inverse":
         weights = 1 / (distance + 1e-5)
     else:
-        raise ValueError(f"interpolation {kind!r}: expected linear, inverse (prompts: or none)")
+        raise ValueError(f"interp={kind!r}: expected linear or inverse; RankPrompts: or none")
     return (weights / weights.sum(1, keepdim=True)).to(torch.get_default_dtype())
 
 
@@ -198,7 +197,7 @@ class RankPrompts(nn.Module):
         return shared, own, self.eot - self.num_shared
 
     def get_extra_state(self) -> Tensor:
-        """(3 + R + 1 + D,): interp, rank_position, R; where [EOT] is; the tower's fingerprint."""
+        """A tensor, as safetensors needs: interp, rank_position, R, where [EOT] is, fingerprint."""
         settings = [INTERPOLATIONS.index(self.interp), POSITIONS.index(self.rank_position)]
         settings = torch.tensor([*settings, len(self.eot), *self.eot.tolist()])
         return torch.cat([settings, fingerprint(self._text[0], self.specials)])
@@ -209,13 +208,13 @@ class RankPrompts(nn.Module):
         names = ("interp", "rank_position", "number of ranks")
         other = [name for name, a, b in zip(names, own, state) if a != b]
         if not other and not torch.equal(own[:end], state[:end]):
-            other = ["number of tokens per rank"]
+            other = ["prompt length (context, rank names)"]
         elif not other and not same_tower(own[end:], state[end:]):
             other = ["text tower"]
         if other:
             raise ValueError(
-                f"a state dict of prompts with another {', '.join(other)}; build the same ones, or "
-                "remove its entry _extra_state to load the values all the same"
+                f"a state dict of prompts with another {', '.join(other)}; build the same ones "
+                "(values of the same shapes load without the entry _extra_state)"
             )
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -311,11 +310,11 @@ class OrdinalCLIP(nn.Module):
             )
         if group is None and dist.is_available() and dist.is_initialized():
             if dist.get_world_size() > 1:
-                warnings.warn("this is the loss of one process: pass group=", stacklevel=2)
-        features, prototypes, scale = self._match_inputs(images)
-        i2t, t2i = matching_loss(
-            features, prototypes, labels, scale, target=target, impl=impl, group=group
-        )
+                warnings.warn(
+                    "loss of this process alone: pass group=dist.group.WORLD", stacklevel=2
+                )
+        x, p, scale = self._match_inputs(images)
+        i2t, t2i = matching_loss(x, p, labels, scale, target=target, impl=impl, group=group)
         return i2t + t2i, i2t, t2i
 
     @torch.no_grad()
@@ -344,8 +343,9 @@ class OrdinalCLIP(nn.Module):
 
 
 class Regression(nn.Module):
-    """The paper's regression baseline: one neuron, which starts at the middle rank, with L1 or L2
-    loss. Used as OrdinalCLIP is; `predict` shares the probability between the two nearest ranks.
+    """The paper's regression baseline: one neuron, which starts at the middle rank; L1 or L2 loss.
+
+    Used as OrdinalCLIP is (`target`, `impl`: no effect); probabilities: of the two nearest ranks.
     """
 
     def __init__(self, image_encoder: nn.Module, dim: int, num_ranks: int, loss_type: str) -> None:
@@ -364,11 +364,14 @@ class Regression(nn.Module):
         labels: Tensor,
         *,
         target: str | None = None,
+        impl: str = "auto",
         group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, 3, H, W), ranks (B,) -> (mean loss, the same, 0); `target` has no effect."""
-        error = self(images) - labels
-        total = (error.abs() if self.loss_type == "l1" else error.square()).mean()
+        """Images (B, 3, H, W), ranks (B,) -> (mean loss, the same, 0). ValueError: other labels."""
+        predicted = self(images)
+        if labels.shape != predicted.shape:
+            raise ValueError(f"got labels {tuple(labels.shape)}; expected one rank index per image")
+        total = {"l1": F.l1_loss, "l2": F.mse_loss}[self.loss_type](predicted, labels.float())
         if group is not None:  # the value of all processes, the gradient of this one's share
             total = total / dist.get_world_size(group)
             global_loss = total.detach().clone()

@@ -34,7 +34,6 @@ from torch.utils.data import DataLoader
 import data
 from evaluation.plots import MAX_EXPLAINED, explain, printable
 from exported import load_model, save_prototypes
-from kernels import which_impl
 from ordinalclip import OrdinalCLIP, Regression
 
 COLUMNS = ("file", "rank", "rank_index", "expected_rank_index", "value", "prob")  # of --csv
@@ -102,7 +101,8 @@ class Predictor:
         mean, std = self.preprocess["mean"], self.preprocess["std"]
         images = data.normalize(pixels.to(self.device), mean, std)  # (B, 3, S, S)
         images = images.contiguous(memory_format=torch.channels_last)
-        outputs = self.model.predict(images, impl=which_impl(self.device)[0])
+        impl = "torch" if self.device.type == "cpu" else "auto"  # which says what it takes
+        outputs = self.model.predict(images, impl=impl)
         outputs = {key: output.cpu() for key, output in outputs.items()}
         if not outputs["probs"].isfinite().all():
             raise ValueError(

@@ -9,10 +9,10 @@
     python train.py --report runs/*                          # finished runs beside the paper's
     torchrun --nproc-per-node 4 train.py --data morph2       # the same batches, over four GPUs
 
-Read top to bottom: main, train (one run, in the order of the paper), train_one_epoch, the rest.
+Read top to bottom: main, train (one run, in the order of the paper), fit, train_one_epoch.
 Settings are in training/options.py, methods in training/methods.py. A run writes runs/NAME/:
 config.json, splits/*.txt, log.csv, last.pt, best.pt, exported.pt, results.json,
-predictions-best.csv, pictures/*.png.
+predictions-best.csv, pictures/*.png. Needs: data, evaluation, training.
 """
 
 import signal
@@ -37,7 +37,7 @@ from training.checkpoints import TrainingState, load_last, load_weights, save_ch
 from training.distributed import barrier, data_parallel, init_distributed, is_main, world_size
 from training.loaders import autocast, load_task, make_loaders, prepare_batch
 from training.methods import build_loss, build_model, warm_start
-from training.optim import check_finite, epochs_without_progress
+from training.optim import check_losses, epochs_without_progress
 from training.options import parse_args
 from training.profile import profile_run
 from training.progress import ProgressLine, TensorBoard, clear_line, print_epoch, print_run_header
@@ -143,7 +143,7 @@ def fit(run: Run, state: TrainingState, train_loader: DataLoader, val_loader: Da
         state.schedule.step()
         val = part_metrics(run.task, "val", *predict_loader(eval_run, val_loader))
         row |= {f"val_{name}": value for name, value in val.items()}
-        row |= dict(peak_mb=peak_memory(args.device))
+        row["peak_mb"] = peak_memory(args.device)
         log.append(row)
         is_best = epochs_without_progress(log) == 0
         if is_main():
@@ -168,7 +168,7 @@ def train_one_epoch(
     run.model.train()
     loss_sums = torch.zeros(4, device=args.device)
     steps = state.start_epoch(loss_sums)
-    loader.sampler.epoch, loader.sampler.start = epoch, steps * loader.batch_size
+    loader.sampler.set_epoch(epoch, start=steps * loader.batch_size)
     num_steps = steps + len(loader)
     start = loader.sampler.start * world_size()
     progress = ProgressLine(f"epoch {epoch}/{args.epochs}", start)
@@ -190,9 +190,9 @@ def train_one_epoch(
         num_images += len(labels) * world_size()
         progress(start + num_images, start + len(loader.sampler) * world_size())
         if is_group_end and state.is_save_due():
-            check_finite(loss_sums, epoch, step)
+            check_losses(loss_sums, epoch, step)
             state.save_within_epoch(step, loss_sums)
-    check_finite(loss_sums, epoch, num_steps)
+    check_losses(loss_sums, epoch, num_steps)
     loss, i2t, t2i = (loss_sums[:3] / loss_sums[3]).tolist()
     images_per_s = num_images / (time.time() - start_time)
     return dict(loss=loss, i2t=i2t, t2i=t2i, images_per_s=images_per_s)
@@ -231,7 +231,7 @@ def cli() -> None:
         main()
     except KeyboardInterrupt:
         raise SystemExit(
-            "interrupted; the same command, or --resume RUN, goes on from last.pt (--save-every)"
+            "interrupted; the same command, or --resume RUN, goes on from last.pt"
         ) from None
 
 

@@ -26,7 +26,7 @@ from typing import Any
 from . import folder
 from .check import check_images
 from .demo import make_demo
-from .files import IMAGE_TYPES, atomic_write, count_types, find_images
+from .files import IMAGE_TYPES, atomic_write, cache_dir, count_types, find_images
 from .folder import LEAVE_ONE_OUT
 from .images import (
     CLIP_MEAN,
@@ -64,7 +64,7 @@ def load(
     *,
     split: str | None = None,
     fold: int = 0,
-    seed: int = 0,
+    seed: int = 1,
     lists: Sequence[str | Path | None] | None = None,
     category: str | None = None,
     label_rule: str | None = None,
@@ -111,8 +111,10 @@ def _check_option(
     name: str, option: str, value: str | None, choices: Sequence[str] | None
 ) -> str | None:
     """The value, by default the first choice; None if the dataset has no such option."""
-    if value is None or choices and value in choices:
-        return value or choices and choices[0]
+    if value is None:
+        return choices[0] if choices else None
+    if choices and value in choices:
+        return value
     if not choices:
         raise ValueError(f"{name} has no {option}, got {value!r}; leave it out")
     raise ValueError(f"{name} has no {option} {value!r}; give {' or '.join(choices)}")

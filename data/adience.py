@@ -2,7 +2,7 @@
 
 The tables hold more ages than the eight groups; --label-rule decides: `exact` takes only the
 groups, `merged` also (25, 23) and (27, 32), each image once, `inside` every age or interval that
-lies inside a group. Read after lists.py and task.py. Copy together with: those two.
+lies inside a group. Read after lists.py and task.py. Copy together with: those two, files.py.
 """
 
 import re

@@ -2,7 +2,7 @@
 
 Five random splits of 75 / 5 / 20 % within each category. Each photo has several scores;
 --label-rule takes their `median` (rounded down) or `mean` (rounded, halves to even).
-Read after lists.py and task.py. Copy together with: those two, download.py.
+Read after lists.py and task.py. Copy together with: those two, files.py, download.py.
 """
 
 import math

@@ -3,7 +3,7 @@
 2,400 / 300 / 600 images of 96 x 96 pixels, 1 .. 30 years, the same on every machine, in
 $XDG_CACHE_HOME/ordinalclip/demo-v1. Contents: load, make_demo, and the drawing from _draw_trunk
 down. Letters: H, W height and width of the image while it is drawn.
-Read after lists.py and task.py. Copy together with: those two; needs numpy, pillow.
+Read after lists.py and task.py. Copy together with: those two, files.py; needs numpy, pillow.
 """
 
 import math

@@ -27,16 +27,16 @@ TOOL_FILES = {  # what file managers, archives and servers leave beside images, 
 
 
 def cache_dir() -> Path:
-    """Where the demo is drawn, and what is known of checked images."""
+    """The folder of the demo, of what is known of checked images, of frozen features."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ordinalclip")
 
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is a tool's own: .ipynb_checkpoints, ._x.jpg, x~.jpg, @eaDir."""
-    is_number = name[:1] == "." and name[1:].isdecimal()  # .5 is a rank
+    is_digits = name[:1] == "." and name[1:].isdecimal()  # .5 is a rank
     is_backup = os.path.splitext(name)[0].endswith("~")  # x~.png
     is_tool = is_backup or name.lower() in TOOL_FILES
-    return is_tool or name.startswith((".", "~$")) and not is_number
+    return is_tool or name.startswith((".", "~$")) and not is_digits
 
 
 def is_image(path: str | Path) -> bool:

@@ -1,7 +1,7 @@
 """Historical colour images: photos of five decades, 265 of each; public.
 
 Ten random splits of 210 / 5 / 50 images a decade. The shortest release: the one to copy for a new
-dataset. Read after lists.py and task.py. Copy together with: those two, download.py.
+dataset. Read after lists.py and task.py. Copy together with: those two, files.py, download.py.
 """
 
 import os

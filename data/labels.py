@@ -134,8 +134,8 @@ def parse_bins(text: str, ranks: str | None, numbers: Iterable[float]) -> list[f
     """Edges, rising, one more than bins."""
     edges = [parse_number(edge) for edge in text.split(",")]
     is_rising = None not in edges and edges == sorted(set(edges)) and len(edges) <= MAX_RANKS
-    is_number = len(edges) == 1 and edges[0] in range(2, MAX_RANKS + 1)
-    if not is_rising or len(edges) < 3 and not is_number:
+    is_digits = len(edges) == 1 and edges[0] in range(2, MAX_RANKS + 1)
+    if not is_rising or len(edges) < 3 and not is_digits:
         raise ValueError(
             f"bins {text!r}: expected a number of bins, 2 .. {MAX_RANKS:,}, or rising edges such "
             "as 0,1.5,3,10"

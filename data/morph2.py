@@ -2,7 +2,7 @@
 
 The paper's "Setting A": 5,492 images of race W, drawn by the seed, 80 / 20 at random
 (`random`: a person may be in both), or with people kept apart (`subject-exclusive`).
-Read after lists.py and task.py. Copy together with: those two.
+Read after lists.py and task.py. Copy together with: those two, files.py.
 """
 
 import os

@@ -144,9 +144,9 @@ def ordinality_scores(run: Run) -> dict[str, Any]:
         )
 
     spans = {str(span): score(span) for span in ORDINALITY_SPANS if span < len(prototypes) - 1}
-    whole = score(None)
+    overall = score(None)
     return dict(
-        ordinality=whole["score"], ordinality_chance=whole["chance"], ordinality_spans=spans
+        ordinality=overall["score"], ordinality_chance=overall["chance"], ordinality_spans=spans
     )
 
 
@@ -160,13 +160,17 @@ def print_results(results: dict[str, Any]) -> None:
     figures = []
     for name, metric in METRICS.items():
         values = {answer: test[f"{name}_{answer}"] for answer in metric.computed}
-        texts = {a: "-" if v is None else format(v, metric.format) for a, v in values.items()}
+        texts = {
+            a: "-" if v is None else format(round(v, 4) + 0.0, metric.format)
+            for a, v in values.items()
+        }
         words = [f"{text} {a}" if len(texts) > 1 else text for a, text in texts.items()]
         figures.append(" ".join([metric.label, *words]))
     for i in range(0, len(figures), 2):
         print(("test   " if i == 0 else "") + "   ".join(figures[i : i + 2]))
     print(
-        f"always {majority['rank']!r}: MAE {majority['mae']:.3f}   accuracy {majority['acc']:.1%}"
+        f"always {majority['rank']!r}, the most frequent rank in training: "
+        f"MAE {majority['mae']:.3f}   accuracy {majority['acc']:.1%}"
     )
     if "mae_value" in test:
         mae, always = test["mae_value"], majority["mae_value"]

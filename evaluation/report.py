@@ -1,7 +1,7 @@
 """Finished runs as Markdown tables, method x column, beside the paper's figures, and as CSV.
 
 Read write_report first; METRICS says which tables there are, PAPER_MAE, PAPER_ACC the paper's.
-Needs: data, training.methods, training.options, training.run_folder, evaluation.metrics.
+Needs: data, training.methods, .options, .run_folder, .sweep, evaluation.metrics.
 """
 
 import hashlib
@@ -141,9 +141,7 @@ def write_report(paths: list[str | Path], name: str = "report.md") -> str:
             left_out.append(f"- left out {file}: damaged ({type(error).__name__}: {error})")
             continue
         # Figures that agree in all digits are copied, or repeated, which is no second seed.
-        identity = json.dumps(
-            [comparable_settings(run.settings), run.results["test"]], sort_keys=True
-        )
+        identity = json.dumps([table_settings(run), run.results["test"]], sort_keys=True)
         if (first := runs.setdefault(identity, run)) is not run:
             same = f"the settings, seed, fold and figures of {first.path}, so the same run"
             left_out.append(f"- left out {file}: {same}")
@@ -195,7 +193,7 @@ def read_run(file: Path) -> FinishedRun:
     table = " ".join(filter(None, (settings["data"], settings.get("label_rule"), split)))
     row, column = method_name(Namespace(**settings)), column_name(settings)
     run = FinishedRun(file.parent, results, settings, figures, table, row, column)
-    name_rows([run])
+    name_rows([run])  # what is damaged fails already here, not in the report of all
     format_tables([run], run.path)
     return run
 
@@ -220,7 +218,7 @@ def name_rows(runs: Iterable[FinishedRun]) -> None:
     for run in runs:
         cells.setdefault((run.table, run.row, run.column), []).append(run)
     for cell in cells.values():
-        first, *others = (comparable_settings(run.settings) for run in cell)
+        first, *others = map(table_settings, cell)
         differing = [
             key
             for key in first
@@ -234,6 +232,11 @@ def name_rows(runs: Iterable[FinishedRun]) -> None:
         if any(len(digests) > 1 for digests in images.values()):
             for run in filter(images_digest, cell):
                 run.row += f" images={images_digest(run)}"
+
+
+def table_settings(run: FinishedRun) -> dict:
+    """The settings that tell the rows of a table apart."""
+    return comparable_settings(run.settings) | dict(precision=run.settings.get("precision"))
 
 
 def images_digest(run: FinishedRun) -> str:

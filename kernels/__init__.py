@@ -137,7 +137,7 @@ def _unsupported_call(image_features, prototypes):
     """What keeps the fused kernels from taking these tensors on any device, or ""."""
     if reason := _unsupported_dtypes({image_features.dtype, prototypes.dtype}):
         return reason
-    if image_features.shape[1] % 16:
+    if image_features.shape[1] % 16 or not image_features.shape[1]:
         return f"the fused kernels take D in multiples of 16, this is {image_features.shape[1]}"
     if len(prototypes) > FUSED_RANKS:
         return f"the fused kernels take up to {FUSED_RANKS} ranks, these are {len(prototypes)}"

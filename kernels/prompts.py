@@ -81,16 +81,19 @@ class TextTower(nn.Module):
             _part(attn, "in_proj_weight", "q_proj"), attn.num_heads, attn.out_proj
             _part(self.blocks[0], "ln_1", "layer_norm1")
             table = token_table(clip)
-            is_causal = getattr(text, "attn_mask", text) is not None
+            faults = [f"{len(table)} tokens, not 49408"] if len(table) != 49408 else []
+            if getattr(text, "attn_mask", text) is None:
+                faults.append("its attention is not causal")
+            if getattr(text, "cls_emb", None) is not None:
+                faults.append("it has a class embedding, as CoCa's")
         except AttributeError as error:
             raise ValueError(
                 f"{type(clip).__name__} is no CLIP ({error}); expected both towers of ours, "
                 "OpenAI's, open_clip's or Hugging Face's CLIPModel"
             ) from error
-        if not is_causal or getattr(text, "cls_emb", None) is not None or len(table) != 49408:
+        if faults:
             raise ValueError(
-                f"{type(clip).__name__} has another text tower than CLIP, with {len(table)} tokens "
-                "in its vocabulary (SigLIP and CoCa are such); expected causal attention and 49408"
+                f"{type(clip).__name__}: the text tower is not CLIP's ({', '.join(faults)})"
             )
 
 

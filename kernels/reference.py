@@ -1,6 +1,6 @@
 """The matching op in plain PyTorch: the specification that the Triton kernels are tested against.
 
-Symbols, also in `matching_kernels.py`: B images, R ranks, D joint dim, x_i (B, D) image features,
+Dims, also in `matching_kernels.py`: B images, R ranks, D joint dim, x_i (B, D) image features,
 p_c (R, D) prototypes, y_i (B,) labels, s scale (exp of CLIP's logit_scale).
 
 Similarity      A_ic = s * <x_i, p_c> / (|x_i| |p_c|)                                        (B, R)
@@ -64,11 +64,13 @@ def matching_loss(
     inside = ((labels >= 0) & (labels < len(prototypes))).all()
     torch._assert_async(inside, f"labels outside 0..{len(prototypes) - 1}")
     logits = similarity(image_features, prototypes, scale)  # (B, R)
-    hit = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)  # (B, R)
-    own = torch.where(hit, logits, 0.0).sum(1)  # (B,)
-    others = torch.where(hit, LOW, logits).logsumexp(1)  # (B,)
-    row_loss = F.softplus(others - own, threshold=40)  # (B,); beyond 40, log1p(e^x) is x
-    columns = _column_statistics(logits, hit)  # (7, R)
+    is_label = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)  # (B, R)
+    label_logits = torch.where(is_label, logits, 0.0).sum(1)  # (B,)
+    lse_others = torch.where(is_label, LOW, logits).logsumexp(1)  # (B,)
+    row_loss = F.softplus(
+        lse_others - label_logits, threshold=40
+    )  # (B,); beyond 40, log1p(e^x) is x
+    columns = _column_statistics(logits, is_label)  # (7, R)
     rows = torch.stack([row_loss.sum(), logits.new_tensor(float(len(logits)))])  # (2,)
     merged = _all_processes(torch.cat([columns.flatten(), rows]), group)  # (P, 7R + 2)
 
@@ -105,26 +107,28 @@ def unit(vectors: Tensor) -> Tensor:
     return vectors * torch.where(square > EPS**2, square.clamp_min(EPS**2).rsqrt(), 0.0)
 
 
-def _column_statistics(logits, hit):
+def _column_statistics(logits, is_label):
     """(B, R) -> (7, R): column maximum and, relative to it, what `_column_loss` needs; n_c."""
     # the loss does not depend on what is subtracted, so the maximum needs no gradient
     top = logits.detach().amax(0) if len(logits) else torch.zeros_like(logits).sum(0)  # (R,)
     below = logits - top
-    out = torch.where(hit, LOW, below).logsumexp(0)
-    margin = torch.where(hit, below, LOW).logsumexp(0)
-    total, count = below.sum(0), hit.sum(0).to(top.dtype)
-    # The same number as `margin`. In the backward pass, what is computed last comes first: so the
-    # 1/n of this one meets the -1/n of `positive` before something small beside them is added.
-    inside = torch.where(hit, below, LOW).logsumexp(0)
-    positive = torch.where(hit, below, 0.0).sum(0)
-    return torch.stack([top, out, margin, inside, positive, total, count])
+    lse_out = torch.where(is_label, LOW, below).logsumexp(0)
+    lse_in = torch.where(is_label, below, LOW).logsumexp(0)
+    total, count = below.sum(0), is_label.sum(0).to(top.dtype)
+    # The same value as lse_in in a node of its own: so autograd cancels its 1/n against the -1/n of
+    # `positive` before it adds the tiny gradient of lse_in. With one node for both, gradients at
+    # losses below 1e-6 would be rounding.
+    lse_in_again = torch.where(is_label, below, LOW).logsumexp(0)
+    positive = torch.where(is_label, below, 0.0).sum(0)
+    return torch.stack([top, lse_out, lse_in, lse_in_again, positive, total, count])
 
 
 def _column_loss(columns, num_images, target):
     """t2i from the statistics (P, 7, R) and the numbers of images (P,) of P processes."""
-    top, out, margin, inside, positive, total, count = columns.unbind(1)  # (P, R) each
+    top, lse_out, lse_in, lse_in_again, positive, total, count = columns.unbind(1)  # (P, R) each
     shift = top.detach() - top.detach().amax(0)  # (P, R), to the maximum over the processes
-    out, margin, inside = ((lse + shift).logsumexp(0) for lse in (out, margin, inside))  # (R,)
+    terms = (lse_out, lse_in, lse_in_again)
+    lse_out, lse_in, lse_in_again = ((lse + shift).logsumexp(0) for lse in terms)  # (R,)
     positive = (positive + count * shift).sum(0)
     total = (total + num_images[:, None] * shift).sum(0)
     count, num_images = count.sum(0), num_images.sum()
@@ -136,8 +140,8 @@ def _column_loss(columns, num_images, target):
         z = n * math.exp(10) + (num_images - n)
         hi, lo = math.exp(10) / z, 1 / z
         entropy = n * hi * hi.log() + (num_images - n) * lo * lo.log()
-    among_positives = inside + (entropy - (hi - lo) * positive - lo * total)
-    loss = among_positives + F.softplus(out - margin, threshold=40)
+    among_positives = lse_in_again + (entropy - (hi - lo) * positive - lo * total)
+    loss = among_positives + F.softplus(lse_out - lse_in, threshold=40)
     return torch.where(present, loss, 0.0).sum() / present.sum().clamp_min(1)
 
 

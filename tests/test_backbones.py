@@ -109,5 +109,7 @@ def test_a_torchvision_classifier_gets_a_last_layer_of_our_size(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", package)
     encoder = build_image_encoder("torchvision:net", 8)
     assert encoder(torch.randn(3, 3, 2, 2)).shape == (3, 8) and encoder.last_layer == "1"
-    with pytest.raises(ValueError, match="torchvision:headless has no linear layer at its end"):
+    with pytest.raises(
+        ValueError, match="torchvision:headless: expected a classifier that ends in a linear layer"
+    ):
         build_image_encoder("torchvision:headless", 8)

@@ -200,7 +200,7 @@ CHECKPOINTS = [  # flag, entry, its new value, the message
                   "schedule", "scaler")],
     *[("--resume", key, None, NO_CHECKPOINT + f": {key} of type NoneType")
       for key in ("model", "settings", "epoch", "log", "seconds", "optimizer", "schedule", "scaler")],
-    ("--init", "model", "DEL", NO_CHECKPOINT + " for that use: it holds no 'model'"),
+    ("--init", "model", "DEL", "--init {path} holds neither an image_encoder nor a prompt_learner"),
     ("--eval", "model", {"a": 1}, "{path}: a of the model is of type int; expected a tensor"),
     ("--eval", "model/logit_scale", torch.tensor(NAN), "{path}: logit_scale holds nan or inf in "
      "1 of 1 values; expected finite numbers: training diverged or the file is damaged, take "

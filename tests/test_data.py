@@ -68,7 +68,7 @@ def test_a_new_dataset_is_one_new_file(pasted):
         "              splits=('random',), folds=3)\n"
         "def load(root, options):\n"
         "    photos = find_path(root, ['photos'], 'Ask the weather service for {root}/photos.')\n"
-        "    names = sorted(path.name for path in photos.iterdir() if is_image(path.name))\n"
+        "    names = sorted(path.name for path in photos.iterdir() if is_image(path))\n"
         "    samples = [Sample(name, 'cbs'.index(name[0])) for name in names]\n"
         "    return make_task('weather', PRESET, photos, [samples, None, None], options)\n"
     )

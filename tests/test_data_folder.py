@@ -263,9 +263,9 @@ def test_a_column_is_the_split(tmp_path, column):
         assert paths(part) == {path for path in expected if expected[path] == name}
     assert task.protocol.startswith("own: own table, split by its column: 8 train / 2 val / 2 test")
     table.write_text(table.read_text().replace("Val", "training").replace("test", "training"))
-    assert "split by seed 0" in load(tmp_path / "own").protocol
+    assert "split by seed 1" in load(tmp_path / "own").protocol
     table.write_text(table.read_text().replace("training", "3"))  # folds of a cross validation
-    assert "split by seed 0" in load(tmp_path / "own").protocol
+    assert "split by seed 1" in load(tmp_path / "own").protocol
 
 
 def test_folders_that_are_no_part_are_named(tmp_path):

@@ -31,7 +31,7 @@ def test_few_shot_draws_by_seed_and_leaves_the_rest(task):
     twenty = data.few_shot(task, 20)
     assert counts(twenty) == [8, 20, 8, 8]  # all where there are fewer
     assert (
-        "few-shot: 20 of each rank (all of the 3 that have fewer), drawn by seed 0: 44 train"
+        "few-shot: 20 of each rank (all of the 3 that have fewer), drawn by seed 1: 44 train"
         in twenty.protocol
     )
     assert "few-shot: 4 of each rank, drawn by seed 1: 16 train images" in four.protocol

@@ -59,7 +59,9 @@ def test_every_metric_is_printed_logged_and_saved(gray, tmp_path, capsys):
     header, row = (out / "log.csv").read_text().splitlines()
     for name, metric in METRICS.items():
         keys = [f"{name}_{answer}" for answer in metric.computed]
-        texts = ["-" if test[k] is None else format(test[k], metric.format) for k in keys]
+        texts = [
+            "-" if test[k] is None else format(round(test[k], 4) + 0.0, metric.format) for k in keys
+        ]
         if len(keys) > 1:
             texts = [f"{text} {answer}" for text, answer in zip(texts, metric.computed)]
         assert f" {metric.label} {' '.join(texts)}   " in printed

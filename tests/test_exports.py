@@ -41,6 +41,14 @@ def regression_file(path):
     return model
 
 
+def test_labels_of_another_shape_are_refused_by_regression():
+    model = Regression(torch.nn.Flatten(), 12, 4, "l1")
+    images = torch.zeros(2, 3, 2, 2)
+    assert model.loss(images, torch.tensor([0, 3]), impl="torch")[0].item() == 1.5
+    with pytest.raises(ValueError, match="got labels .2, 1.; expected one rank index per image"):
+        model.loss(images, torch.tensor([[0], [3]]))
+
+
 def test_a_regression_model_predicts_like_the_others(tmp_path):
     path, images = tmp_path / "e.pt", [image_of(i) for i in range(6)]
     model = regression_file(path)

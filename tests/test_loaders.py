@@ -36,7 +36,8 @@ def test_workers_that_stay_augment_as_none_do(gray, tmp_path):
         assert loader.persistent_workers == val.persistent_workers == (workers == "2")
         assert not test.persistent_workers  # read once
         processes, batches = [], []
-        for loader.sampler.epoch, loader.sampler.start in ((1, 0), (1, 32), (2, 0)):
+        for epoch, start in ((1, 0), (1, 32), (2, 0)):
+            loader.sampler.set_epoch(epoch, start)
             batches.append(list(loader))
             iterator = loader._iterator
             processes.append([worker.pid for worker in iterator._workers] if iterator else None)

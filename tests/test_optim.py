@@ -123,7 +123,8 @@ def test_balanced_draws_all_ranks_equally_often(gray):
     counts = torch.tensor([s.label for s in gray_task.train]).bincount()
     assert counts.max() > 3 * counts.min()
     drawn = []
-    for sampler.epoch in range(1, 51):
+    for epoch in range(1, 51):
+        sampler.set_epoch(epoch)
         drawn += [gray_task.train[key % num_images].label for key in sampler]
     assert len(drawn) == 50 * num_images
     shares = torch.tensor(drawn).bincount() / len(drawn)

@@ -67,7 +67,7 @@ def test_weights_are_finite_and_sum_to_one(interp):
         ((1, 1, "linear"), "num_ranks=1: an order needs at least 2"),
         ((5, 6, "linear"), "num_base_ranks=6: expected 1 to num_ranks=5"),
         ((5, 0, "inverse"), "num_base_ranks=0: expected 1 to num_ranks=5"),
-        ((5, 3, "normal"), "'normal': expected linear, inverse"),
+        ((5, 3, "normal"), "interp='normal': expected linear or inverse"),
     ],
 )
 def test_weights_refuse(args, message):
@@ -239,7 +239,7 @@ def test_untrained_coop_is_zero_shot(clip):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(interp="cubic"), "interpolation 'cubic': expected linear, inverse .prompts: or none"),
+        (dict(interp="cubic"), "interp='cubic': expected linear or inverse; RankPrompts: or none"),
         (dict(rank_position="end"), "rank_position='end': expected one of tail, middle, front"),
         (dict(tokens_per_rank=0), "tokens_per_rank=0: expected at least 1"),
         (dict(num_base_ranks=8), "num_base_ranks=8: expected 1 to num_ranks=7"),

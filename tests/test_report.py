@@ -60,12 +60,13 @@ def test_the_papers_figure_needs_the_papers_protocol_encoder_and_data(tmp_path, 
     assert "| 2.000 (n=1) |" in text and "[2.32]" not in text
 
 
-def test_runs_that_differ_are_not_averaged(tmp_path):
-    write_run(tmp_path / "a", 2.0)
-    write_run(tmp_path / "b", 4.0, seed=2, lr=1e-3)
+@pytest.mark.parametrize("name, one, other", [("lr", 1e-4, 1e-3), ("precision", "fp32", "bf16")])
+def test_runs_that_differ_are_not_averaged(tmp_path, name, one, other):
+    write_run(tmp_path / "a", 2.0, **{name: one})
+    write_run(tmp_path / "b", 4.0, seed=2, **{name: other})
     text = write_report([tmp_path])
-    assert "| ordinalclip-linear-K3 lr=0.0001 | 2.000 (n=1) |" in text
-    assert "| ordinalclip-linear-K3 lr=0.001 | 4.000 (n=1) |" in text
+    assert f"| ordinalclip-linear-K3 {name}={one} | 2.000 (n=1) |" in text
+    assert f"| ordinalclip-linear-K3 {name}={other} | 4.000 (n=1) |" in text
 
 
 def test_runs_on_other_images_are_not_averaged(gray, tmp_path):

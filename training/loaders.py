@@ -6,7 +6,6 @@ Needs: data, training.distributed, .progress, .run_folder.
 import contextlib
 import copy
 import hashlib
-import os
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
@@ -157,7 +156,11 @@ class EpochSampler(Sampler[int]):
 
     def __init__(self, num_images: int, seed: int, weights: Tensor | None = None) -> None:
         self.num_images, self.seed, self.weights = num_images, seed, weights
-        self.epoch, self.start = 0, 0  # start: images of this process to skip, when resuming
+        self.epoch, self.start = 0, 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """As DistributedSampler's; start: images of this process to skip, when resuming."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
         return -(-self.num_images // world_size()) - self.start
@@ -238,8 +241,7 @@ def cached_features(run: Run, images: data.ImageList) -> Dataset:
         digest.update(f"{sample.path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     root = str(images.root.resolve())
     digest.update(repr((sorted(run.preprocess.items()), args.precision, root)).encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache / "ordinalclip" / "features" / f"{digest.hexdigest()}.pt"
+    path = data.cache_dir() / "features" / f"{digest.hexdigest()}.pt"
     with main_process_first():
         try:
             features = torch.load(path, map_location="cpu", weights_only=True)

@@ -6,10 +6,11 @@ A builder gets a Parts and returns a module with
     predict(images) -> dict(probs (B, R))
     export() -> the module that evaluates (text tower run once)
 
-Needs: ordinalclip, regression, clip_model, tokenizer, backbones, data, training.checkpoints,
+Needs: ordinalclip, clip_model, clip_weights, tokenizer, backbones, data, training.checkpoints,
 .distributed, .loaders, .run_folder.
 """
 
+import functools
 import math
 from argparse import Namespace
 from collections.abc import Callable
@@ -29,8 +30,9 @@ from tokenizer import Tokenizer
 from training.checkpoints import load_checkpoint
 from training.distributed import is_main, main_process_first
 from training.loaders import exit_on_user_error, without_image_encoder
-from training.run_folder import Run, is_number
+from training.run_folder import Run, is_digits
 
+CONTEXT_KEY = "prototypes.context_embeds"  # in state dicts
 LINEAR_DIM, LINEAR_SCALE = 1024, math.log(100)  # of the baselines where no CLIP is loaded
 
 
@@ -84,7 +86,7 @@ def build_rank_prompts(parts: Parts) -> OrdinalCLIP:
     prompts = RankPrompts(
         parts.clip,
         task.num_ranks,
-        context=int(context) if is_number(context) else torch.tensor(tokenizer.encode(context)),
+        context=int(context) if is_digits(context) else torch.tensor(tokenizer.encode(context)),
         rank_tokens=names if args.rank_init == "names" else None,
         interp=args.interp,
         num_base_ranks=args.base_ranks,
@@ -180,17 +182,18 @@ def build_loss(run: Run) -> LossModule:
 # --- --init ---
 
 
-def init_state(args: Namespace) -> dict[str, Tensor]:
+@functools.lru_cache(maxsize=1)  # until warm_start has used it
+def init_state(init: str) -> dict[str, Tensor]:
     """State dict of the run that --init names, a folder or a checkpoint; also the official code's.
 
     There the prompts are called prompt_learner (xk-huang/OrdinalCLIP@ca10a20
     ordinalclip/models/ordinalclip.py#L30-L50). SystemExit for a file without both names.
     """
-    path = Path(args.init)
+    path = Path(init)
     path = path / "best.pt" if path.is_dir() else path
     saved = load_checkpoint(path)
-    if "settings" in saved:
-        return load_checkpoint(path, "model")["model"]
+    if {"settings", "model"} <= saved.keys():
+        return saved["model"]
     try:
         state = unwrap(saved, str(path), quiet=True)
         state = {key: value for key, value in state.items() if torch.is_tensor(value)}
@@ -209,11 +212,12 @@ def warm_start(args: Namespace, model: nn.Module) -> None:
     Base embeddings lie at equal distances from the lowest rank to the highest, in both runs, so
     rank c of R starts where rank c (R_old - 1) / (R - 1) of the other run ended.
     """
-    source, state = init_state(args), model.state_dict()
+    source, state = init_state(args.init), model.state_dict()
+    init_state.cache_clear()
     updates = {key: v for key, v in source.items() if key.startswith("image_encoder.")}
-    context_key, ranks_key = "prototypes.context_embeds", "prototypes.rank_embeds"
-    if {context_key, ranks_key} <= source.keys() and context_key in state:
-        updates |= {key: source[key] for key in (context_key, ranks_key)}
+    ranks_key = "prototypes.rank_embeds"
+    if {CONTEXT_KEY, ranks_key} <= source.keys() and CONTEXT_KEY in state:
+        updates |= {key: source[key] for key in (CONTEXT_KEY, ranks_key)}
         if (rows := source[ranks_key]).dim() == 3:
             rows = rows.float().permute(1, 2, 0)  # (K, T, W) -> (T, W, K)
             num = len(state[ranks_key])

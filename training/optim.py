@@ -19,6 +19,8 @@ def param_groups(model: nn.Module) -> list[dict[str, Any]]:
         dict(name=name, params=[p for p in part.parameters() if p.requires_grad])
         for name, part in model.named_children()
     ]
+    own = [p for p in model.parameters(recurse=False) if p.requires_grad]  # a learned temperature
+    groups.append(dict(name="temperature", params=own))
     grouped = [id(p) for group in groups for p in group["params"]]
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     assert len(grouped) == len(set(grouped)) and set(grouped) == trainable
@@ -31,7 +33,7 @@ def build_optimizer(args: Namespace, model: nn.Module) -> torch.optim.RAdam:
     groups = param_groups(model)
     for group in groups:
         name = {"image_encoder": "lr_image", "prototypes": "lr_prompts"}.get(group["name"])
-        group["lr"] = name and getattr(args, name) or args.lr
+        group["lr"] = (getattr(args, name) if name else None) or args.lr
     return torch.optim.RAdam(
         groups, lr=args.lr, weight_decay=args.weight_decay, decoupled_weight_decay=True
     )
@@ -72,7 +74,7 @@ def epochs_without_progress(log: list[dict[str, float]]) -> int:
     return len(errors) - 1 - errors.index(min(errors)) if errors else 0
 
 
-def check_finite(loss_sums: Tensor, epoch: int, step: int) -> None:
+def check_losses(loss_sums: Tensor, epoch: int, step: int) -> None:
     """FloatingPointError naming the first loss that is not finite; last.pt stays as it was."""
     for name, value in zip(("loss", "i2t", "t2i"), loss_sums.tolist()):
         if not math.isfinite(value):

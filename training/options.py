@@ -1,7 +1,8 @@
 """Command line of train.py: flags in groups, the paper's defaults, and checks.
 
 Read parse_args first; resolve_defaults fills in what dataset, method and machine decide.
-Needs: data, ordinalclip, clip_model, training.checkpoints, .loaders, .methods, .run_folder, .sweep.
+Needs: data, ordinalclip, clip_model, training.checkpoints, .loaders, .methods, .progress,
+.run_folder, .sweep.
 """
 
 import argparse
@@ -19,14 +20,14 @@ from clip_model import MODELS
 from ordinalclip import INTERPOLATIONS, POSITIONS
 from training.checkpoints import load_checkpoint
 from training.loaders import PRECISIONS
-from training.methods import METHODS, init_state, needs_clip
+from training.methods import CONTEXT_KEY, METHODS, init_state, needs_clip
 from training.progress import summary_writer
 from training.run_folder import (
     as_list,
     dataset_defaults,
     differing_settings,
     flag_of,
-    is_number,
+    is_digits,
     load_json,
     run_name,
 )
@@ -159,7 +160,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def fold_number(text: str) -> int | str:
-    if text != "all" and not is_number(text):
+    if text != "all" and not is_digits(text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0, or all")
     return text if text == "all" else int(text)
 
@@ -201,9 +202,9 @@ def resolve_defaults(args: Namespace, explicit_flags: set[str]) -> Namespace:
         args.precision = "bf16" if has_bf16 else "fp32"
     check_values(args)
     if args.init and args.context is None:  # as many random tokens; values are copied
-        state = init_state(args)
-        if CONTEXT in state:  # a run that goes on needs --init no more
-            args.context = str(state[CONTEXT].shape[-2])
+        state = init_state(args.init)
+        if CONTEXT_KEY in state:  # a run that goes on needs --init no more
+            args.context = str(state[CONTEXT_KEY].shape[-2])
     if args.out is None and not is_sweep(args):
         args.out = str(Path("runs") / run_name(args))
     return args
@@ -224,7 +225,7 @@ def has_prompts(args: Namespace) -> bool:
 
 
 def copies_prompts(args: Namespace) -> bool:
-    return bool(args.init) and has_prompts(args) and CONTEXT in init_state(args)
+    return bool(args.init) and has_prompts(args) and CONTEXT_KEY in init_state(args.init)
 
 
 def trains(args: Namespace) -> bool:
@@ -233,16 +234,15 @@ def trains(args: Namespace) -> bool:
 
 # When flags change the result, and what decides that. Elsewhere they are refused: they would change
 # the name of the run and look as if they had done something. Flags not named always have one.
-CONTEXT = "prototypes.context_embeds"
 BY_METHOD, BY_ENCODER = "--method {method}", "--image-encoder {image_encoder}"
 BY_DATA, BY_LISTS = "--data {data}", "--data {data} and its lists"
 BY_INIT = "--init, which copies prompts"
 HAS_EFFECT: list[tuple[str, Callable[[Namespace], bool], str]] = [
-    ("interp", lambda a: a.method == "ordinalclip" or a.method == "coop" and a.interp != "inverse",
+    ("interp", lambda a: a.method == "ordinalclip" or a.method == "coop" and a.interp == "none",
         BY_METHOD),
     ("base_ranks", lambda a: a.method == "ordinalclip", BY_METHOD),
     ("context", lambda a: has_prompts(a) or a.method == "zeroshot", BY_METHOD),
-    ("context", lambda a: is_number(a.context) or not copies_prompts(a), BY_INIT),
+    ("context", lambda a: is_digits(a.context) or not copies_prompts(a), BY_INIT),
     ("rank_init", lambda a: a.rank_init == "random" or not copies_prompts(a), BY_INIT),
     ("rank_init rank_position tune", has_prompts, BY_METHOD),
     ("regression_loss", lambda a: a.method == "regression", BY_METHOD),
@@ -289,7 +289,7 @@ def check_values(args: Namespace) -> None:
             f"{flag} needs --image-encoder clip: the last layer of the others starts at random"
         )
     context = args.context
-    if context and not (is_number(context) and int(context) or any(map(str.isalpha, context))):
+    if context and not (is_digits(context) and int(context) or any(map(str.isalpha, context))):
         raise SystemExit(f"--context {context!r}: expected words, or a number of tokens from 1")
     for keys, low, high, why in (
         ("epochs", 1 if trains(args) else 0, 1_000_000,

@@ -7,6 +7,7 @@ printed, too.
 Needs: training.checkpoints, .distributed, .loaders, .methods, .run_folder.
 """
 
+import itertools
 import time
 from argparse import Namespace
 from collections import defaultdict
@@ -65,7 +66,7 @@ def profile_run(args: Namespace) -> str:
         f"batch {args.batch_size}, {args.workers} workers; mean of {STEPS} steps",
         *table(profiler, saved),
         f"in all {seconds / STEPS * 1e3:.2f} ms a step, {num_images / seconds:.1f} images/s; "
-        f"peak {peak_memory(args.device):.0f} MB; saved: for the way back, beside the weights",
+        f"peak {peak_memory(args.device):.0f} MB; saved: kept for the backward pass",
     ]
     if profiler.is_cuda:
         profiler.lap = lambda *_: None
@@ -80,8 +81,8 @@ def profile_run(args: Namespace) -> str:
 
 def endless(loader: DataLoader) -> Iterator[list[Tensor]]:
     """Batches of one epoch after the other."""
-    while True:
-        loader.sampler.epoch += 1
+    for epoch in itertools.count(1):
+        loader.sampler.set_epoch(epoch)
         yield from loader
 
 
@@ -177,7 +178,7 @@ class StepProfiler:
         self.lap(OPTIMISER)
 
     def saved_bytes(self, images: Tensor, labels: Tensor) -> dict[str, int]:
-        """One step: bytes that each part keeps until its gradients are computed, but weights."""
+        """One step: bytes that each part keeps for the backward pass, beside the weights."""
         saved: dict[str, int] = defaultdict(int)
         weights = [w for ws in self.weights().values() for w in ws]
         counted = {weight.untyped_storage().data_ptr() for weight in weights}

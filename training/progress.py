@@ -1,6 +1,6 @@
 """What a run shows while it goes on: header, line of progress, line per epoch, TensorBoard.
 
-Needs: training.distributed, .methods, .run_folder.
+Needs: training.distributed, .optim, .run_folder.
 """
 
 import sys
@@ -24,6 +24,7 @@ def print_run_header(run: Run) -> None:
         for group in param_groups(run.model)
     ]
     trained = ", ".join(counts) if args.epochs else "nothing"
+    loads_clip = args.image_encoder == "clip" or args.method not in ("linear", "regression")
     context = repr(args.context or task.context)
     if args.method in ("linear", "regression"):
         context = "none"
@@ -34,7 +35,7 @@ def print_run_header(run: Run) -> None:
         f"method {run_name(args)}   ranks {task.num_ranks}   "
         f"context {context}\n"
         f"image encoder {args.image_encoder} {run.preprocess['image_size']} px   "
-        f"clip {args.clip}   trains {trained}\n"
+        f"clip {args.clip if loads_clip else 'none'}   trains {trained}\n"
         f"{args.device} {args.precision}, {world_size()} process(es)   -> {args.out}"
     )
 

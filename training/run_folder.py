@@ -27,7 +27,6 @@ from torch import nn
 
 import data
 from clip_weights import check_finite
-from ordinalclip import OrdinalCLIP
 from training.distributed import is_main, world_size
 
 try:
@@ -39,7 +38,8 @@ RUN_FILES = (
     "config.json", "splits", "log.csv", "best.pt", "last.pt", "predictions-best.csv", "pictures",
     "exported.pt", "tensorboard",
 )  # fmt: skip
-# Settings that do not change the result: ignored when two runs are compared.
+# Settings of the machine, with others of which a run may go on. They change figures in the last
+# digits, precision also before, so a report keeps runs of two precisions apart.
 NOT_COMPARED = (
     "device", "precision", "compile", "workers", "data_root", "out", "seeds", "save_every", "debug",
     "tensorboard", "skip_bad",  # but its images are compared: check_same_images
@@ -68,7 +68,7 @@ class Run:
 # --- names ---
 
 
-def is_number(text: str) -> bool:
+def is_digits(text: str) -> bool:
     """Plain decimal digits: int() takes them, as it does not take every digit of Unicode."""
     return text.isascii() and text.isdigit()
 
@@ -115,7 +115,7 @@ def table_name(args: Namespace) -> str:
 def method_name(args: Namespace) -> str:
     """Method part of the run name: the row of the run in a report."""
     is_ordinalclip = args.method == "ordinalclip"
-    words = args.context and not is_number(args.context)
+    words = args.context and not is_digits(args.context)
     parts = [
         args.method,
         args.interp if is_ordinalclip else None,
@@ -282,7 +282,7 @@ def write_config(run: Run) -> None:
 
 def export_model(path: Path, run: Run, results: dict) -> None:
     """Image encoder, prototypes and what is needed to use them: no text tower, no vocabulary."""
-    exported: OrdinalCLIP = run.model.export()
+    exported: nn.Module = run.model.export()
     check_finite(exported.state_dict(), str(path))
     content = dict(
         format="ordinalclip-1",
