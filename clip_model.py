@@ -188,6 +188,8 @@ def image_tower(
 def _architecture(state, quick_gelu):
     """The arguments of CLIP that the shapes in `state` call for."""
     width, embed_dim = state["text_projection"].shape
+    if (num_tokens := len(state["token_embedding.weight"])) != VOCAB_SIZE:
+        raise ValueError(f"a vocabulary of {num_tokens}; expected CLIP's {VOCAB_SIZE}")
     return dict(
         visual=image_tower(state, embed_dim, quick_gelu, "visual."),
         embed_dim=embed_dim,

@@ -219,7 +219,8 @@ def _load_error(error):
         return (
             f"it holds Python objects ({match[1]}), which can run code: save the state_dict() alone"
         )
-    if isinstance(error, (PermissionError, ValueError)) and "weights_only" not in text:
+    is_plain = type(error) in (PermissionError, ValueError)  # not of JSON, of Unicode
+    if is_plain and not re.search("weights_only|mmap", text):
         return " ".join(text.split())[:300]
     return "it is damaged or of another format"
 
@@ -375,9 +376,7 @@ def _quick_gelu_from_config(path):
                 towers = (config.get("text_config") or {}, config.get("vision_config") or {})
                 activations.update(tower.get("hidden_act", "quick_gelu") for tower in towers)
         except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"{file} is no JSON ({error}); expected a model's config: get it again"
-            ) from error
+            raise ValueError(f"{file} is no config of a model ({error}); get it again") from error
     if activations not in ({"quick_gelu"}, {"gelu"}):
         raise ValueError(
             f"the activation of {path} is unknown: config files beside it say "

@@ -65,7 +65,7 @@ def load(folder: Path, root: Path, options: Options) -> Task:
     are_ranks = lists and not (options.ranks or options.bins)
     read = _read_rank_lists if are_ranks else _read_rows
     names, parts, groups, real_labels, left_out = read(folder, sources, root, options, order)
-    if sum(map(bool, parts)) > sum(map(bool, sources)):
+    if sum(part is not None for part in parts) > sum(map(bool, sources)):
         description = "own table, split by its column"
     if len(names) < 2:
         raise ValueError(f"{folder}: {len(names)} rank, but ordinal regression needs 2 or more")
@@ -154,7 +154,9 @@ def _read_rows(
     for path, _, _, part in rows:
         if path in rank_of:
             parts[part].append(Sample(path, rank_of[path]))
-    parts = [part if part or source else None for part, source in zip(parts, sources)]
+    with_rows = {row.part for row in rows}  # also where none of its labels is a rank
+    is_list = [source not in (None, folder) for source in sources]
+    parts = [part if is_list[i] or i in with_rows else None for i, part in enumerate(parts)]
     groups = {path: group for path, _, group, _ in rows if group}
     return names, parts, groups, real_labels, left_out
 

@@ -215,6 +215,7 @@ CHECKPOINTS = [  # flag, entry, its new value, the message
      "\"prototypes.rank_embeds\". "),
     ("--eval", "settings/method", "psychic", "{path} is damaged: its --method is 'psychic'"),
     ("--eval", "settings/lr", "fast", "{path} is damaged: its --lr is 'fast'"),
+    ("--eval", "settings/shift", [1], "{path} is damaged: its --shift is [1]"),
     ("--eval", "settings/base_ranks", {}, "{path} is damaged: its --base-ranks is {{}}"),
     ("--resume", "log", [], "{path} is damaged: 0 rows of its log, epoch 3, progress with nothing"),
     ("--resume", "progress", {"steps": 2}, "{path} is damaged: 3 rows of its log, epoch 3, "

@@ -94,6 +94,21 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert evaluated["test"] == whole["test"]
 
 
+def stop_run(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_run_cut_off_in_validation_goes_on(stripes, tmp_path, monkeypatch):
+    """last.pt was written after the last step of the epoch, whose batch is smaller than others."""
+    argv = ["--data", str(stripes), *TINY, "--batch-size", "15", "--save-every", "0", "--out"]
+    train.main([*argv, str(tmp_path / "whole")])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "predict_loader", stop_run)
+        train.main([*argv, str(tmp_path / "cut")])
+    train.main([*argv, str(tmp_path / "cut")])
+    check_equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_workers_do_not_change_the_run(stripes, tmp_path):
     for workers in ("0", "2"):
         train.main(

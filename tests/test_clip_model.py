@@ -352,10 +352,7 @@ NOT_A_WHOLE_CLIP = {  # name -> what is done to the state dict of TINY, the mess
         lambda s: without(s, "visual.ln_post.bias"),
         'Missing key.*"visual.ln_post.bias"',
     ),
-    "no embedding": (
-        lambda s: without(s, "token_embedding"),
-        'Missing key.*"token_embedding.weight"',
-    ),
+    "no embedding": (lambda s: without(s, "token_embedding"), "KeyError 'token_embedding.weight'"),
     "no projection": (lambda s: without(s, "text_projection"), "KeyError 'text_projection'"),
     "no first block": (
         lambda s: without(s, "transformer.resblocks.0."),
@@ -373,7 +370,7 @@ NOT_A_WHOLE_CLIP = {  # name -> what is done to the state dict of TINY, the mess
     "dimensions": (with_zeros("visual.conv1.weight", 128, 768), "not enough values"),
     "vocabulary": (
         with_zeros("token_embedding.weight", 9, 64),
-        "mismatch for token_embedding.weight: .*9, 64.*49408, 64",
+        "a vocabulary of 9; expected CLIP's 49408",
     ),
     "no keys": (lambda s: without(HF_STATE, HF_KEY), "Missing key"),
     "empty": (lambda s: {}, "KeyError.*got 0 entries"),

@@ -268,6 +268,28 @@ def test_a_column_is_the_split(tmp_path, column):
     assert "split by seed 1" in load(tmp_path / "own").protocol
 
 
+@pytest.mark.parametrize(
+    "val, test, counts", [(9, 9, "24 train / 0 val / 0 test"), (9, 1, "24 train / 0 val / 8 test"),
+                          (1, 9, "24 train / 8 val / 0 test")])  # fmt: skip
+@pytest.mark.parametrize("options", [dict(ranks="0-2"), dict(bins="0,1,2.5")])
+def test_a_part_whose_labels_are_all_outside_is_not_replaced(tmp_path, options, val, test, counts):
+    rows = ["path,label,split"]
+    for i in range(40):
+        tiny(tmp_path / "im" / f"{i}.png")
+        label, part = {0: (val, "val"), 1: (test, "test")}.get(i % 5, (i % 3, "train"))
+        rows.append(f"im/{i}.png,{label},{part}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match=f"{counts} images, and none may be empty"):
+        load(tmp_path, **options)
+
+
+def test_a_table_without_a_training_part(tmp_path):
+    rows = [f"{tiny(tmp_path / f'{i}.png').name},{i % 3},test" for i in range(12)]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label,split", *rows]))
+    with pytest.raises(ValueError, match="there is no list or folder of training images; give one"):
+        load(tmp_path)
+
+
 def test_folders_that_are_no_part_are_named(tmp_path):
     root = make_lists(tmp_path / "own")
     make_folders(root / "test", ["0", "1"], 2)

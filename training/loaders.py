@@ -163,7 +163,7 @@ class EpochSampler(Sampler[int]):
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        return -(-self.num_images // world_size()) - self.start
+        return max(0, -(-self.num_images // world_size()) - self.start)  # the last batch is smaller
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))

@@ -365,5 +365,7 @@ def check_types(settings: dict, parser: argparse.ArgumentParser, path: Path) -> 
         types = bool if action.nargs == 0 else special.get(action.type, action.type or str)
         if key == "seeds":  # all of the command
             types = list
-        if not isinstance(value, types) or action.choices and value not in action.choices:
+        is_choice = not action.choices or value in action.choices
+        is_pair = key != "shift" or isinstance(value, types) and len(value) == 2
+        if not isinstance(value, types) or not is_choice or not is_pair:
             raise SystemExit(f"{path} is damaged: its {flag_of(key)} is {value!r:.80}")
