@@ -50,13 +50,12 @@ def backward_config(x: Tensor, p: Tensor) -> dict[str, int]:
     On sm_90 its products are wgmmas of N = 64: for N of 32 and less, illegal addresses were
     reported of kernels with several (triton-lang/triton#10486, #10573, #11366).
     """
-    dots, is_mixed = dot_type(x, p), x.dtype != p.dtype
+    dots = dot_type(x, p)
     if gpu_generation(x.device) == HOPPER and dots != "ieee":
         BM, num_warps = 32 if dots == "half" else 16, 4 if len(p) <= 64 else 8
         return dict(BM=BM, BD=64, num_warps=num_warps, num_stages=1)
-    if dots == "half":
-        return dict(BM=16 if is_mixed else 32, BD=32, num_warps=8, num_stages=2)  # else: it spills
-    return dict(BM=16, BD=16, num_warps=4 if dots == "tf32" else 8, num_stages=2)
+    BM = 32 if dots == "half" and x.dtype == p.dtype else 16  # 32 of mixed dtypes spill registers
+    return dict(BM=BM, BD=32 if dots == "half" else 16, num_warps=8, num_stages=2)
 
 
 @functools.cache
