@@ -54,7 +54,8 @@ def backward_config(x: Tensor, p: Tensor) -> dict[str, int]:
     if gpu_generation(x.device) == HOPPER and dots != "ieee":
         BM, num_warps = 32 if dots == "half" else 16, 4 if len(p) <= 64 else 8
         return dict(BM=BM, BD=64, num_warps=num_warps, num_stages=1)
-    BM = 32 if dots == "half" and x.dtype == p.dtype else 16  # 32 of mixed dtypes spill registers
+    is_small = dots == "half" and x.dtype == p.dtype and len(p) <= 64
+    BM = 32 if is_small else 16  # else 32 spill registers
     return dict(BM=BM, BD=32 if dots == "half" else 16, num_warps=8, num_stages=2)
 
 
