@@ -217,8 +217,6 @@ def test_scale_of_any_float_dtype_and_labels_of_any_integer_dtype():
         (FP16, torch.int8),
         (BF16, torch.int16),
     ]:
-        if dtype == BF16 and not CUDA:
-            continue  # the interpreter truncates its gradient
         losses, grads = fused((features, prototypes, labels.to(integer), scale.to(dtype)))
         assert torch.equal(losses, plain[0]) and grads[2].dtype == dtype
         torch.testing.assert_close(grads[2].float(), plain[1][2], rtol=1e-2, atol=0)
