@@ -204,16 +204,16 @@ class RankPrompts(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing is set. ValueError if the state is of other settings or another text tower."""
-        own, end, state = self.get_extra_state(), 3 + len(self.eot), state.float().cpu()
+        expected, end, state = self.get_extra_state(), 3 + len(self.eot), state.float().cpu()
         names = ("interp", "rank_position", "number of ranks")
-        other = [name for name, a, b in zip(names, own, state) if a != b]
-        if not other and not torch.equal(own[:end], state[:end]):
-            other = ["prompt length (context, rank names)"]
-        elif not other and not same_tower(own[end:], state[end:]):
-            other = ["text tower"]
-        if other:
+        differing = [name for name, a, b in zip(names, expected, state) if a != b]
+        if not differing and not torch.equal(expected[:end], state[:end]):
+            differing = ["prompt length (context, rank names)"]
+        elif not differing and not same_tower(expected[end:], state[end:]):
+            differing = ["text tower"]
+        if differing:
             raise ValueError(
-                f"a state dict of prompts with another {', '.join(other)}; build the same ones "
+                f"a state dict of prompts with another {', '.join(differing)}; build the same ones "
                 "(values of the same shapes load without the entry _extra_state)"
             )
 
@@ -430,7 +430,7 @@ def _lookup(table, ids, name, at_least=0):
     try:
         words = [operator.index(i) for i in (ids.tolist() if hasattr(ids, "tolist") else ids)]
     except TypeError:  # texts, fractions, more than one row
-        words = [EOT]  # no word
+        words = [EOT]  # refused below
     if len(words) < at_least or not all(0 <= i < SOT for i in words) or words[-1:] == [0]:
         got = f"{name} is {' '.join(repr(ids).split()):.80}; expected token ids (N,)"
         raise ValueError(f"{got} without [SOT], [EOT] and padding: tokenizer.encode(text)")
@@ -438,7 +438,7 @@ def _lookup(table, ids, name, at_least=0):
 
 
 def _prompt_layout(contexts_shape, lengths, before):
-    """Indices (R, L) into the pool [SOT, ".", EOT, contexts.., ranks..]."""
+    """Indices (R, L) into the pool [SOT, ".", EOT, contexts.., ranks..]; lengths (R,) of ranks."""
     num_ranks = len(lengths)
     sizes = 3, contexts_shape.numel(), num_ranks * max(lengths)
     specials, contexts, ranks = torch.arange(sum(sizes)).split(sizes)

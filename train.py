@@ -36,7 +36,7 @@ from evaluation.report import write_report
 from training.checkpoints import TrainingState, load_last, load_weights, save_checkpoint
 from training.distributed import barrier, data_parallel, init_distributed, is_main, world_size
 from training.loaders import autocast, load_task, make_loaders, prepare_batch
-from training.methods import build_loss, build_model, warm_start
+from training.methods import build_loss, build_model, needs_clip, warm_start
 from training.optim import check_losses, epochs_without_progress
 from training.options import parse_args
 from training.profile import profile_run
@@ -97,7 +97,7 @@ def train(args: Namespace) -> dict[str, Any]:
                 warm_start(args, run.model)
             initial_similarity = similarity_matrix(run.model) if args.epochs else None
         train_loader, val_loader, test_loader = make_loaders(run)
-        print_run_header(run)
+        print_run_header(run, args.clip if needs_clip(args) else "none")
         write_config(run)
         # 3. RAdam and a cosine over all epochs; 4. match images to ranks and ranks to images
         # (Eq. 4), keep the epoch with the lowest validation MAE
@@ -119,6 +119,7 @@ def train(args: Namespace) -> dict[str, Any]:
 
 
 def build_run(args: Namespace) -> Run:
+    """Images, ranks and model, on its device and untrained. SystemExit for user errors."""
     # 1. Images and their ranks, under a named protocol (paper, section 4.1)
     task = load_task(args)
     check_same_images(args, task)

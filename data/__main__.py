@@ -48,7 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("name", help=f"{', '.join(DATASETS)}, or a folder of your own images")
     add("--data-root", help="where the release lies, default data/NAME")
     add("--split", help="default the dataset's first: see its file in data/")
-    add("--seed", type=int, default=1, help="of splits made here, default 1 as in training")
+    add(
+        "--seed",
+        type=int,
+        default=1,
+        help="of splits made here, as --split-seed of train.py; default 1",
+    )
     add("--category", help="aesthetics: all, nature, animal, urban or people")
     add("--label-rule", help="adience: exact, merged or inside; aesthetics: median or mean")
     for flag, help in LABEL_OPTIONS.items():

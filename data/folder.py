@@ -131,12 +131,12 @@ def _read_rows(
         if source is None:
             continue
         if source.is_file():
-            more, names, notes = _read_table(source, root, root, options, part), set(), []
+            new_rows, names, notes = _read_table(source, root, root, options, part), set(), []
         else:
             expected = None if source == folder else part
-            more, names, notes = _read_part(source, root, options, expected, ranks)
-        rows += more
-        ranks |= names | {row.label for row in more}
+            new_rows, names, notes = _read_part(source, root, options, expected, ranks)
+        rows += new_rows
+        ranks |= names | {row.label for row in new_rows}
         left_out += notes
     if sum(map(bool, sources)) > 1:
         check_labels([rows], lambda _, i: str(sources[rows[i].part]))

@@ -177,7 +177,8 @@ def parse_rows(
 ) -> Iterator[tuple[int, str, str]]:
     """(line number, image path, label as written) of a list file; or a column for the label.
 
-    A first line that starts with a file under `root` is no header, and a # line cannot.
+    A first line that starts with a file under `root` is an image, not a header; a # line that does
+    is an error.
     """
     lines, number = _uncommented(path, root), None
     first = [*islice(lines, 1)]

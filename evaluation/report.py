@@ -17,7 +17,7 @@ from typing import Any
 
 import data
 from evaluation.metrics import BOTH, METRICS
-from training.methods import METHODS
+from training.methods import METHODS, needs_clip
 from training.options import PAPER
 from training.run_folder import comparable_settings, method_name, save_csv
 from training.sweep import categories
@@ -328,6 +328,8 @@ def is_paper_setup(run: FinishedRun) -> bool:
 def describe_run(run: FinishedRun, link: str) -> str:
     results, settings = run.results, run.settings
     keys = ("seed", "fold", "image_encoder", "clip", "epochs")
+    if not needs_clip(Namespace(**settings)):
+        keys = ("seed", "fold", "image_encoder", "epochs")
     details = [f"{key.replace('_', ' ')} {settings[key]}" for key in keys if key in settings]
     details += [f"commit {results['commit']}", f"{results['seconds']} s"]
     if results.get("prompt"):

@@ -8,7 +8,7 @@
 kernels for R <= 128 and D a multiple of 16, in bfloat16, float16 or TF32, else PyTorch, and prints
 why once.
 
-Copy-paste: needs the folder `kernels/`, torch>=2.4.
+Copy together with: the whole folder; needs torch>=2.4.
 """
 
 import sys

@@ -114,11 +114,13 @@ def run_step(record, seconds):
     words, start = "", time.monotonic()
     with subprocess.Popen(command, **output) as child:
         for line in child.stdout:
-            try:
+            row = None
+            with contextlib.suppress(json.JSONDecodeError):
                 row = json.loads(line)
+            if isinstance(row, dict):
                 record["rows"].append(row)
                 yield row
-            except json.JSONDecodeError:  # what libraries print
+            else:  # what libraries print
                 words = f"{words} {line.strip()}"[-300:]
     if child.returncode:
         is_late = time.monotonic() - start >= seconds

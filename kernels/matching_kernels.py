@@ -39,7 +39,7 @@ import triton.language as tl
 ZERO = tl.constexpr(1e-24)  # squared length below which a vector counts as zero: reference.EPS ** 2
 E10 = tl.constexpr(22026.465794806718)  # e^10 of target="softmax10"
 LOG2E = tl.constexpr(1.4426950408889634)
-NEAR = tl.constexpr(1e-12)  # to the maximum of its column, by exp(A - max)
+NEAR = tl.constexpr(1e-12)  # sums of exp(A - max) below it: another formula, nothing cancels
 FP16_ROOM = tl.constexpr(2.5e4)  # G is scaled to at most twice this: fp16 is 6e-8 to 65504
 
 

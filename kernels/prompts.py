@@ -2,13 +2,13 @@
 
     encode_prompts   embeddings of R prompts -> text features (R, D), exact in value and gradient
     TextTower        what it needs of a CLIP object: ours, OpenAI's, open_clip's, Hugging Face's
-    fingerprint      for same_tower: is it the same one?
+    fingerprint      of a text tower: what same_tower compares
     token_table      the embeddings of such an object's vocabulary
 
 Dims: R prompts, P tokens that all of them share in front, S that each has for itself, L = P + S,
 W text width, D joint dim.
 
-Copy-paste: needs nothing, torch>=2.4.
+Copy together with: nothing; needs torch>=2.4.
 """
 
 import torch

@@ -31,7 +31,7 @@ Everything is computed in float32 (float64 for float64 input), also under autoca
 bfloat16 logit is off by up to 0.25. A zero vector has similarity 0 to everything and gets gradient
 0, where `F.normalize` would return a gradient of 1e12.
 
-Copy-paste: needs torch>=2.4.
+Copy together with: nothing; needs torch>=2.4.
 """
 
 import math

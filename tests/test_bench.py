@@ -69,7 +69,7 @@ def test_a_step_out_of_time_leaves_no_process(tmp_path, monkeypatch):
     script = tmp_path / "kernels" / "bench.py"
     script.parent.mkdir()
     script.write_text(
-        "import subprocess; print('{not json'); print('{\"a\": 1}', flush=True)\n"
+        "import subprocess; print('{not json'); print(7); print('{\"a\": 1}', flush=True)\n"
         f"subprocess.run(['sh', '-c', 'sleep 3; touch {tmp_path}/late'])\n"
     )
     monkeypatch.setattr(bench, "ROOT", tmp_path)

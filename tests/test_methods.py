@@ -1,6 +1,7 @@
 """pytest tests/test_methods.py -- what each method builds, --official, and --init."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from evaluation.metrics import expected_rank
 from ordinalclip import OrdinalCLIP, RankPrompts, interpolation_weights
 from tokenizer import Tokenizer
 from training.loaders import make_loaders
-from training.methods import init_state
+from training.methods import METHODS, init_state, needs_clip
 from training.optim import param_groups
 
 
@@ -48,6 +49,13 @@ def test_every_trainable_parameter_is_in_exactly_one_group():
     groups = param_groups(model)
     assert [group["name"] for group in groups] == ["image_encoder", "prototypes", "temperature"]
     assert groups[2]["params"] == [model.logit_scale]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("encoder", ["clip", "vgg16"])
+def test_which_runs_load_a_clip(method, encoder):
+    loads = method not in ("linear", "regression") or encoder == "clip"
+    assert needs_clip(SimpleNamespace(method=method, image_encoder=encoder)) == loads
 
 
 def test_official_pixels_and_ordinality(gray):

@@ -69,6 +69,14 @@ def test_runs_that_differ_are_not_averaged(tmp_path, name, one, other):
     assert f"| ordinalclip-linear-K3 {name}={other} | 4.000 (n=1) |" in text
 
 
+def test_a_clip_is_named_only_where_one_is_loaded(tmp_path):
+    write_run(tmp_path / "a", 2.0, method="linear")
+    text = write_report([tmp_path])
+    assert "image encoder vgg16, " in text and "clip RN50" not in text
+    write_run(tmp_path / "b", 2.0, method="linear", image_encoder="clip")
+    assert "image encoder clip, clip RN50, " in write_report([tmp_path / "b"])
+
+
 def test_runs_on_other_images_are_not_averaged(gray, tmp_path):
     folder, out = shutil.copytree(gray, tmp_path / "gray"), tmp_path / "runs"
     argv = ["--data", str(folder), *TINY, "--method", "linear", "--seeds"]

@@ -132,6 +132,7 @@ def test_zero_shot_says_its_prompt(gray, tmp_path, capsys):
     train.main([*argv, "--out", str(tmp_path / "z")])
     out = capsys.readouterr().out
     assert "prompt of the first rank: 'a shade of 0 gray.'" in out and "trains nothing\n" in out
+    assert "clip tiny   trains" in out
     assert (
         json.loads((tmp_path / "z" / "results.json").read_text())["prompt"] == "a shade of 0 gray."
     )

@@ -132,7 +132,7 @@ class TrainingState:
             save_csv(self.run.dir / "log.csv", self.log)
 
     def step(self) -> None:
-        """One step of the optimizer with the gradients of the last batches, which then go."""
+        """One step of the optimizer with the gradients of the last batches; clears them."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()

@@ -15,7 +15,8 @@ from training.optim import param_groups
 from training.run_folder import Run, run_name
 
 
-def print_run_header(run: Run) -> None:
+def print_run_header(run: Run, clip: str) -> None:
+    """clip: the name of the CLIP that was loaded, or none."""
     if not is_main():
         return
     args, task = run.args, run.task
@@ -24,7 +25,6 @@ def print_run_header(run: Run) -> None:
         for group in param_groups(run.model)
     ]
     trained = ", ".join(counts) if args.epochs else "nothing"
-    loads_clip = args.image_encoder == "clip" or args.method not in ("linear", "regression")
     context = repr(args.context or task.context)
     if args.method in ("linear", "regression"):
         context = "none"
@@ -35,7 +35,7 @@ def print_run_header(run: Run) -> None:
         f"method {run_name(args)}   ranks {task.num_ranks}   "
         f"context {context}\n"
         f"image encoder {args.image_encoder} {run.preprocess['image_size']} px   "
-        f"clip {args.clip if loads_clip else 'none'}   trains {trained}\n"
+        f"clip {clip}   trains {trained}\n"
         f"{args.device} {args.precision}, {world_size()} process(es)   -> {args.out}"
     )
 

@@ -41,8 +41,8 @@ def expand_runs(args: Namespace) -> list[Namespace]:
     if args.fold == "all":
         num_folds = data.DATASETS.get(args.data, {}).get("folds", OWN_DATA_FOLDS)
         if args.split == data.LEAVE_ONE_OUT:
-            whole = dict(fold=0, base_ranks=2, shots=None, shift=None)
-            num_folds = load_task(Namespace(**vars(args) | whole)).num_groups
+            all_images = dict(fold=0, base_ranks=2, shots=None, shift=None)
+            num_folds = load_task(Namespace(**vars(args) | all_images)).num_groups
         folds = range(num_folds)
     if args.category == "each":
         names = categories(args.data)
