@@ -19,6 +19,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     num_processes = min(num_cores(), len(files), 8)
     if num_processes < 2 or session.testsfailed or not may_fork(session.config):
         return None
+    session.config._tmp_path_factory.getbasetemp()  # one for all processes: pytest removes it
     queue, writer = os.pipe()  # of numbers of files: one byte each, taken by whoever is free
     os.write(writer, bytes(range(len(files))))
     os.close(writer)
