@@ -64,7 +64,7 @@ PARSER = [  # refused by the parser: after "error: "
 VALUES = [  # out of range, on images that are there
     ("--shots 0", "--shots 0: expected 1 .. 1000000"),
     ("--shots 1 -1", "--shots -1: expected 1 .. 1000000"),
-    ("--shots 4 4", "--shots names a value twice: [4, 4]; name each once"),
+    ("--shots 4 4", "--shots names 4 twice; name each value once"),
     ("--epochs 0", "--epochs 0: expected 1 .. 1000000; --method zeroshot does without training"),
     ("--epochs -3", "--epochs -3: expected 1 .. 1000000; --method zeroshot does without training"),
     ("--base-ranks 4 1", "--base-ranks 1: expected 2 .. 10000; with 1 base rank every interpolated "
@@ -84,7 +84,7 @@ VALUES = [  # out of range, on images that are there
     ("--seed -1", f"--seed -1: expected 0 .. {MAX_SEED}"),
     ("--seed 99999999999999999999", f"--seed 99999999999999999999: expected 0 .. {MAX_SEED}"),
     ("--seeds 1 -2", f"--seeds -2: expected 0 .. {MAX_SEED}"),
-    ("--seeds 1 1", "--seeds names a value twice: [1, 1]; name each once"),
+    ("--seeds 1 1", "--seeds names 1 twice; name each value once"),
     ("--split-seed -1", f"--split-seed -1: expected 0 .. {MAX_SEED}"),
     ("--save-every nan", "--save-every nan: expected 0 .. 1000000.0"),
     ("--save-every -1", "--save-every -1.0: expected 0 .. 1000000.0"),
@@ -182,8 +182,7 @@ NO_EFFECT = [  # flags that go together with no other of the command
     ("--ema 0", "--ema has no effect with --method ordinalclip and DECAY 0.0; remove it"),
     ("--shift 1,1", "--shift has no effect with --method ordinalclip and its share of images; "
         "remove it"),
-    ("--shift 1,0.5 1,0.50", "--shift names a value twice: [(1, 0.5), (1, 0.5)]; name each "
-        "once"),
+    ("--shift 1,0.5 1,0.50", "--shift names 1,0.5 twice; name each value once"),
     ("--lr-image 1e-3 --lr-prompts 1e-3", f"--lr {NO_LR}"),
     ("--freeze-image --lr-prompts 1e-3", f"--lr {NO_LR}"),
     ("--train-list x.txt --val-list y.txt --fold all",

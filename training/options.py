@@ -312,8 +312,9 @@ def check_values(args: Namespace) -> None:
                     raise SystemExit(f"{flag_of(key)} {value}: expected {low} .. {high}{why}")
     for key in (*SWEEP_FLAGS, "seeds"):
         values = as_list(getattr(args, key))
-        if len({*values}) < len(values):
-            raise SystemExit(f"{flag_of(key)} names a value twice: {values}; name each once")
+        if repeated := [value for value in values if values.count(value) > 1]:
+            value = str(repeated[0]).strip("()").replace(" ", "")
+            raise SystemExit(f"{flag_of(key)} names {value} twice; name each value once")
     if args.tensorboard and not args.eval:
         summary_writer()  # it is installed, or the program ends here
     if not re.fullmatch(r"(cpu|cuda)(:(0|[1-9][0-9]*))?", args.device):
