@@ -106,9 +106,9 @@ def _launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     kernel[grid](*args, **constants, enable_fp_fusion=True, debug=True, sanitize_overflow=False)
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    """Rows may be any distance apart, their elements not."""
-    return x if x.stride(1) == 1 else x.contiguous()
+def _aligned_rows(x: Tensor) -> Tensor:
+    """Rows may be a multiple of 16 apart: each then begins where whole vectors can be loaded."""
+    return x if x.stride(1) == 1 and x.stride(0) % 16 == 0 else x.contiguous()
 
 
 def _device(x: Tensor):
@@ -143,7 +143,7 @@ def forward(
 
     group: key of _groups, or "".
     """
-    x, p, y = _unit_stride(x), _unit_stride(p), y.contiguous()
+    x, p, y = _aligned_rows(x), _aligned_rows(p), y.contiguous()
     (B, D), R = x.shape, int(p.shape[0])
     RPAD, config = _rpad(R), forward_config(x, p)
     outputs = cosines, rows, columns, counts, counters, i2t, t2i = _outputs(x, R)
@@ -179,7 +179,7 @@ def backward(
     rows: Tensor, columns: Tensor, counts: Tensor, counters: Tensor, smooth: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx (B, D), dp (R, D), ds ()), all three, since one launch computes them together."""
-    x, p, y = _unit_stride(x), _unit_stride(p), y.contiguous()
+    x, p, y = _aligned_rows(x), _aligned_rows(p), y.contiguous()
     (B, D), R = x.shape, len(p)
     grads = dx, dp, ds = _empty_gradients(x, p, s)
     if not B:
@@ -207,7 +207,7 @@ def _empty_gradients(x: Tensor, p: Tensor, s: Tensor) -> tuple[Tensor, ...]:
 
 def probabilities(x: Tensor, p: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(probs (B, R), expected (B,), argmax (B,))"""
-    x, p = _unit_stride(x), _unit_stride(p)
+    x, p = _aligned_rows(x), _aligned_rows(p)
     (B, D), R = x.shape, int(p.shape[0])
     config = forward_config(x, p)
     outputs = _empty_answers(x, p, s)

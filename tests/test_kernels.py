@@ -177,7 +177,8 @@ def test_rows_any_distance_apart():
     spread = torch.zeros(33, 50, device=DEVICE)
     spread[:, :32] = features
     views = [
-        (spread[:, :32], prototypes, labels, scale),
+        (spread[:, :32], prototypes, labels, scale),  # copied: 50 is no multiple of 16
+        (torch.cat([features, features], 1)[:, :32], prototypes, labels, scale),
         (features.T.contiguous().T, prototypes, labels, scale),
         (
             features,

@@ -38,7 +38,7 @@ AXES = dict(
     smooth=[False, True],
     group=["", "all"],
     labels=[torch.int64, torch.int32],
-    stride=[0, 1],  # that many numbers between the rows of the features
+    stride=[0, 1, 16],  # that many numbers between the rows of the features
 )
 
 
