@@ -35,6 +35,7 @@ Copy together with: kernels/, where the loss is (reference.py) and the way throu
 import operator
 import warnings
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 import torch.distributed as dist
@@ -42,10 +43,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if __package__:  # pasted into a package, kernels/ beside it
-    from .kernels import match, matching_loss, similarity, unit
+    from .kernels import check_labels, match, matching_loss, similarity, unit
     from .kernels.prompts import TextTower, encode_prompts, fingerprint, same_tower, token_table
 else:
-    from kernels import match, matching_loss, similarity, unit
+    from kernels import check_labels, match, matching_loss, similarity, unit
     from kernels.prompts import TextTower, encode_prompts, fingerprint, same_tower, token_table
 
 SOT, FULL_STOP, EOT = 49406, 269, 49407  # ids in CLIP's vocabulary
@@ -128,8 +129,7 @@ class RankPrompts(nn.Module):
     ) -> None:
         super().__init__()
         if rank_position not in POSITIONS:
-            expected = f"expected one of {', '.join(POSITIONS)}"
-            raise ValueError(f"rank_position={rank_position!r}: {expected}")
+            raise ValueError(f"rank_position={rank_position!r}: expected tail, middle or front")
         if tokens_per_rank < 1:
             raise ValueError(f"tokens_per_rank={tokens_per_rank}: expected at least 1")
         self.interp, self.rank_position = interp, rank_position
@@ -154,8 +154,9 @@ class RankPrompts(nn.Module):
             weights = interpolation_weights(num_ranks, num_base_ranks, interp)  # (R, K)
         lengths = [tokens_per_rank] * num_ranks
         if rank_tokens is None:
-            size = weights.shape[1], tokens_per_rank, width
-            rank_embeds = torch.randn(size, device=device) * 0.02
+            rank_embeds = (
+                torch.randn(weights.shape[1], tokens_per_rank, width, device=device) * 0.02
+            )
         else:
             if len(rank_tokens) != num_ranks:
                 got = f"rank_tokens holds {len(rank_tokens)} names"
@@ -298,11 +299,8 @@ class OrdinalCLIP(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, H, W), rank indices (B,) -> (total, i2t, t2i), total = i2t + t2i (Eq. 4).
 
-        The keywords are `kernels.matching_loss`'s. Raises ValueError for labels that are no tensor.
+        The keywords and errors are `kernels.matching_loss`'s.
         """
-        if not torch.is_tensor(labels):
-            got = type(labels).__name__
-            raise ValueError(f"labels is a {got}; expected rank indices (B,): torch.tensor(labels)")
         if self.logit_scale.requires_grad and "logit_scale" in self._buffers:
             raise ValueError(
                 "logit_scale needs a gradient but is no parameter; to make it learn: "
@@ -327,10 +325,11 @@ class OrdinalCLIP(nn.Module):
         return dict(rank=rank, expected=expected, probs=probs)
 
     @torch.no_grad()
-    def export(self) -> "OrdinalCLIP":
-        """The same model with its prototypes computed once and stored; shares the image encoder."""
+    def export(self, copy: bool = True) -> "OrdinalCLIP":
+        """The same model, its prototypes computed and stored; image encoder: copied or shared."""
+        encoder = deepcopy(self.image_encoder) if copy else self.image_encoder
         fixed = FixedPrototypes(self.prototypes())
-        return OrdinalCLIP(self.image_encoder, fixed, self.logit_scale).train(self.training)
+        return OrdinalCLIP(encoder, fixed, self.logit_scale).train(self.training)
 
     def _match_inputs(self, images):
         features = self.image_encoder(images)  # (B, D)
@@ -350,13 +349,17 @@ class Regression(nn.Module):
 
     def __init__(self, image_encoder: nn.Module, dim: int, num_ranks: int, loss_type: str) -> None:
         super().__init__()
+        if loss_type not in ("l1", "l2"):
+            raise ValueError(f"loss_type={loss_type!r}: expected l1 or l2")
         self.image_encoder, self.num_ranks, self.loss_type = image_encoder, num_ranks, loss_type
         self.head = nn.Linear(dim, 1)
         nn.init.constant_(self.head.bias, (num_ranks - 1) / 2)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> rank indices (B,), of any size."""
-        return self.head(self.image_encoder(images).float())[:, 0]
+        """Images (B, 3, H, W) -> rank indices (B,), of any size; float32, also under autocast."""
+        features = self.image_encoder(images).float()
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(features, self.head.weight.float(), self.head.bias.float())[:, 0]
 
     def loss(
         self,
@@ -368,10 +371,9 @@ class Regression(nn.Module):
         group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, H, W), ranks (B,) -> (mean loss, the same, 0). ValueError: other labels."""
-        predicted = self(images)
-        if labels.shape != predicted.shape:
-            raise ValueError(f"got labels {tuple(labels.shape)}; expected one rank index per image")
-        total = {"l1": F.l1_loss, "l2": F.mse_loss}[self.loss_type](predicted, labels.float())
+        check_labels(labels, images, self.num_ranks)
+        loss = F.l1_loss if self.loss_type == "l1" else F.mse_loss
+        total = loss(self(images), labels.float(), reduction="sum") / max(len(labels), 1)
         if group is not None:  # the value of all processes, the gradient of this one's share
             total = total / dist.get_world_size(group)
             global_loss = total.detach().clone()
@@ -387,8 +389,8 @@ class Regression(nn.Module):
         probs = (1 - (expected[:, None] - ranks).abs()).clamp_min(0)  # (B, R)
         return dict(rank=probs.argmax(1), expected=expected, probs=probs)
 
-    def export(self) -> "Regression":
-        return self
+    def export(self, copy: bool = True) -> "Regression":
+        return deepcopy(self) if copy else self
 
 
 def ordinality(prototypes: Tensor, span: int | None = None, official: bool = False) -> float:
@@ -398,8 +400,8 @@ def ordinality(prototypes: Tensor, span: int | None = None, official: bool = Fal
     Rank i is compared with ranks j and j' = j + 1 on its right, and with j and j' = j - 1 on its
     left, as long as |i - j'| <= span (default: all); in order means cos(i, j) > cos(i, j'). Its
     comparison with itself is left out, so unordered prototypes score 1/2. `official=True` scores as
-    the paper's figures do: right side only, and j = i counts, which lifts unordered ones above 1/2.
-    See `ordinality_chance`. Raises ValueError for R < 3 or a span that leaves nothing to compare.
+    the paper's figures do: right side only, and j = i counts, which lifts unordered ones above 1/2
+    (`ordinality_chance`). Raises ValueError for R < 3, and for a span without comparisons.
     Source: paper Fig. 3; scripts/vis_ordinality.py#L70-L77 (there: ages 15 to 75 of MORPH's 101).
     """
     mask = _comparisons(len(prototypes), span, official)  # (R, R-1)

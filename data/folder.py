@@ -20,7 +20,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from .files import count_types, find_images, is_hidden, is_image, read_lines
-from .labels import MAX_RANKS, PRESENT, Row, match_names, nfc, number_ranks, order_ranks, rank_key
+from .labels import (
+    MAX_RANKS,
+    PRESENT,
+    Row,
+    match_names,
+    nfc,
+    number_ranks,
+    order_ranks,
+    rank_key,
+    rank_values,
+)
 from .lists import LABEL_COLUMNS, Sample, check_labels, parse_integer, read_header, read_texts
 from .task import PARTS, REAL_LABELS, Options, Task, hold_out, make_task
 
@@ -48,6 +58,11 @@ def load(folder: Path, root: Path, options: Options) -> Task:
     files = [file for file in files if file.suffix.lower() in (".txt", ".csv", ".tsv")]
     sources = options.lists or _find_parts({file: file.stem for file in files if file.is_file()})
     lists = [path for path in sources if path]
+    if not lists and root.resolve() != folder.resolve():
+        raise ValueError(
+            f"{folder} holds its images, a data root ({root}) has no effect; leave it out: it is "
+            "where the paths of lists start"
+        )
     unread = [] if options.lists else [path for path in _find_lists(folder) if path not in lists]
     order = next(filter(None, map(_read_ranks, [*(path.parent for path in lists), folder])), None)
     _check_label_options(folder, options, lists, order)
@@ -77,6 +92,7 @@ def load(folder: Path, root: Path, options: Options) -> Task:
         parts, split = _split_by_group(folder, parts, groups, options)
         notes += spellings + split
     preset = dict(context="the rank of the image is", rank_names=names)
+    preset["rank_values"] = rank_values(names)
     task = make_task(folder.resolve().name, preset, root, parts, options, description)
     protocol, num_groups = "; ".join([task.protocol, *notes]), len(set(groups.values()))
     return replace(task, protocol=protocol, real_labels=real_labels, num_groups=num_groups)

@@ -191,6 +191,16 @@ def order_ranks(folder: Path, names: Iterable[str], order: list[str] | None) -> 
     return order
 
 
+def rank_values(names: Iterable[str]) -> tuple[float, ...] | None:
+    """20.0 of `20 years`, for all ranks, in order; None unless each has one number, and they rise,
+    in the same unit."""
+    keys = [rank_key(name) for name in names]
+    numbers = [key.number[0] for key in keys if key and key.number[1] == 0 and key.end is None]
+    is_one_unit = None not in keys and len({(key.word, key.units) for key in keys}) == 1
+    is_rising = len(numbers) == len(keys) and numbers == sorted({*numbers})
+    return tuple(numbers) if is_one_unit and is_rising else None
+
+
 class RankKey(NamedTuple):
     number: tuple[float, int]  # and -1 below it, 1 above it, else 0
     word: str  # before the number

@@ -205,6 +205,9 @@ def _columns(
     """(delimiter, path column, label column, number of header lines), from a list's first line."""
     label_columns = (column.strip().lower(),) if column else LABEL_COLUMNS
     known = {".csv": ",", ".tsv": "\t"}.get(Path(path).suffix.lower())
+    first_path = _cells(first_line, None)[:1]  # such as `photo age 1.png`
+    if not (known or column) and root and first_path and os.path.isfile(Path(root, *first_path)):
+        return None, 0, 1, 0
     for delimiter in [known] if known else ["\t", ",", " "]:
         names = [cell.lower() for cell in _cells(first_line, delimiter)]
         image = next((names.index(name) for name in PATH_COLUMNS if name in names), None)
@@ -401,7 +404,7 @@ def read_paths(path: str | Path, allow_missing: bool = False) -> list[str]:
     """
     delimiter = {".csv": ",", ".tsv": "\t"}.get(Path(path).suffix.lower())
     root, column, images = Path(path).parent, None, []
-    for number, line in read_lines(path):
+    for number, line in _uncommented(path, root):
         is_image = Path(line).suffix.lower() in IMAGE_TYPES or os.path.isfile(root / line)
         cells = [line] if is_image and not delimiter else _cells(line, delimiter)
         if column is None:  # the first line

@@ -136,10 +136,10 @@ def make_task(
     train, val, test = parts
     check_names(chain.from_iterable(part.iterate_paths() for part in parts if part))
     warnings = []
-    for part, samples in zip(PARTS, parts) if options.lists else ():
+    for part, samples in zip(PARTS, parts) if options.lists or description else ():
         if samples and (repeats := np.count_nonzero(np.diff(np.sort(samples.keys())) == 0)):
-            lines = f"{repeats:,} of {len(samples):,} lines"
-            warnings.append(f"{lines} of the {part} list repeat an image")
+            what = f"lines of the {part} list" if options.lists else f"images of {part}"
+            warnings.append(f"{repeats:,} of {len(samples):,} {what} repeat an image")
     if val is None and test is None:
         train, test = hold_out(train, 0.1, f"test/{options.salt}")
         train, val = hold_out(train, 1 / 9, f"val/{options.salt}")
@@ -150,9 +150,15 @@ def make_task(
     if not (train and val and test):
         raise ValueError(f"{name}: {counts}, and none may be empty; give more images or lists")
     names, samples = tuple(preset["rank_names"]), [train, val, test]
+    for rank in names:
+        if rank.strip() != rank or rank[:1] in ("", "#", "\ufeff") or len(rank.splitlines()) > 1:
+            raise ValueError(
+                f"{name}: the rank {rank!r} is empty, starts with # or ends in a space, which no "
+                "ranks.txt can hold; rename it"
+            )
     values = tuple(map(rank_value, names))
     values = tuple(map(float, range(len(names)))) if None in values else values
-    values = preset.get("rank_values", values)
+    values = preset.get("rank_values") or values
     val_is_test, overlaps = _find_overlaps(samples)
     warnings += overlaps
     if untrained := [names[rank] for rank in sorted({*range(len(names))} - {*train.labels})]:

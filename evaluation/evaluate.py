@@ -43,7 +43,7 @@ def predict_loader(run: Run, loader: DataLoader) -> tuple[Tensor, Tensor]:
     FloatingPointError where probabilities are not finite.
     """
     average_buffers(run.model)
-    eval_model = run.model.export().eval()  # the text tower runs once
+    eval_model = run.model.export(copy=False).eval()  # the text tower runs once
     if run.args.freeze_image:
         eval_model = without_image_encoder(eval_model)
     progress = ProgressLine("predicting")

@@ -73,7 +73,7 @@ def matching_loss(
     if target not in TARGETS:
         raise ValueError(f"target={target!r}: expected one of {', '.join(TARGETS)}")
     _check_features(image_features, prototypes)
-    _check_labels(labels, image_features, prototypes)
+    check_labels(labels, image_features, len(prototypes))
     scale = _as_scale(scale, image_features)
     op = _select_implementation(impl, image_features, prototypes)
     return op.matching_loss(image_features, prototypes, labels, scale, target=target, group=group)
@@ -207,24 +207,32 @@ def _check_features(image_features, prototypes):
         )
 
 
-def _check_labels(labels, image_features, prototypes):
-    if labels.shape != image_features.shape[:1]:
+def check_labels(labels: Tensor, images: Tensor, num_ranks: int) -> None:
+    """ValueError unless labels are rank indices (B,) of images (B, ...), on their device.
+
+    Indices outside 0 .. num_ranks-1 are found on the CPU only: reading a GPU's would wait for it.
+    """
+    if not torch.is_tensor(labels):
         raise ValueError(
-            f"got labels {tuple(labels.shape)} for {len(image_features)} images; "
+            f"labels is a {type(labels).__name__}; expected rank indices (B,): torch.tensor(labels)"
+        )
+    if labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"got labels {tuple(labels.shape)} for {len(images)} images; "
             "expected one rank index per image, (B,)"
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(
             f"labels are {labels.dtype}; expected integer rank indices (labels.long())"
         )
-    if labels.device != image_features.device:
+    if labels.device != images.device:
         raise ValueError(
-            f"labels are on {labels.device}, image_features on {image_features.device}; "
+            f"labels are on {labels.device}, image_features on {images.device}; "
             "move both to one device"
         )
     if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
-        return  # reading a device tensor would wait for it: the ops check it where it lies
-    low, high, num_ranks = int(labels.min()), int(labels.max()), len(prototypes)
+        return  # the ops check a GPU's labels where they lie
+    low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_ranks:
         raise ValueError(
             f"labels run from {low} to {high}; expected rank indices 0..{num_ranks - 1}"

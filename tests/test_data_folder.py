@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -428,3 +429,68 @@ def test_text_is_utf8_where_the_locale_is_not(tmp_path):
         r"error: the file name '1 \xc3\xa9/a 0.PNG' cannot be read in this locale; set PYTHONUTF8=1"
     )
     assert process.stderr.splitlines()[-1] == wanted
+
+
+def test_a_row_of_a_table_that_is_repeated_is_counted(tmp_path):
+    root = make_folders(tmp_path / "own", ["photos"], 20)
+    names = sorted(path.name for path in (root / "photos").iterdir())
+    rows = [f"photos/{name},{i % 2}" for i, name in enumerate(names)]
+    (root / "labels.csv").write_text("\n".join(["path,label", *rows, *rows]))
+    assert re.search(r"\d+ of 32 images of train repeat an image", load(root).protocol)
+
+
+@pytest.mark.parametrize("name", ["#1", "1 "])
+def test_a_rank_that_no_list_of_ranks_can_hold_is_refused(tmp_path, name):
+    make_folders(tmp_path / "own", [name, "2"], 12)
+    with pytest.raises(ValueError, match="which no ranks.txt can hold; rename it"):
+        load(tmp_path / "own")
+
+
+def test_a_data_root_without_lists_is_refused(tmp_path):
+    root = make_folders(tmp_path / "own", ["1", "2"], 12)
+    with pytest.raises(ValueError, match="a data root .* has no effect; leave it out"):
+        load(root, tmp_path)
+    assert load(root, root / ".." / "own").num_ranks == 2
+
+
+@pytest.mark.parametrize(
+    "names, values",
+    [
+        (["20 years", "30 years", "60 years"], [20, 30, 60]),
+        (["age 1", "age 5"], [1, 5]),
+        (["10-19", "20-29"], [0, 1]),  # two numbers
+        (["10", "20", "30+"], [0, 1, 2]),
+        (["5", "6 years"], [0, 1]),  # perhaps of one unit
+    ],
+)
+def test_the_value_of_a_rank_is_the_number_in_its_name(tmp_path, names, values):
+    task = load(make_folders(tmp_path / "own", names, 12))
+    assert task.rank_names == tuple(names) and list(task.rank_values) == values
+
+
+def test_ranks_in_months_and_years_have_no_values(tmp_path):
+    root = make_folders(tmp_path / "own", ["6 months", "10 years"], 12)
+    (root / "ranks.txt").write_text("6 months\n10 years\n")
+    assert load(root).rank_values == (0, 1)
+
+
+def test_an_image_called_like_a_header_is_an_image(tmp_path):
+    root = make_folders(tmp_path / "own", ["photos"], 20)
+    for i, path in enumerate(sorted((root / "photos").iterdir())):
+        path.rename(root / f"photo age {i % 2} nr {i}.png")
+    task = load(root, label_pattern=r"age (\d)")
+    task.write_lists(tmp_path / "splits")
+    lists = [tmp_path / "splits" / f"{part}.txt" for part in ("train", "val", "test")]
+    again = load(root, lists=lists)
+    assert [*again.train] == [*task.train] and again.rank_names == task.rank_names
+
+
+def test_an_image_after_a_hash_is_not_passed_over(tmp_path):
+    root = make_folders(tmp_path / "own", ["1"], 2)
+    first, second = sorted((root / "1").iterdir())
+    first.rename(root / "1" / "#1.png")
+    (root / "1" / "list.txt").write_text(f"# of today\n#1.png\n{second.name}\n")
+    with pytest.raises(ValueError, match=r"list.txt:2: '#1.png' is a comment, but there is such"):
+        data.read_paths(root / "1" / "list.txt")
+    (root / "1" / "list.txt").write_text(f"# of today\n./#1.png\n{second.name}\n")
+    assert data.read_paths(root / "1" / "list.txt") == ["#1.png", second.name]

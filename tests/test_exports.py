@@ -45,7 +45,7 @@ def test_labels_of_another_shape_are_refused_by_regression():
     model = Regression(torch.nn.Flatten(), 12, 4, "l1")
     images = torch.zeros(2, 3, 2, 2)
     assert model.loss(images, torch.tensor([0, 3]), impl="torch")[0].item() == 1.5
-    with pytest.raises(ValueError, match="got labels .2, 1.; expected one rank index per image"):
+    with pytest.raises(ValueError, match="got labels .2, 1. for 2 images"):
         model.loss(images, torch.tensor([[0], [3]]))
 
 

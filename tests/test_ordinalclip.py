@@ -16,6 +16,7 @@ from ordinalclip import (
     LinearPrototypes,
     OrdinalCLIP,
     RankPrompts,
+    Regression,
     encode_prompts,
     interpolation_weights,
     ordinality,
@@ -240,7 +241,7 @@ def test_untrained_coop_is_zero_shot(clip):
     "options, message",
     [
         (dict(interp="cubic"), "interp='cubic': expected linear or inverse; RankPrompts: or none"),
-        (dict(rank_position="end"), "rank_position='end': expected one of tail, middle, front"),
+        (dict(rank_position="end"), "rank_position='end': expected tail, middle or front"),
         (dict(tokens_per_rank=0), "tokens_per_rank=0: expected at least 1"),
         (dict(num_base_ranks=8), "num_base_ranks=8: expected 1 to num_ranks=7"),
         (dict(rank_tokens=NAMES[:3]), "rank_tokens holds 3 names; expected num_ranks=7"),
@@ -301,7 +302,8 @@ def test_export_gives_the_same_logits_without_the_text_tower(clip):
     exported = model.export()
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(exported(images), model(images))
-    assert exported.image_encoder is model.image_encoder and not exported.training
+    assert not exported.training
+    assert model.export(copy=False).image_encoder is model.image_encoder
     names = set(exported.state_dict())
     assert {"prototypes.prototypes", "logit_scale"} <= names
     assert all(name.startswith(("image_encoder.", "prototypes.", "logit_scale")) for name in names)
@@ -313,6 +315,57 @@ def test_export_gives_the_same_logits_without_the_text_tower(clip):
     model.prototypes()
     assert calls
     hook.remove(), ln.remove()
+
+
+def regression_model():
+    return Regression(torch.nn.Flatten(), 12, 700, "l2")
+
+
+@pytest.mark.parametrize("build", [lambda clip: model_of(clip), lambda _: regression_model()])
+def test_an_export_in_use_leaves_the_model_in_training(clip, build):
+    model = build(clip).train()
+    model.export().eval().requires_grad_(False)
+    assert all(module.training for module in model.image_encoder.modules())
+    assert all(p.requires_grad for p in model.image_encoder.parameters())
+
+
+def test_regression_answers_in_float32_under_autocast():
+    """bfloat16 would hold 700 as one of 696, 700, 704."""
+    model = regression_model()
+    torch.nn.init.constant_(model.head.weight, 0.0)
+    torch.nn.init.constant_(model.head.bias, 701.5 / 2)
+    images = torch.zeros(2, 3, 2, 2)
+    for cast in (model, copy.deepcopy(model).to(torch.bfloat16)):
+        with torch.autocast("cpu", torch.bfloat16):
+            answer = cast.predict(images.to(cast.head.weight.dtype))
+        assert answer["expected"].dtype == torch.float32
+        torch.testing.assert_close(answer["probs"].sum(1), torch.ones(2))
+    assert model(images).tolist() == [350.75, 350.75]
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ([1, 2], "labels is a list; expected rank indices"),
+        (torch.tensor([1.0, 2.0]), "labels are torch.float32; expected integer"),
+        (torch.tensor([True, False]), "labels are torch.bool; expected integer"),
+        (torch.tensor([1, 700]), r"labels run from 1 to 700; expected rank indices 0\.\.699"),
+        (torch.tensor([[1], [2]]), r"got labels \(2, 1\) for 2 images"),
+    ],
+)
+def test_regression_refuses_other_labels(labels, message):
+    with pytest.raises(ValueError, match=message):
+        regression_model().loss(torch.zeros(2, 3, 2, 2), labels)
+
+
+def test_regression_of_no_images_has_no_loss():
+    total, *_ = regression_model().loss(torch.zeros(0, 3, 2, 2), torch.zeros(0, dtype=torch.long))
+    assert total.item() == 0
+
+
+def test_an_unknown_regression_loss_is_refused():
+    with pytest.raises(ValueError, match="loss_type='l3': expected l1 or l2"):
+        Regression(torch.nn.Flatten(), 12, 4, "l3")
 
 
 def test_training_moves_what_should_train_and_nothing_else(clip):

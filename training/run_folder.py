@@ -282,7 +282,7 @@ def write_config(run: Run) -> None:
 
 def export_model(path: Path, run: Run, results: dict) -> None:
     """Image encoder, prototypes and what is needed to use them: no text tower, no vocabulary."""
-    exported: nn.Module = run.model.export()
+    exported: nn.Module = run.model.export(copy=False)
     check_finite(exported.state_dict(), str(path))
     content = dict(
         format="ordinalclip-1",
