@@ -138,7 +138,7 @@ def make_task(
     warnings = []
     for part, samples in zip(PARTS, parts) if options.lists or description else ():
         if samples and (repeats := np.count_nonzero(np.diff(np.sort(samples.keys())) == 0)):
-            what = f"lines of the {part} list" if options.lists else f"images of {part}"
+            what = f"lines of the {part} list" if options.lists else f"rows for {part}"
             warnings.append(f"{repeats:,} of {len(samples):,} {what} repeat an image")
     if val is None and test is None:
         train, test = hold_out(train, 0.1, f"test/{options.salt}")

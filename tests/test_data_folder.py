@@ -436,7 +436,7 @@ def test_a_row_of_a_table_that_is_repeated_is_counted(tmp_path):
     names = sorted(path.name for path in (root / "photos").iterdir())
     rows = [f"photos/{name},{i % 2}" for i, name in enumerate(names)]
     (root / "labels.csv").write_text("\n".join(["path,label", *rows, *rows]))
-    assert re.search(r"\d+ of 32 images of train repeat an image", load(root).protocol)
+    assert re.search(r"; 20 of 40 rows for train repeat an image", load(root).protocol)
 
 
 @pytest.mark.parametrize("name", ["#1", "1 "])
