@@ -32,8 +32,6 @@ __all__ = ["CLIP", "MODELS", "download", "image_tower", "read_safetensors", "tin
 MODELS = clip_weights.MODELS
 download, read_safetensors = clip_weights.download, clip_weights.read_safetensors
 VOCAB_SIZE = 49408  # of CLIP's tokenizer; its last id is [EOT]
-# Heads are 64 wide, except in open_clip's ViT-H, ViT-g, ViT-bigG and ViT-e; shapes cannot tell.
-VISION_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
 
 
 class CLIP(nn.Module):
@@ -279,7 +277,7 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.image_size = image_size
-        tokens, head_width = (image_size // patch_size) ** 2 + 1, VISION_HEAD_WIDTHS.get(width, 64)
+        tokens, head_width = (image_size // patch_size) ** 2 + 1, clip_weights.head_width(width)
         self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
         self.positional_embedding = nn.Parameter(torch.randn(tokens, width) * width**-0.5)

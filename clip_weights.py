@@ -45,6 +45,8 @@ MODELS: dict[str, tuple[str, str]] = {  # name -> url, sha256
     name: (_URL.format(sha256, re.sub("[/@]", "-", name)), sha256)
     for name, sha256 in _SHA256.items()
 }
+# Heads are 64 wide, except in open_clip's ViT-H, ViT-g, ViT-bigG and ViT-e; shapes cannot tell.
+_VISION_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
 StateDict = dict[str, Tensor]
 
 
@@ -65,9 +67,23 @@ def load_weights(
         path = _find_weights(name_or_path)
     content = _read_weights(path, is_public or trust_torchscript)
     state_dict = to_openai_layout(content, str(path))
-    if quick_gelu is None:
-        quick_gelu = "input_resolution" in content or _quick_gelu_from_config(path)
+    activations = _read_configs(path)
+    if quick_gelu is None and "input_resolution" in content:
+        quick_gelu = True
+    elif quick_gelu is None and activations not in ({"quick_gelu"}, {"gelu"}):
+        raise ValueError(
+            f"the activation of {path} is unknown: config files beside it say "
+            f"{sorted(map(str, activations))}; expected gelu or quick_gelu: pass quick_gelu=True "
+            "(OpenAI, MetaCLIP) or quick_gelu=False (LAION, DataComp)"
+        )
+    elif quick_gelu is None:
+        quick_gelu = activations == {"quick_gelu"}
     return state_dict, quick_gelu
+
+
+def head_width(width: int) -> int:
+    """Numbers per attention head of an image tower of this width, in all public CLIPs."""
+    return _VISION_HEAD_WIDTHS.get(width, 64)
 
 
 # ----------------------------------------------------------------------------------- key layouts
@@ -364,26 +380,38 @@ def read_safetensors(path: str | PathLike) -> StateDict:
     return tensors
 
 
-def _quick_gelu_from_config(path):
-    """Whether the config files beside the weights, Hugging Face's or open_clip's, say QuickGELU."""
+def _read_configs(path):
+    """The activations in the config files beside the weights, Hugging Face's or open_clip's.
+
+    ValueError for heads of another width than the model would have: shapes do not show it.
+    """
     activations = set()
     for file in filter(Path.is_file, map(path.with_name, _CONFIGS)):
+        widths = []  # (width, its heads' width) of the text and image tower
         try:
             config = json.loads(file.read_bytes())
             if "model_cfg" in config:
-                activations.add("quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu")
+                config = config["model_cfg"]
+                text, vision = config.get("text_cfg") or {}, config.get("vision_cfg") or {}
+                activations.add("quick_gelu" if config.get("quick_gelu") else "gelu")
+                width = text.get("width", 512)
+                widths = [(width, width / text.get("heads", 8))]
+                widths += [(vision.get("width", 768), vision.get("head_width", 64))]
             elif config.get("model_type") == "clip":  # whose default is quick_gelu
                 towers = (config.get("text_config") or {}, config.get("vision_config") or {})
                 activations.update(tower.get("hidden_act", "quick_gelu") for tower in towers)
-        except (ValueError, AttributeError, TypeError) as error:
+                for tower, width, heads in zip(towers, (512, 768), (8, 12)):  # its defaults
+                    width = tower.get("hidden_size", width)
+                    widths += [(width, width / tower.get("num_attention_heads", heads))]
+        except (ValueError, AttributeError, TypeError, ArithmeticError) as error:
             raise ValueError(f"{file} is no config of a model ({error}); get it again") from error
-    if activations not in ({"quick_gelu"}, {"gelu"}):
-        raise ValueError(
-            f"the activation of {path} is unknown: config files beside it say "
-            f"{sorted(map(str, activations))}; expected gelu or quick_gelu: pass quick_gelu=True "
-            "(OpenAI, MetaCLIP) or quick_gelu=False (LAION, DataComp)"
-        )
-    return activations == {"quick_gelu"}
+        for name, (width, got), expected in zip(("text", "image"), widths, (64, None)):
+            if got != (expected := expected or head_width(width)):
+                raise ValueError(
+                    f"{file}: heads of {got:g} numbers in the {name} tower of width {width}; "
+                    f"expected {expected}, as all public CLIPs have: choose other weights"
+                )
+    return activations
 
 
 # -------------------------------------------------------------------------------------- download

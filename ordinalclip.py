@@ -16,7 +16,6 @@ Dims, here and in every module:
 Differs from the official code (xk-huang/OrdinalCLIP@ca10a20), with equal prototypes:
 - prompts are encoded up to [EOT], and what all begin with once (models/ordinalclip.py#L52-L54);
 - with K < R, `rank_tokens` names all R ranks (official: K names, rank_prompt_learner.py#L58-L60);
-- no "normal" interpolation: exp(-d^2) underflows to 0/0 for most ranks (the same file, #L22);
 - logits, losses and the interpolation are float32 or better, whatever the towers' precision.
 
     >>> from clip_model import tiny_clip
@@ -148,15 +147,13 @@ class RankPrompts(nn.Module):
             context_embeds = context_embeds.repeat(num_ranks, 1, 1)  # (R, N, W)
         self.context_embeds = nn.Parameter(context_embeds)
 
-        if interp == "none":
-            weights = torch.eye(num_ranks)  # K = R
-        else:
+        weights = torch.eye(num_ranks)  # K = R
+        if interp != "none":
             weights = interpolation_weights(num_ranks, num_base_ranks, interp)  # (R, K)
         lengths = [tokens_per_rank] * num_ranks
         if rank_tokens is None:
-            rank_embeds = (
-                torch.randn(weights.shape[1], tokens_per_rank, width, device=device) * 0.02
-            )
+            size = weights.shape[1], tokens_per_rank, width
+            rank_embeds = torch.randn(size, device=device) * 0.02
         else:
             if len(rank_tokens) != num_ranks:
                 got = f"rank_tokens holds {len(rank_tokens)} names"
@@ -174,8 +171,7 @@ class RankPrompts(nn.Module):
         before = {"tail": num_context, "middle": num_context // 2, "front": 0}[rank_position]
         self.num_shared = 1 if rank_specific_context else 1 + before  # P
         layout = _prompt_layout(context_embeds.shape[:-1], lengths, before)  # (R, L)
-        max_length = len(self._text[0].positional_embedding)
-        if layout.shape[1] > max_length:
+        if layout.shape[1] > (max_length := len(self._text[0].positional_embedding)):
             raise ValueError(
                 f"a prompt of {layout.shape[1]} tokens, with [SOT], '.' and [EOT]; the text tower "
                 f"reads {max_length}: shorten the context or the rank names"
@@ -298,19 +294,15 @@ class OrdinalCLIP(nn.Module):
         group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, H, W), rank indices (B,) -> (total, i2t, t2i), total = i2t + t2i (Eq. 4).
-
-        The keywords and errors are `kernels.matching_loss`'s.
-        """
+        Keywords and errors: `kernels.matching_loss`'s."""
         if self.logit_scale.requires_grad and "logit_scale" in self._buffers:
             raise ValueError(
                 "logit_scale needs a gradient but is no parameter; to make it learn: "
                 "model.logit_scale = nn.Parameter(model.logit_scale)"
             )
-        if group is None and dist.is_available() and dist.is_initialized():
-            if dist.get_world_size() > 1:
-                warnings.warn(
-                    "loss of this process alone: pass group=dist.group.WORLD", stacklevel=2
-                )
+        may_share = group is None and dist.is_available() and dist.is_initialized()
+        if may_share and dist.get_world_size() > 1:
+            warnings.warn("loss of this process alone: pass group=dist.group.WORLD", stacklevel=2)
         x, p, scale = self._match_inputs(images)
         i2t, t2i = matching_loss(x, p, labels, scale, target=target, impl=impl, group=group)
         return i2t + t2i, i2t, t2i
@@ -331,6 +323,13 @@ class OrdinalCLIP(nn.Module):
         fixed = FixedPrototypes(self.prototypes())
         return OrdinalCLIP(encoder, fixed, self.logit_scale).train(self.training)
 
+    def _apply(self, fn, recurse=True):
+        scale = self.logit_scale.detach().float()
+        super()._apply(fn, recurse)
+        if self.logit_scale.dtype.itemsize == 2:  # log(100) in bfloat16 is log(99)
+            self.logit_scale.data = scale.to(self.logit_scale.device)
+        return self
+
     def _match_inputs(self, images):
         features = self.image_encoder(images)  # (B, D)
         if not torch.is_tensor(features):
@@ -343,7 +342,6 @@ class OrdinalCLIP(nn.Module):
 
 class Regression(nn.Module):
     """The paper's regression baseline: one neuron, which starts at the middle rank; L1 or L2 loss.
-
     Used as OrdinalCLIP is (`target`, `impl`: no effect); probabilities: of the two nearest ranks.
     """
 

@@ -36,8 +36,9 @@ def check_images(
 ) -> tuple[Task, dict[str, str]]:
     """(the task without unreadable images, {path: why it cannot be read}).
 
-    What else is unusual about the images is added to the protocol. Decodes each image once, and
-    again only if its size or date changes. progress: called with (opened, of how many).
+    What else is unusual about the images is added to the protocol, and a digest of the bytes of
+    each part's images to the task. Decodes each image once, and again only if its size or date
+    changes. progress: called with (opened, of how many).
     """
     paths = sorted({sample.path for part in PARTS for sample in getattr(task, part)})
     key = hashlib.sha256(os.fsencode(task.root.resolve()) + PIL.__version__.encode()).hexdigest()
@@ -71,7 +72,8 @@ def check_images(
                 text = json.dumps(cache | good)
                 atomic_write(cache_path, lambda tmp_path: tmp_path.write_text(text, "utf-8"))
     peaks = [peak for _, _, peak in good.values() if peak is not None]
-    notes = _copies(task, {path: digest for path, (_, digest, _) in good.items()})
+    digests = {path: digest for path, (_, digest, _) in good.items()}
+    notes = _copies(task, digests)
     if peaks and (bits := max(peaks).bit_length()) <= 14:
         notes.append(
             f"{len(peaks):,} images of 16 bits a pixel are near black, as they use only {bits} "
@@ -81,7 +83,12 @@ def check_images(
     if errors:
         notes.append(f"{len(errors):,} unreadable images left out")
         parts = {part: [s for s in getattr(task, part) if s.path not in errors] for part in PARTS}
-    return replace(task, protocol="; ".join([task.protocol, *notes]), **parts), errors
+    task = replace(task, protocol="; ".join([task.protocol, *notes]), **parts)
+    file_digests = {}
+    for part in PARTS:
+        texts = (digests[path] for path in getattr(task, part).iterate_paths())
+        file_digests[part] = hashlib.sha256("".join(texts).encode()).hexdigest()
+    return replace(task, file_digests=file_digests), errors
 
 
 def _stat(path: Path) -> list[int] | None:

@@ -262,7 +262,7 @@ def _read_columns(
     groups = {}
     if options.group:
         groups = dict(read_texts(table, folder, options.group, options.allow_missing))
-    for column in filter(SPLIT_COLUMNS.__contains__, read_header(table)):
+    for column in filter(SPLIT_COLUMNS.__contains__, read_header(table, folder)):
         cells = read_texts(table, folder, column, options.allow_missing)
         parts = _find_parts({Path(cell): cell for _, cell in cells})
         index = {path.name: part for part, path in enumerate(parts) if path}
@@ -280,7 +280,7 @@ def _read_columns(
 
 def _check_agreement(part_dir: Path, table: Path) -> None:
     """ValueError if a table has other labels than the folders of ranks that it lies beside."""
-    if not {*LABEL_COLUMNS} & {*read_header(table)}:
+    if not {*LABEL_COLUMNS} & {*read_header(table, part_dir)}:
         return
     for path, label in read_texts(table, part_dir, allow_missing=True):
         name = Path(path).parts[0]
@@ -385,7 +385,14 @@ def _find_lists(folder: Path) -> list[Path]:
 
 def _read_ranks(folder: Path) -> list[str] | None:
     path = next((path for path in folder.glob("*.*") if path.name.lower() == "ranks.txt"), None)
-    names = path and [nfc(name) for _, name in read_lines(path)]
+    lines = [*read_lines(path, comment=None)] if path else []
+    for number, line in lines:
+        if re.match("#[^# ]", line):
+            raise ValueError(
+                f"{path}:{number}: is {line!r} a comment or a rank? write a space after #, or give "
+                "the rank another name"
+            )
+    names = path and [nfc(line) for _, line in lines if line[0] != "#"]
     if names is not None and len(set(names)) < len(names):
         raise ValueError(f"{path} names a rank twice; give one name a line, lowest rank first")
     return names

@@ -176,6 +176,11 @@ class ImageList(torch.utils.data.Dataset):
 def normalize(
     images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """uint8 images (B, 3, H, W) -> (images / 255 - mean) / std (B, 3, H, W), on their device."""
+    """uint8 images (B, 3, H, W) -> (images / 255 - mean) / std (B, 3, H, W), on their device.
+
+    ValueError for other dtypes: floats in 0 .. 1 would be divided by 255 again.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images are {images.dtype}; expected uint8 pixels, 0 .. 255")
     mean, std = (torch.tensor(rgb, device=images.device).view(3, 1, 1) for rgb in (mean, std))
     return images.float().div_(255).sub_(mean).div_(std).to(dtype)

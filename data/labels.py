@@ -184,6 +184,11 @@ def order_ranks(folder: Path, names: Iterable[str], order: list[str] | None) -> 
     if len(units) > 1 and not is_counted and units.keys() - UNITS_LEFT_OUT != {()}:
         pair = " and ".join(map(repr, sorted(units.values())[:2]))
         raise ValueError(f"{folder}: the ranks {pair} have different units; {how}")
+    fractions = [name for name in keys if re.search(r"\d\s*/\s*\d", name)]
+    if len({keys[name].end for name in fractions}) > 1:  # 1/2 and 2/3
+        raise ValueError(
+            f"{folder}: {' and '.join(fractions[:2])} may be fractions or dates; {how}"
+        )
     ends = [(keys[name].end, name) for name in order if name in keys and keys[name].end is not None]
     for (end, name), (next_end, next_name) in zip(ends, ends[1:]):  # Q1 2021, Q2 2020
         if end > next_end:
@@ -196,6 +201,8 @@ def rank_values(names: Iterable[str]) -> tuple[float, ...] | None:
     in the same unit."""
     keys = [rank_key(name) for name in names]
     numbers = [key.number[0] for key in keys if key and key.number[1] == 0 and key.end is None]
+    if any(key and key.units == ("s",) for key in keys) and min(numbers, default=0) < 1000:
+        return None  # 80s, 90s, 2000s
     is_one_unit = None not in keys and len({(key.word, key.units) for key in keys}) == 1
     is_rising = len(numbers) == len(keys) and numbers == sorted({*numbers})
     return tuple(numbers) if is_one_unit and is_rising else None

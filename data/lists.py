@@ -205,8 +205,7 @@ def _columns(
     """(delimiter, path column, label column, number of header lines), from a list's first line."""
     label_columns = (column.strip().lower(),) if column else LABEL_COLUMNS
     known = {".csv": ",", ".tsv": "\t"}.get(Path(path).suffix.lower())
-    first_path = _cells(first_line, None)[:1]  # such as `photo age 1.png`
-    if not (known or column) and root and first_path and os.path.isfile(Path(root, *first_path)):
+    if not (known or column) and root and _starts_with_image(first_line, root):
         return None, 0, 1, 0
     for delimiter in [known] if known else ["\t", ",", " "]:
         names = [cell.lower() for cell in _cells(first_line, delimiter)]
@@ -240,6 +239,11 @@ def _columns(
     return known, 0, 1, int(is_header)
 
 
+def _starts_with_image(line: str, root: str | Path) -> bool:
+    """Whether a line `path label` is of an image, although its words are names of columns."""
+    return any(os.path.isfile(os.path.join(root, cell)) for cell in _cells(line, None)[:1])
+
+
 def _uncommented(path: str | Path, root: str | Path | None) -> Iterator[tuple[int, str]]:
     """(line number, line) without comments; ValueError for one that starts with a file's name."""
     for number, line in read_lines(path, comment=None):
@@ -256,9 +260,11 @@ def _uncommented(path: str | Path, root: str | Path | None) -> Iterator[tuple[in
             )
 
 
-def read_header(path: str | Path) -> list[str]:
+def read_header(path: str | Path, root: str | Path) -> list[str]:
     """The columns of a list, in lower case; [] where none is of paths."""
     first_line = next((line for _, line in read_lines(path)), "")
+    if _starts_with_image(first_line, root):
+        return []
     rows = ([cell.lower() for cell in _cells(first_line, delimiter)] for delimiter in "\t, ")
     return next((names for names in rows if {*names} & {*PATH_COLUMNS}), [])
 

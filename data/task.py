@@ -42,6 +42,7 @@ class Task:
     notes: tuple[str, ...] = ()  # where the release differs from what is published or from itself
     real_labels: dict[str, float] = field(default_factory=dict, hash=False)  # {path: label} of bins
     num_groups: int = 0  # persons, say, of whom none is in two parts
+    file_digests: dict[str, str] = field(default_factory=dict, hash=False)  # of check_images
 
     def __post_init__(self) -> None:
         for part in PARTS:

@@ -5,6 +5,7 @@ Needs: data, training.methods, .options, .run_folder, .sweep, evaluation.metrics
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -18,9 +19,12 @@ from typing import Any
 import data
 from evaluation.metrics import BOTH, METRICS
 from training.methods import METHODS, needs_clip
-from training.options import PAPER
+from training.options import PAPER, build_parser
 from training.run_folder import comparable_settings, method_name, save_csv
 from training.sweep import categories
+
+# What flags are in runs older than they; images were decoded in full before --no-draft was there.
+UNSET_FLAGS = vars(build_parser().parse_args([])) | dict(no_draft=True)
 
 
 def paper_table(rows: Iterable[str], columns: dict[str, str]) -> dict[str, dict[str, str]]:
@@ -218,36 +222,39 @@ def name_rows(runs: Iterable[FinishedRun]) -> None:
     for run in runs:
         cells.setdefault((run.table, run.row, run.column), []).append(run)
     for cell in cells.values():
-        first, *others = map(table_settings, cell)
+        settings = [*map(table_settings, cell)]
         differing = [
             key
-            for key in first
-            if key not in ("seed", "fold") and any(o.get(key) != first[key] for o in others)
+            for key in dict.fromkeys(itertools.chain(*settings))
+            if key not in ("seed", "fold")
+            and any(s.get(key) != settings[0].get(key) for s in settings)
         ]
         images: dict[tuple, set[str]] = {}  # of a fold; seeds draw some of the training images
-        for run in cell:
-            run.row += "".join(f" {key}={run.settings[key]}" for key in differing)
-            digests = images.setdefault((run.row, run.settings["fold"]), set())
-            digests |= {images_digest(run)} - {""}
+        for run, values in zip(cell, settings):
+            run.row += "".join(f" {key}={values.get(key)}" for key in differing)
+            for kind, digest in images_digests(run).items():
+                images.setdefault((run.row, run.settings["fold"], kind), set()).add(digest)
         if any(len(digests) > 1 for digests in images.values()):
-            for run in filter(images_digest, cell):
-                run.row += f" images={images_digest(run)}"
+            for run in cell:
+                if digests := "".join(images_digests(run).values()):
+                    run.row += f" images={hashlib.sha256(digests.encode()).hexdigest()[:8]}"
 
 
 def table_settings(run: FinishedRun) -> dict:
-    """The settings that tell the rows of a table apart."""
-    return comparable_settings(run.settings) | dict(precision=run.settings.get("precision"))
+    """The settings that tell the rows of a table apart; flags younger than the run: as if unset."""
+    settings = comparable_settings(UNSET_FLAGS | run.settings)
+    return settings | dict(precision=run.settings.get("precision"))
 
 
-def images_digest(run: FinishedRun) -> str:
-    """Of the images and labels that the runs of a fold share; empty for runs of earlier versions.
+def images_digests(run: FinishedRun) -> dict[str, str]:
+    """Of the paths and labels, and of the bytes, of the images that the runs of a fold share.
 
-    Runs with --shots or --shift draw their training images by seed.
+    Runs of earlier versions lack one or both; --shots and --shift draw training images by seed.
     """
     splits, settings = run.results.get("splits") or {}, run.settings
-    is_drawn = settings.get("shots") or settings.get("shift")
-    digests = "".join(splits.get(part, "") for part in data.PARTS[bool(is_drawn) :])
-    return digests and hashlib.sha256(digests.encode()).hexdigest()[:8]
+    parts = data.PARTS[bool(settings.get("shots") or settings.get("shift")) :]
+    digests = {kind: "".join(splits.get(p + kind, "") for p in parts) for kind in ("", " files")}
+    return {kind: digest for kind, digest in digests.items() if digest}
 
 
 def format_tables(runs: list[FinishedRun], out_dir: Path) -> str:

@@ -91,6 +91,7 @@ VALUES = [  # out of range, on images that are there
     ("--device gpu", f"--device 'gpu': {DEVICE}"),
     ("--device meta", f"--device 'meta': {DEVICE}"),
     ("--device cuda:77", "--device cuda:77: this machine has {gpus} CUDA device(s)"),
+    ("--method zeroshot --context 5", "--context '5': expected words"),
     ("--context ²", f"--context '²': {CONTEXT}"),
     ("--context 0", f"--context '0': {CONTEXT}"),
     ("--context -1", f"--context '-1': {CONTEXT}"),
@@ -204,13 +205,14 @@ NO_EFFECT = [  # flags that go together with no other of the command
         "--rank-position has no effect with --method linear; remove it"),
     ("--profile --accumulate 2", "--profile times steps of one batch; leave --accumulate out"),
 ]  # fmt: skip
+CHECKPOINT = "give a run's folder, or a best.pt or last.pt"
 FILES = [  # names of things that are not there
     ("--report none", "no finished run in none; give folders of runs\n- left out none: no such folder"),
-    ("--resume none", "no checkpoint at none"),
-    ("--eval none", "no checkpoint at none"),
-    ("--eval {data}", "no checkpoint at {data}/best.pt"),
-    ("--resume {data}", "no checkpoint at {data}/last.pt"),
-    ("--init none", "no checkpoint at none"),
+    ("--resume none", "no checkpoint at none; " + CHECKPOINT),
+    ("--eval none", "no checkpoint at none; " + CHECKPOINT),
+    ("--eval {data}", "no checkpoint at {data}/best.pt; " + CHECKPOINT),
+    ("--resume {data}", "no checkpoint at {data}/last.pt; " + CHECKPOINT),
+    ("--init none", "no checkpoint at none; " + CHECKPOINT),
     ("--train-list none.txt", "--train-list none.txt is not there; give a list file `path label`"),
     ("--train-list {data}", "--train-list {data} is a folder; give a list file `path label`"),
     ("--data-root none", "train.py: there is no folder none, given as the data root; mend the path"),
@@ -223,6 +225,17 @@ FILES = [  # names of things that are not there
         "train.py: no weights at none.pth; expected 'imagenet' or a state dict file"),
 ]  # fmt: skip
 TINY_FLAGS = {"--method zeroshot": TINY_MODEL, "--report": [], "--resume": [], "--eval": []}
+
+
+def test_a_world_size_without_torchrun_is_named(gray, tmp_path, monkeypatch):
+    argv = ["--data", str(gray), *TINY, "--out"]
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="WORLD_SIZE is set without RANK; start train.py with tor"):
+        train.main([*argv, str(tmp_path / "a")])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    train.main([*argv, str(tmp_path / "b")])
 
 
 @pytest.mark.parametrize("command, message", PARSER)

@@ -247,6 +247,45 @@ def test_activation_from_the_config_beside_the_weights(tiny_folder, configs, exp
 
 
 @pytest.mark.parametrize(
+    "config, reason",
+    [
+        (
+            {"model_type": "clip", "vision_config": {"hidden_size": 256, "num_attention_heads": 8}},
+            "heads of 32 numbers in the image tower of width 256; expected 64",
+        ),
+        (hugging_face(hidden_size=512, num_attention_heads=4)["config.json"],
+            "heads of 128 numbers in the text tower of width 512; expected 64"),
+        (dict(model_cfg=dict(vision_cfg=dict(width=1280))),
+            "heads of 64 numbers in the image tower of width 1280; expected 80"),
+        (dict(model_cfg=dict(text_cfg=dict(width=640))),
+            "heads of 80 numbers in the text tower of width 640; expected 64"),
+    ],
+)  # fmt: skip
+def test_heads_of_another_width_are_refused(tiny_folder, config, reason):
+    """Shapes do not show them: the features would be wrong in silence."""
+    name = "open_clip_config.json" if "model_cfg" in config else "config.json"
+    (tiny_folder / name).write_text(json.dumps(config))
+    for quick_gelu in (None, True):
+        with pytest.raises(ValueError, match=reason):
+            CLIP.from_pretrained(tiny_folder, quick_gelu=quick_gelu)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [  # of open_clip's ViT-H-14, of Hugging Face's clip-vit-large-patch14
+        dict(model_cfg=dict(vision_cfg=dict(width=1280, head_width=80, layers=32),
+            text_cfg=dict(width=1024, heads=16))),
+        dict(model_type="clip", text_config=dict(hidden_size=768, num_attention_heads=12),
+            vision_config=dict(hidden_size=1024, num_attention_heads=16)),
+    ],
+)  # fmt: skip
+def test_heads_of_public_models_are_taken(tiny_folder, config):
+    name = "open_clip_config.json" if "model_cfg" in config else "config.json"
+    (tiny_folder / name).write_text(json.dumps(config))
+    CLIP.from_pretrained(tiny_folder)
+
+
+@pytest.mark.parametrize(
     "text, reason",
     [("<html>", ".*char 0."), ("[1]", ".*no attribute.*"), ("3", ".*not iterable.*")],
 )

@@ -468,17 +468,34 @@ def test_the_value_of_a_rank_is_the_number_in_its_name(tmp_path, names, values):
     assert task.rank_names == tuple(names) and list(task.rank_values) == values
 
 
+def test_decades_of_two_centuries_have_no_values(tmp_path):
+    root = make_folders(tmp_path / "own", ["80s", "90s", "2000s"], 12)
+    assert load(root).rank_values == (0, 1, 2)
+    root = make_folders(tmp_path / "years", ["1980s", "2000s"], 12)
+    assert load(root).rank_values == (1980, 2000)
+
+
+def test_a_line_of_ranks_that_may_be_a_comment_is_refused(tmp_path):
+    root = make_folders(tmp_path / "own", ["a", "b"], 12)
+    (root / "ranks.txt").write_text("# lowest first\n#1 worst\na\nb\n")
+    with pytest.raises(ValueError, match="ranks.txt:2: is '#1 worst' a comment or a rank?"):
+        load(root)
+    (root / "ranks.txt").write_text("# lowest first\n#\n## ranks\na\nb\n")
+    assert load(root).rank_names == ("a", "b")
+
+
 def test_ranks_in_months_and_years_have_no_values(tmp_path):
     root = make_folders(tmp_path / "own", ["6 months", "10 years"], 12)
     (root / "ranks.txt").write_text("6 months\n10 years\n")
     assert load(root).rank_values == (0, 1)
 
 
-def test_an_image_called_like_a_header_is_an_image(tmp_path):
+@pytest.mark.parametrize("name", ["photo age {} nr {}.png", "image set {} {}.png"])
+def test_an_image_called_like_a_header_is_an_image(tmp_path, name):
     root = make_folders(tmp_path / "own", ["photos"], 20)
     for i, path in enumerate(sorted((root / "photos").iterdir())):
-        path.rename(root / f"photo age {i % 2} nr {i}.png")
-    task = load(root, label_pattern=r"age (\d)")
+        path.rename(root / name.format(i % 2, i))
+    task = load(root, label_pattern=r"(?:age|set) (\d)")
     task.write_lists(tmp_path / "splits")
     lists = [tmp_path / "splits" / f"{part}.txt" for part in ("train", "val", "test")]
     again = load(root, lists=lists)
@@ -494,3 +511,16 @@ def test_an_image_after_a_hash_is_not_passed_over(tmp_path):
         data.read_paths(root / "1" / "list.txt")
     (root / "1" / "list.txt").write_text(f"# of today\n./#1.png\n{second.name}\n")
     assert data.read_paths(root / "1" / "list.txt") == ["#1.png", second.name]
+
+
+@pytest.mark.parametrize("labels", [["1/5", "2/5", "4/5"], ["1/2", "2/3", "3/10"]])
+def test_fractions_of_several_denominators_have_no_order_by_their_numerators(tmp_path, labels):
+    root = make_folders(tmp_path / "own", ["photos"], 30)
+    names = sorted(path.name for path in (root / "photos").iterdir())
+    rows = [f"photos/{name},{labels[i % 3]}" for i, name in enumerate(names)]
+    (root / "labels.csv").write_text("\n".join(["path,label", *rows]))
+    if labels[0] == "1/5":
+        assert load(root).rank_names == tuple(labels)
+    else:
+        with pytest.raises(ValueError, match="1/2 and 2/3 may be fractions or dates; name the"):
+            load(root)

@@ -309,6 +309,8 @@ def test_normalize():
             std
         ).double().view(3, 1, 1)
         assert out.dtype == torch.float32 and (out - exact).abs().max() < 1e-6
+        with pytest.raises(ValueError, match="images are torch.float32; expected uint8 pixels"):
+            normalize(images / 255, mean, std)
         half = normalize(images, mean, std, torch.bfloat16)
         assert half.dtype == torch.bfloat16 and half.equal(out.bfloat16())
     assert images.equal(copy)

@@ -155,6 +155,12 @@ def test_a_frozen_encoder_stays_and_its_features_are_computed_once(gray, tmp_pat
     assert len(calls) == 3  # train, val, test
     again = train.main([*argv, str(tmp_path / "b")])
     assert len(calls) == 3 and again["test"] == results["test"]
+    for path in (data.cache_dir() / "features").iterdir():  # a number of each becomes another
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 64
+        path.write_bytes(content)
+    mended = train.main([*argv, str(tmp_path / "c")])
+    assert len(calls) == 6 and mended["test"] == results["test"]
     end = torch.load(tmp_path / "a" / "best.pt", weights_only=True)["model"]
     assert all(torch.equal(value, end[f"image_encoder.{key}"]) for key, value in start.items())
     whole = torch.load(tmp_path / "a" / "exported.pt", weights_only=True)["state_dict"]

@@ -363,6 +363,16 @@ def test_regression_of_no_images_has_no_loss():
     assert total.item() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_has_the_same_temperature(clip, dtype):
+    model = model_of(copy.deepcopy(clip))
+    scale = model.logit_scale.clone()
+    model.to(dtype)
+    assert model.logit_scale.dtype == torch.float32 and torch.equal(model.logit_scale, scale)
+    assert model.prototypes.rank_embeds.dtype == dtype
+    assert model.double().logit_scale.dtype == torch.float64
+
+
 def test_an_unknown_regression_loss_is_refused():
     with pytest.raises(ValueError, match="loss_type='l3': expected l1 or l2"):
         Regression(torch.nn.Flatten(), 12, 4, "l3")

@@ -46,6 +46,30 @@ def test_the_report_has_the_papers_layout(tmp_path, capsys):
     assert {*titles} <= {*lines}
 
 
+@pytest.mark.parametrize("seeds", [(1, 2), (2, 1)])
+def test_flags_younger_than_a_run_are_unset_in_it(tmp_path, seeds):
+    """They neither end the report nor join runs that differ in them, whichever is read first."""
+    younger = dict(ema=None, no_draft=True, patience=None)
+    write_run(tmp_path / "a", 2.0, seed=seeds[0])
+    write_run(tmp_path / "b", 3.0, seed=seeds[1], **younger)
+    assert "| 2.500 ± 0.707 (n=2) [2.32] |" in write_report([tmp_path])
+    write_run(tmp_path / "0", 4.0, seed=3, **younger | dict(ema=0.9))
+    text = write_report([tmp_path])
+    assert "| ordinalclip-linear-K3 ema=0.9 | 4.000 (n=1)" in text
+    assert "| ordinalclip-linear-K3 ema=None | 2.500 ± 0.707 (n=2)" in text
+
+
+def test_runs_on_other_pixels_are_not_averaged(tmp_path):
+    for seed, digest in ((1, "a"), (2, "a"), (3, "b")):
+        write_run(tmp_path / str(seed), 2.0 + seed, seed=seed)
+        path = tmp_path / str(seed) / "results.json"
+        splits = {part: "lists" for part in ("train", "val", "test")}
+        splits |= {f"{part} files": digest for part in ("train", "val", "test")}
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(splits=splits)))
+    text = write_report([tmp_path])
+    assert " images=" in text and "3.500 ± 0.707 (n=2)" in text and "5.000 (n=1)" in text
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -16,6 +16,7 @@ from test_checkpoints import check_equal_runs
 
 import data
 import train
+from clip_model import tiny_clip
 from training.methods import LossModule
 from training.run_folder import differing_settings, lock_run_dir, provenance
 
@@ -49,7 +50,7 @@ def test_a_half_written_file_never_gets_the_name(tmp_path):
 
 def test_a_checkpoint_away_from_its_run_is_told_plainly(finished_run, tmp_path):
     (tmp_path / "best.pt").write_bytes((finished_run[0] / "best.pt").read_bytes())
-    with pytest.raises(SystemExit, match="No such file or directory: .*splits/"):
+    with pytest.raises(SystemExit, match="splits/train.txt is missing; restore it, or repeat"):
         train.main(["--eval", str(tmp_path / "best.pt")])
 
 
@@ -137,6 +138,39 @@ def test_lists_that_changed_since_the_run_began_are_refused(gray, tmp_path):
             train.main(command)
         path.write_text(text)
     train.main(argv)
+
+
+def test_images_that_were_replaced_since_the_run_began_are_refused(gray, tmp_path):
+    folder = shutil.copytree(gray, tmp_path / "gray")
+    argv = ["--data", str(folder), *TINY, "--out", str(tmp_path / "runs"), "--seeds"]
+    train.main([*argv, "1"])
+    run_dir = tmp_path / "runs" / "gray-ordinalclip-linear-K3-seed1"
+    image, other = folder / "0 gray" / "0.png", folder / "3 gray" / "0.png"
+    pixels = image.read_bytes()
+    image.write_bytes(other.read_bytes())
+    for command in ([*argv, "1", "2"], ["--eval", str(run_dir)]):
+        with pytest.raises(SystemExit, match="pixels of (train|val|test) images changed since"):
+            train.main(command)
+    image.write_bytes(pixels)  # the bytes count, not their date
+    train.main(["--eval", str(run_dir)])
+
+
+def test_weights_that_were_replaced_since_the_run_began_are_refused(gray, tmp_path):
+    torch.save(tiny_clip(seed=0).state_dict(), tmp_path / "clip.pt")
+    argv = ["--data", str(gray), *TINY, "--clip", str(tmp_path / "clip.pt"), "--quick-gelu"]
+    argv += ["--out", str(tmp_path / "runs"), "--seeds", "1"]
+    train.main(argv)
+    torch.save(tiny_clip(seed=1).state_dict(), tmp_path / "clip.pt")
+    with pytest.raises(SystemExit, match="the file of --clip changed since the run began; restore"):
+        train.main([*argv, "2"])
+
+
+def test_a_finished_run_is_not_taken_for_one_of_another_precision(gray, tmp_path):
+    argv = ["--data", str(gray), *TINY, "--out", str(tmp_path), "--seeds", "1", "2"]
+    train.main(argv)
+    message = "is finished with --precision fp32, not bf16. Choose another --out, or give --prec"
+    with pytest.raises(SystemExit, match=message):
+        train.main([*argv, "--precision", "bf16"])
 
 
 def test_ranks_that_changed_since_the_run_began_are_refused(gray, tmp_path):

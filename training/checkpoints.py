@@ -40,7 +40,7 @@ def load_checkpoint(path: str | Path, *needed: str) -> dict[str, Any]:
     SystemExit if it is none or another's, lacks a key of `needed`, or holds nan or inf.
     """
     if not Path(path).is_file():
-        raise SystemExit(f"no checkpoint at {path}")
+        raise SystemExit(f"no checkpoint at {path}; give a run's folder, or a best.pt or last.pt")
     try:
         saved = load_file(path, "last.pt or best.pt of a run")
         saved = saved if isinstance(saved, dict) else {}

@@ -18,7 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 def init_distributed(args: Namespace) -> None:
     """Join the process group that torchrun set up: one process per GPU, or CPU processes."""
-    if "WORLD_SIZE" not in os.environ:
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ]
+    if missing and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise SystemExit(
+            f"WORLD_SIZE is set without {missing[0]}; start train.py with torchrun, or unset it"
+        )
+    if missing or "WORLD_SIZE" not in os.environ:
         return
     if args.device == "cuda":
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -1,6 +1,6 @@
 """The task under its protocol, DataLoaders, batches to the device, features of a frozen encoder.
 
-Needs: data, training.distributed, .progress, .run_folder.
+Needs: data, clip_weights, training.distributed, .progress, .run_folder.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
 import data
+from clip_weights import load_file
 from training.distributed import main_process_first, world_size
 from training.progress import ProgressLine
 from training.run_folder import Run, load_json, split_digests
@@ -48,6 +49,9 @@ def load_task(args: Namespace) -> data.Task:
                 f"there, or go to the folder in which the run was started (now {Path.cwd()})"
             )
         options["lists"] = [Path(args.out) / "splits" / f"{part}.txt" for part in data.PARTS]
+        for path in options["lists"]:
+            if not path.is_file():
+                raise SystemExit(f"{path} is missing; restore it, or repeat the run anew")
     else:
         names = ("split", "label_pattern", "ranks", "bins", "group")
         options |= {name: getattr(args, name) for name in names} | dict(lists=given_lists(args))
@@ -244,8 +248,8 @@ def cached_features(run: Run, images: data.ImageList) -> Dataset:
     path = data.cache_dir() / "features" / f"{digest.hexdigest()}.pt"
     with main_process_first():
         try:
-            features = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:  # none there, or broken: zip, pickle and torch have errors of their own
+            features = load_file(path, "cached features")
+        except (OSError, ValueError):  # none there, or a damaged file
             features = None
         if not torch.is_tensor(features) or len(features) != len(images):
             path.parent.mkdir(parents=True, exist_ok=True)

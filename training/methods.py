@@ -4,7 +4,7 @@ A builder gets a Parts and returns a module with
 
     loss(images (B, 3, S, S), labels (B,), *, target, group) -> (total, i2t, t2i)    0-dim tensors
     predict(images) -> dict(probs (B, R))
-    export() -> the module that evaluates (text tower run once)
+    export(copy=True) -> the module that evaluates (text tower run once); else shares the encoder
 
 Needs: ordinalclip, clip_model, clip_weights, tokenizer, backbones, data, training.checkpoints,
 .distributed, .loaders, .run_folder.

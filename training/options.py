@@ -289,8 +289,10 @@ def check_values(args: Namespace) -> None:
             f"{flag} needs --image-encoder clip: the last layer of the others starts at random"
         )
     context = args.context
-    if context and not (is_digits(context) and int(context) or any(map(str.isalpha, context))):
-        raise SystemExit(f"--context {context!r}: expected words, or a number of tokens from 1")
+    is_number = is_digits(context or "") and int(context) > 0 and has_prompts(args)
+    if context and not (is_number or any(map(str.isalpha, context))):
+        number = ", or a number of tokens from 1" if has_prompts(args) else ""
+        raise SystemExit(f"--context {context!r}: expected words{number}")
     for keys, low, high, why in (
         ("epochs", 1 if trains(args) else 0, 1_000_000,
             "; --method zeroshot does without training"),

@@ -44,6 +44,7 @@ NOT_COMPARED = (
     "device", "precision", "compile", "workers", "data_root", "out", "seeds", "save_every", "debug",
     "tensorboard", "skip_bad",  # but its images are compared: check_same_images
 )  # fmt: skip
+WEIGHTS = ("--clip", "--init", "--image-weights")  # which may be files
 NOT_SETTINGS = ("resume", "eval", "report", "profile", "debug")  # what to do, not what the run is
 
 
@@ -62,7 +63,7 @@ class Run:
 
     @functools.cached_property  # of a million images it takes seconds
     def splits(self) -> dict[str, str]:
-        return split_digests(self.task)
+        return split_digests(self.task) | weights_digests(self.args)
 
 
 # --- names ---
@@ -167,12 +168,20 @@ def differing_settings(requested: dict, saved: dict) -> str:
 
 
 def load_finished_results(args: Namespace) -> dict | None:
-    """results.json of args.out, or None; SystemExit if it was made with other settings."""
+    """results.json of args.out, or None; SystemExit if it was made with other settings.
+
+    Unlike a run that goes on, a finished one is not taken for one of another precision.
+    """
     path = Path(args.out) / "results.json"
     if not path.exists():
         return None
     results = load_json(path)
     check_same_settings(args, results["settings"], "is finished")
+    if (precision := results["settings"].get("precision", args.precision)) != args.precision:
+        raise SystemExit(
+            f"{args.out} is finished with --precision {precision}, not {args.precision}. "
+            f"Choose another --out, or give --precision {precision}"
+        )
     return results
 
 
@@ -235,16 +244,34 @@ def lock_run_dir(args: Namespace) -> Iterator[None]:
 
 
 def split_digests(task: data.Task) -> dict[str, str]:
-    """sha256 of the images and labels of each part, in order; of the ranks; of labels in bins."""
+    """sha256 of the paths and labels of each part, of its images' bytes ("train files"), of the
+    ranks, of labels in bins."""
     real, samples = task.real_labels, {part: getattr(task, part) for part in data.PARTS}
     lines = {part: (f"{path} {label}" for path, label in samples[part]) for part in data.PARTS}
-    lines["ranks"] = (f"{value!r} {name}" for value, name in zip(task.rank_values, task.rank_names))
+    lines["names"] = task.rank_names  # of which the values follow
     lines["labels"] = (repr(real[path]) for part in data.PARTS if real for path, _ in samples[part])
     digests = {name: hashlib.sha256() for name in lines}
     for name, digest in digests.items():
         for i, line in enumerate(lines[name]):
             digest.update((f"\n{line}" if i else line).encode())
-    return {name: digest.hexdigest() for name, digest in digests.items()}
+    file_digests = {f"{part} files": digest for part, digest in task.file_digests.items()}
+    return {name: digest.hexdigest() for name, digest in digests.items()} | file_digests
+
+
+def weights_digests(args: Namespace) -> dict[str, str]:
+    """{flag: sha256 of its file}, of the flags that name one that is still there."""
+    values = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in WEIGHTS}
+    files = {flag: Path(value) for flag, value in values.items() if value and Path(value).is_file()}
+    return {flag: file_digest(path, path.stat().st_mtime_ns) for flag, path in files.items()}
+
+
+@functools.lru_cache
+def file_digest(path: Path, mtime_ns: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def check_same_images(args: Namespace, task: data.Task, saved: dict | None = None) -> None:
@@ -256,15 +283,19 @@ def check_same_images(args: Namespace, task: data.Task, saved: dict | None = Non
     if saved is None:
         saved = load_json(path) if path.exists() else {}
     splits = saved.get("splits")
-    digests = split_digests(task) if splits else {}
+    digests = split_digests(task) | weights_digests(args) if splits else {}
     changed = [name for name, digest in digests.items() if splits.get(name, digest) != digest]
     if changed:
-        words = dict(ranks="the ranks, their names or order,", labels="the labels in the bins")
+        words = dict(names="the ranks, their names or order,", labels="the labels in the bins")
+        words |= {flag: f"the file of {flag}" for flag in WEIGHTS}
         parts = [part for part in changed if part in data.PARTS]
-        what = f"the list of {' and '.join(parts)} images" if parts else words[changed[0]]
+        files = f"pixels of {' and '.join(changed).replace(' files', '')} images"
+        what = (
+            f"the list of {' and '.join(parts)} images" if parts else words.get(changed[0], files)
+        )
         raise SystemExit(
             f"{args.out}: {what} changed since the run began; "
-            "restore the lists and images, or start a new run with another --out"
+            "restore what it was, or start a new run with another --out"
         )
 
 
