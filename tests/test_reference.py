@@ -20,6 +20,7 @@ from matching_cases import (
     make_confident_case,
     relative,
 )
+from processes import run_two
 
 import kernels
 from kernels import match, matching_loss, reference, which_impl
@@ -340,7 +341,7 @@ def one_process_of_two(rank, folder, impl):
 
 def check_two_processes(folder, impl):
     """Losses and gradients of two gloo processes equal those of the whole batch in one, to 1e-6."""
-    torch.multiprocessing.spawn(one_process_of_two, args=(str(folder), impl), nprocs=2)
+    run_two(one_process_of_two, str(folder), impl)
     halves = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
     cases = [(sizes, target) for sizes in UNEVEN for target in TARGETS]
     for (sizes, target), first, second in zip(cases, *halves):
