@@ -1,5 +1,7 @@
 """Shared by all test files: the path, the interpreter, the markers, small data and a finished run."""
 
+import copy
+import functools
 import os
 import sys
 from pathlib import Path
@@ -28,6 +30,19 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"{name}: {meaning}")
     if not config.option.markexpr:  # nothing chosen with -m: the short suite
         config.option.markexpr = " and ".join(f"not {name}" for name in MARKERS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def made_once():
+    """The vocabulary and the tiny CLIP of all runs of a process: a quarter of a short run."""
+    import tokenizer
+    import training.methods
+
+    tiny_clip = functools.cache(training.methods.tiny_clip)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "load_merges", functools.cache(tokenizer.load_merges))
+        patch.setattr(training.methods, "tiny_clip", lambda **o: copy.deepcopy(tiny_clip(**o)))
+        yield
 
 
 @pytest.fixture(autouse=True)

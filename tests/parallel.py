@@ -12,10 +12,13 @@ from multiprocessing.connection import Connection, wait
 import pytest
 import torch
 
+LONG = "kernels_compile kernels_autograd run_folder train checkpoints kernels own_code".split()
+
 
 def pytest_runtestloop(session: pytest.Session) -> bool | None:
     """pytest's hook: runs all tests and returns True, or leaves that to pytest."""
     files = [[*items] for _, items in itertools.groupby(session.items, lambda item: item.path)]
+    files.sort(key=rank_of_file)
     num_processes = min(num_cores(), len(files), 8)
     if num_processes < 2 or session.testsfailed or not may_fork(session.config):
         return None
@@ -42,6 +45,12 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
                 os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
     return True
+
+
+def rank_of_file(items: list[pytest.Item]) -> int:
+    """The long files come first, so that no process waits for another at the end."""
+    name = items[0].path.stem.removeprefix("test_")
+    return LONG.index(name) if name in LONG else len(LONG)
 
 
 def num_cores() -> int:

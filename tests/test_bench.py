@@ -4,7 +4,8 @@ pytest tests/test_bench.py
 """
 
 import json
-import time
+import os
+import select
 
 import pytest
 
@@ -70,13 +71,18 @@ def test_a_step_out_of_time_leaves_no_process(tmp_path, monkeypatch):
     script.parent.mkdir()
     script.write_text(
         "import subprocess; print('{not json'); print(7); print('{\"a\": 1}', flush=True)\n"
-        f"subprocess.run(['sh', '-c', 'sleep 3; touch {tmp_path}/late'])\n"
+        f"subprocess.run(['sh', '-c', 'echo begun >&2; sleep 3; touch {tmp_path}/late'],\n"
+        f"               stderr=open('{tmp_path}/alive', 'w'))\n"
     )
+    os.mkfifo(tmp_path / "alive")  # at its end when no process has it open
+    alive = os.open(tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK)
     monkeypatch.setattr(bench, "ROOT", tmp_path)
     record = dict(step=["machine"], rows=[], problem=None)
     assert [*bench.run_step(record, 2.0)] == record["rows"] == [dict(a=1)]
     assert record["problem"] == "out of time after 2 s"
-    time.sleep(2)
+    assert select.select([alive], [], [], 5)[0] and os.read(alive, 9) == b"begun\n"
+    assert select.select([alive], [], [], 5)[0] and os.read(alive, 9) == b""
+    os.close(alive)
     assert not (tmp_path / "late").exists()
 
 

@@ -1,14 +1,13 @@
 """pytest tests/test_data_demo.py -- the drawn trees: the same every time, whole or not there."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_makers import assert_disjoint, parts_of, paths
 from PIL import Image
+from processes import run_python
 
 import data
 from data import ImageList, load, make_demo
@@ -93,13 +92,11 @@ def test_demo_interrupted_is_redone(tmp_path, monkeypatch):
 
 def test_demo_killed_while_drawing_leaves_nothing_that_is_read_as_whole(tmp_path):
     code = (
-        "import os, sys; sys.path.insert(0, sys.argv[1]); import data; from pathlib import Path\n"
+        "import os, sys, data; from pathlib import Path\n"
         "data.demo.write_list = lambda *_: os._exit(9)\n"
-        "data.make_demo(Path(sys.argv[2]), (4, 2, 2))"
+        "data.make_demo(Path(sys.argv[1]), (4, 2, 2))"
     )
-    process = subprocess.run(
-        [sys.executable, "-c", code, str(Path(data.__file__).parents[1]), str(tmp_path / "d")]
-    )
+    process = run_python(code, Path(data.__file__).parents[1], str(tmp_path / "d"))
     assert process.returncode == 9 and not (tmp_path / "d").exists()
     make_demo(tmp_path / "d", (4, 2, 2))
     assert len(load("demo", tmp_path / "d").train) == 4

@@ -1,14 +1,12 @@
 """pytest tests/test_distributed.py -- two processes equal one."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import TINY
+from processes import run_script, run_two
 
 from clip_model import tiny_clip
 from ordinalclip import OrdinalCLIP, RankPrompts
@@ -50,7 +48,7 @@ def step_of_two(rank, store, out):
 
 
 def test_two_processes_take_the_step_of_one(tmp_path):
-    mp.spawn(step_of_two, (tmp_path / "store", tmp_path / "out"), nprocs=2)
+    run_two(step_of_two, tmp_path / "store", tmp_path / "out")
     model, (images, labels) = vit_model(), batch()
     total, _, _ = model.loss(images, labels)
     total.backward()
@@ -71,12 +69,10 @@ def test_torchrun_trains_and_writes_once(gray, tmp_path):
         lines = [f"{i % 4} gray/{i}.png {i % 4}" for i in range(count)]
         (tmp_path / f"{part}.txt").write_text("\n".join(lines) + "\n")
     lists = [f"--{part}-list={tmp_path}/{part}.txt" for part in ("train", "val", "test")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-port", "29518", "train.py", "--data", str(gray), *TINY, *lists]
     out = tmp_path / "run"
-    process = subprocess.run(
-        [*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    process = run_script([*command, "--out", str(out)], ROOT)
     assert process.returncode == 0, process.stderr[-2000:]
     results = json.loads((out / "results.json").read_text())
     assert results["processes"] == 2 and results["images"] == dict(train=8, val=1, test=3)

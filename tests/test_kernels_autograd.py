@@ -4,10 +4,7 @@ pytest tests/test_kernels_autograd.py
 """
 
 import itertools
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +25,7 @@ from matching_cases import (
     on_device,
     relative,
 )
+from processes import run_python
 from test_reference import check_two_processes
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -265,8 +263,9 @@ def test_float32_dots_follow_the_newer_setting_too():
     )
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip("this PyTorch has the older setting only")
-    output = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
-    assert output.split() == ["tf32", "ieee"]
+    process = run_python(code, ROOT)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split() == ["tf32", "ieee"]
 
 
 def test_match_has_no_gradient_and_auto_knows(launches):
@@ -326,10 +325,10 @@ def test_two_copies_live_in_one_process(tmp_path):
     shutil.copytree(
         ROOT / "kernels", tmp_path / "paper", ignore=shutil.ignore_patterns("__pycache__")
     )
-    code = "import torch, kernels, paper; a = torch.randn(4, 8), torch.randn(3, 8), torch.tensor([0, 1, 2, 2]), 9.0\n"
+    code = f"import sys; sys.path.append({str(ROOT)!r})\n"
+    code += "import torch, kernels, paper; a = torch.randn(4, 8), torch.randn(3, 8), torch.tensor([0, 1, 2, 2]), 9.0\n"
     code += "print(torch.equal(*[torch.stack(k.matching_loss(*a, impl='torch')) for k in (kernels, paper)]))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env=os.environ | dict(PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}"))  # fmt: skip
+    done = run_python(code, tmp_path)
     assert done.returncode == 0 and done.stdout.strip() == "True", done.stderr
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from processes import run_python
+from processes import run_python, run_two
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel
@@ -345,7 +344,7 @@ def shard(rank, store, out):
 
 
 def test_fsdp2_equals_one_process(tmp_path):
-    mp.spawn(shard, (tmp_path / "store", tmp_path / "out.pt"), nprocs=2)
+    run_two(shard, tmp_path / "store", tmp_path / "out.pt")
     got = torch.load(tmp_path / "out.pt", weights_only=True)
     model, (images, labels) = model_of(), batch()
     total = model.loss(images, labels)[0]
@@ -367,7 +366,7 @@ def unsynchronised(rank, store):
 
 
 def test_a_loss_past_ddp_is_not_silent(tmp_path):
-    mp.spawn(unsynchronised, (tmp_path / "store",), nprocs=2)
+    run_two(unsynchronised, tmp_path / "store")
 
 
 # --- in a package ---

@@ -23,11 +23,19 @@ def test_right(shared, i, capsys):
     assert capsys.readouterr().out == f"{{i}}\\n"
 """
 WRONG = "def test_wrong():\n    print('said before')\n    assert 1 == 2\n"
+TORCH = """
+class cuda:
+    is_available = staticmethod(lambda: False)
+
+def set_num_threads(number):
+    pass
+"""
 DIES = "import os\ndef test_dies():\n    os._exit(3)\n"
 
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess:
     (folder / "conftest.py").write_text("from parallel import pytest_runtestloop\n")
+    (folder / "torch.py").write_text(TORCH)  # all that parallel.py asks of it, and no second each
     env = os.environ | dict(PYTHONPATH=str(Path(__file__).parent))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words, str(folder)]
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)

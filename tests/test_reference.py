@@ -3,8 +3,6 @@
 pytest tests/test_reference.py
 """
 
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from matching_cases import (
     make_confident_case,
     relative,
 )
+from processes import run_python, run_two
 
 import kernels
 from kernels import match, matching_loss, reference, which_impl
@@ -300,18 +299,13 @@ print(kernels.HAS_TRITON, kernels.which_impl("cuda"))
 def test_only_a_missing_triton_is_forgiven():
     """Without Triton the package works; a Triton that is there but broken stays an error."""
     for module, forgiven in [("triton", True), ("triton.language", not kernels.HAS_TRITON)]:
-        code = IMPORT.format(module=module)
-        run = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-        )
+        run = run_python(IMPORT.format(module=module), ROOT)
         assert ("imported False 2" in run.stdout) == forgiven, run.stderr
         assert (run.returncode == 0) == forgiven
 
 
 def test_an_old_triton_is_left_alone():
-    run = subprocess.run(
-        [sys.executable, "-c", OLD], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    run = run_python(OLD, ROOT)
     assert run.stdout == "False ('torch', 'triton is 3.5.1+git1, the fused kernels need 3.6')\n", (
         run.stderr
     )
@@ -340,7 +334,7 @@ def one_process_of_two(rank, folder, impl):
 
 def check_two_processes(folder, impl):
     """Losses and gradients of two gloo processes equal those of the whole batch in one, to 1e-6."""
-    torch.multiprocessing.spawn(one_process_of_two, args=(str(folder), impl), nprocs=2)
+    run_two(one_process_of_two, str(folder), impl)
     halves = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
     cases = [(sizes, target) for sizes in UNEVEN for target in TARGETS]
     for (sizes, target), first, second in zip(cases, *halves):

@@ -268,10 +268,24 @@ def check_goes_on_after(argv, whole, out):
     check_equal_runs(whole, out)
 
 
-@pytest.mark.parametrize("write", [1, 5, 8, pytest.param(0, marks=pytest.mark.full)])
-def test_a_disk_that_is_full_loses_nothing(stripes, tmp_path, monkeypatch, write):
-    """The n-th file of a run cannot be written; with 0, each one in turn."""
+@pytest.fixture(scope="module")
+def whole_run(stripes, tmp_path_factory):
+    """(flags, folder, number of files that were written) of a run that nothing disturbs."""
     argv = ["--data", str(stripes), *TINY, "--out"]
+    folder, paths, atomic_write = tmp_path_factory.mktemp("whole") / "run", [], data.atomic_write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            data, "atomic_write", lambda path, save: paths.append(path) or atomic_write(path, save)
+        )
+        train.main([*argv, str(folder)])
+    return argv, folder, len(paths)
+
+
+@pytest.mark.parametrize("write", [1, 5, 8, pytest.param(0, marks=pytest.mark.full)])
+def test_a_disk_that_is_full_loses_nothing(whole_run, tmp_path, monkeypatch, write):
+    """The n-th file of a run cannot be written; with 0, each one in turn."""
+    argv, whole, num_writes = whole_run
+    assert num_writes >= 13  # config, log, 3 x .pt, results, predictions, 6 pictures
     atomic_write, paths = data.atomic_write, []
 
     def full_disk(path, save):
@@ -281,29 +295,24 @@ def test_a_disk_that_is_full_loses_nothing(stripes, tmp_path, monkeypatch, write
         atomic_write(path, save)
 
     monkeypatch.setattr(data, "atomic_write", full_disk)
-    failing = None
-    train.main([*argv, str(tmp_path / "whole")])
-    num_writes = len(paths)
-    assert num_writes >= 13  # config, log, 3 x .pt, results, predictions, 6 pictures
     for failing in [write] if write else range(1, num_writes + 1):  # noqa: B007
         out = tmp_path / f"run{failing}"
         paths.clear()
         with pytest.raises(SystemExit, match="train.py: .*No space left on device: '.*run"):
             train.main([*argv, str(out)])
-        check_goes_on_after([*argv, str(out)], tmp_path / "whole", out)
+        check_goes_on_after([*argv, str(out)], whole, out)
 
 
-def test_a_checkpoint_that_does_not_fit_on_the_disk_is_one_line(stripes, tmp_path):
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_one_line(whole_run, tmp_path):
     """torch.save has an error of its own for a full disk; here, for a limit of the file size."""
     pytest.importorskip("resource")
-    argv = ["--data", str(stripes), *TINY, "--out", str(tmp_path / "run")]
+    argv = [*whole_run[0], str(tmp_path / "run")]
     code = f"""import resource, train
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1)); train.main({argv!r})"""
     process = run_python(code, Path(train.__file__).parent)
     assert process.returncode == 1 and "Traceback" not in process.stderr, process.stderr
     assert "best.pt cannot be written; is the disk full?" in process.stderr
-    train.main([*argv[:-1], str(tmp_path / "whole")])
-    check_goes_on_after(argv, tmp_path / "whole", tmp_path / "run")
+    check_goes_on_after(argv, whole_run[1], tmp_path / "run")
 
 
 def test_a_run_folder_that_is_removed_is_one_line(stripes, tmp_path, monkeypatch):
@@ -318,10 +327,17 @@ def test_a_run_folder_that_is_removed_is_one_line(stripes, tmp_path, monkeypatch
         train.main(["--data", str(stripes), *TINY, "--out", str(run_dir)])
 
 
-def run_in_c_locale(*argv):
-    """train.py where text is ASCII by default, which Python does not mend with these settings."""
+def run_in_c_locale(*commands):
+    """train.py, once a command, until one fails; a line --- on stderr before each.
+
+    Text is ASCII by default, which Python does not mend with these settings.
+    """
+    code = f"""import runpy, sys
+for sys.argv in {[["train.py", *map(str, words)] for words in commands]}:
+    print("---", file=sys.stderr)
+    runpy.run_path("train.py", run_name="__main__")"""
     return subprocess.run(
-        [sys.executable, "train.py", *map(str, argv)],
+        [sys.executable, "-c", code],
         cwd=Path(train.__file__).parent,
         env=dict(os.environ, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"),
         capture_output=True,
@@ -334,21 +350,18 @@ def test_text_files_are_utf8_in_any_locale(stripes, tmp_path):
     (folder / "ranks.txt").write_text("1 ligne é\n2 stripes\n3 stripes\n4 stripes\n", "utf-8")
     lines = [f"{i} stripes/image {k}.png {i - 1}" for i in range(1, 5) for k in range(20)]
     (folder / "train.csv").write_text("\n".join(["# é", *lines]).replace("png ", "png,"), "utf-8")
+    named = shutil.copytree(stripes, tmp_path / "named")
+    (named / "1 stripes" / "image 0.png").rename(named / "1 stripes" / "imagé 0.png")
     argv = ["--data", folder, *TINY, "--out", run_dir]
-    for command in (argv, ["--eval", run_dir], ["--report", run_dir]):
-        process = run_in_c_locale(*command)
-        assert process.returncode == 0, process.stderr
+    refused = ["--data", named, *TINY, "--out", tmp_path / "b"]
+    process = run_in_c_locale(argv, ["--eval", run_dir], ["--report", run_dir], refused)
     assert (run_dir / "report.md").exists() or (run_dir.parent / "report.md").exists()
     assert "1 ligne é" in (run_dir / "splits" / "ranks.txt").read_text("utf-8")
     assert "1 ligne é" in (run_dir / "predictions-best.csv").read_text("utf-8")
-    (folder / "1 stripes" / "image 0.png").rename(folder / "1 stripes" / "imagé 0.png")
-    (folder / "train.csv").unlink()
-    (folder / "ranks.txt").unlink()
-    process = run_in_c_locale(*argv[:-1], tmp_path / "b")
-    assert process.stderr == (
+    assert process.stderr.split("---\n")[4:] == [
         "train.py: the file name '1 stripes/imag\\udcc3\\udca9 0.png' cannot be read in this "
         "locale; set PYTHONUTF8=1\n"
-    )
+    ], process.stderr
 
 
 def test_settings_are_compared_as_json_has_them():
