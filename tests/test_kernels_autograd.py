@@ -327,9 +327,11 @@ def test_two_copies_live_in_one_process(tmp_path):
     )
     code = f"import sys; sys.path.append({str(ROOT)!r})\n"
     code += "import torch, kernels, paper; a = torch.randn(4, 8), torch.randn(3, 8), torch.tensor([0, 1, 2, 2]), 9.0\n"
-    code += "print(torch.equal(*[torch.stack(k.matching_loss(*a, impl='torch')) for k in (kernels, paper)]))"
+    code += "print(torch.equal(*[torch.stack(k.matching_loss(*a, impl='torch')) for k in (kernels, paper)]))\n"
+    code += "print(*[k.matching_triton._forward._qualname for k in (kernels, paper)])"
     done = run_python(code, tmp_path)
-    assert done.returncode == 0 and done.stdout.strip() == "True", done.stderr
+    same, ours, theirs = done.stdout.split()
+    assert done.returncode == 0 and same == "True" and ours != theirs, done.stderr
 
 
 @pytest.mark.parametrize("target", TARGETS)
