@@ -312,6 +312,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1)); train.main({argv!r})""
     process = run_python(code, Path(train.__file__).parent)
     assert process.returncode == 1 and "Traceback" not in process.stderr, process.stderr
     assert "best.pt cannot be written; is the disk full?" in process.stderr
+    assert not [*(tmp_path / "run").rglob("*.part")]
     check_goes_on_after(argv, whole_run[1], tmp_path / "run")
 
 
