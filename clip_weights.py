@@ -67,10 +67,10 @@ def load_weights(
         path = _find_weights(name_or_path)
     content = _read_weights(path, is_public or trust_torchscript)
     state_dict = to_openai_layout(content, str(path))
-    activations = _read_configs(path)
-    if quick_gelu is None and "input_resolution" in content:
-        quick_gelu = True
-    elif quick_gelu is None and activations not in ({"quick_gelu"}, {"gelu"}):
+    if "input_resolution" in content:  # OpenAI's
+        return state_dict, quick_gelu is not False
+    activations = _read_configs(path, must_parse=quick_gelu is None)
+    if quick_gelu is None and activations not in ({"quick_gelu"}, {"gelu"}):
         raise ValueError(
             f"the activation of {path} is unknown: config files beside it say "
             f"{sorted(map(str, activations))}; expected gelu or quick_gelu: pass quick_gelu=True "
@@ -380,7 +380,7 @@ def read_safetensors(path: str | PathLike) -> StateDict:
     return tensors
 
 
-def _read_configs(path):
+def _read_configs(path, must_parse):
     """The activations in the config files beside the weights, Hugging Face's or open_clip's.
 
     ValueError for heads of another width than the model would have: shapes do not show it.
@@ -404,6 +404,8 @@ def _read_configs(path):
                     width = tower.get("hidden_size", width)
                     widths += [(width, width / tower.get("num_attention_heads", heads))]
         except (ValueError, AttributeError, TypeError, ArithmeticError) as error:
+            if not must_parse:
+                continue
             raise ValueError(f"{file} is no config of a model ({error}); get it again") from error
         for name, (width, got), expected in zip(("text", "image"), widths, (64, None)):
             if got != (expected := expected or head_width(width)):

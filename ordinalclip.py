@@ -326,8 +326,8 @@ class OrdinalCLIP(nn.Module):
     def _apply(self, fn, recurse=True):
         scale = self.logit_scale.detach().float()
         super()._apply(fn, recurse)
-        if self.logit_scale.dtype.itemsize == 2:  # log(100) in bfloat16 is log(99)
-            self.logit_scale.data = scale.to(self.logit_scale.device)
+        if "logit_scale" in self._buffers and self.logit_scale.dtype.itemsize == 2:
+            self.logit_scale = scale.to(self.logit_scale.device)  # log(100) in bfloat16 is log(99)
         return self
 
     def _match_inputs(self, images):
@@ -355,9 +355,9 @@ class Regression(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> rank indices (B,), of any size; float32, also under autocast."""
-        features = self.image_encoder(images).float()
+        features = self.image_encoder(images)
         with torch.autocast(features.device.type, enabled=False):
-            return F.linear(features, self.head.weight.float(), self.head.bias.float())[:, 0]
+            return self.head(features.to(next(self.head.parameters()).dtype))[:, 0].float()
 
     def loss(
         self,
@@ -369,9 +369,9 @@ class Regression(nn.Module):
         group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images (B, 3, H, W), ranks (B,) -> (mean loss, the same, 0). ValueError: other labels."""
-        check_labels(labels, images, self.num_ranks)
-        loss = F.l1_loss if self.loss_type == "l1" else F.mse_loss
-        total = loss(self(images), labels.float(), reduction="sum") / max(len(labels), 1)
+        loss, predicted = F.l1_loss if self.loss_type == "l1" else F.mse_loss, self(images)
+        check_labels(labels, predicted, self.num_ranks)
+        total = loss(predicted, labels.float(), reduction="sum") / max(len(labels), 1)
         if group is not None:  # the value of all processes, the gradient of this one's share
             total = total / dist.get_world_size(group)
             global_loss = total.detach().clone()

@@ -20,7 +20,7 @@ import data
 from evaluation.metrics import BOTH, METRICS
 from training.methods import METHODS, needs_clip
 from training.options import PAPER, build_parser
-from training.run_folder import comparable_settings, method_name, save_csv
+from training.run_folder import WEIGHTS, comparable_settings, method_name, save_csv
 from training.sweep import categories
 
 # What flags are in runs older than they; images were decoded in full before --no-draft was there.
@@ -145,7 +145,8 @@ def write_report(paths: list[str | Path], name: str = "report.md") -> str:
             left_out.append(f"- left out {file}: damaged ({type(error).__name__}: {error})")
             continue
         # Figures that agree in all digits are copied, or repeated, which is no second seed.
-        identity = json.dumps([table_settings(run), run.results["test"]], sort_keys=True)
+        figures = [run.figures[f"test_mae_{answer}"] for answer in BOTH]  # which all versions have
+        identity = json.dumps([table_settings(run), figures], sort_keys=True)
         if (first := runs.setdefault(identity, run)) is not run:
             same = f"the settings, seed, fold and figures of {first.path}, so the same run"
             left_out.append(f"- left out {file}: {same}")
@@ -232,12 +233,12 @@ def name_rows(runs: Iterable[FinishedRun]) -> None:
         images: dict[tuple, set[str]] = {}  # of a fold; seeds draw some of the training images
         for run, values in zip(cell, settings):
             run.row += "".join(f" {key}={values.get(key)}" for key in differing)
-            for kind, digest in images_digests(run).items():
+            for kind, digest in input_digests(run).items():
                 images.setdefault((run.row, run.settings["fold"], kind), set()).add(digest)
         if any(len(digests) > 1 for digests in images.values()):
             for run in cell:
-                if digests := "".join(images_digests(run).values()):
-                    run.row += f" images={hashlib.sha256(digests.encode()).hexdigest()[:8]}"
+                if digests := "".join(input_digests(run).values()):
+                    run.row += f" inputs={hashlib.sha256(digests.encode()).hexdigest()[:8]}"
 
 
 def table_settings(run: FinishedRun) -> dict:
@@ -246,14 +247,16 @@ def table_settings(run: FinishedRun) -> dict:
     return settings | dict(precision=run.settings.get("precision"))
 
 
-def images_digests(run: FinishedRun) -> dict[str, str]:
-    """Of the paths and labels, and of the bytes, of the images that the runs of a fold share.
+def input_digests(run: FinishedRun) -> dict[str, str]:
+    """Of the paths and labels, and of the bytes, of the images that the runs of a fold share; of
+    weights files.
 
-    Runs of earlier versions lack one or both; --shots and --shift draw training images by seed.
+    Runs of earlier versions lack some; --shots and --shift draw training images by seed.
     """
     splits, settings = run.results.get("splits") or {}, run.settings
     parts = data.PARTS[bool(settings.get("shots") or settings.get("shift")) :]
     digests = {kind: "".join(splits.get(p + kind, "") for p in parts) for kind in ("", " files")}
+    digests |= {flag: splits.get(flag, "") for flag in WEIGHTS}
     return {kind: digest for kind, digest in digests.items() if digest}
 
 

@@ -230,9 +230,10 @@ def check_labels(labels: Tensor, images: Tensor, num_ranks: int) -> None:
             f"labels are on {labels.device}, image_features on {images.device}; "
             "move both to one device"
         )
-    if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
+    is_traced = torch.compiler.is_compiling() or _in_function_transform()
+    if is_traced or type(labels) is not Tensor or labels.device.type != "cpu" or not len(labels):
         return  # the ops check a GPU's labels where they lie
-    low, high = int(labels.min()), int(labels.max())
+    low, high = int(labels.long().min()), int(labels.long().max())
     if low < 0 or high >= num_ranks:
         raise ValueError(
             f"labels run from {low} to {high}; expected rank indices 0..{num_ranks - 1}"

@@ -52,8 +52,9 @@ def backward_config(x: Tensor, p: Tensor) -> dict[str, int]:
     """
     dots = dot_type(x, p)
     if gpu_generation(x.device) == HOPPER and dots != "ieee":
-        BM, num_warps = 32 if dots == "half" else 16, 4 if len(p) <= 64 else 8
-        return dict(BM=BM, BD=64, num_warps=num_warps, num_stages=1)
+        is_wide = dots == "half" and (x.dtype == p.dtype or x.shape[1] % 64 == 0)  # else: it spills
+        num_warps = 4 if len(p) <= 64 else 8
+        return dict(BM=32 if is_wide else 16, BD=64, num_warps=num_warps, num_stages=1)
     is_small = dots == "half" and x.dtype == p.dtype and len(p) <= 64
     BM = 32 if is_small else 16  # else 32 spill registers
     return dict(BM=BM, BD=32 if dots == "half" else 16, num_warps=8, num_stages=2)

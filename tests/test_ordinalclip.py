@@ -335,12 +335,14 @@ def test_regression_answers_in_float32_under_autocast():
     torch.nn.init.constant_(model.head.weight, 0.0)
     torch.nn.init.constant_(model.head.bias, 701.5 / 2)
     images = torch.zeros(2, 3, 2, 2)
+    hooks = []
+    model.head.register_forward_hook(lambda *_: hooks.append(1))
     for cast in (model, copy.deepcopy(model).to(torch.bfloat16)):
         with torch.autocast("cpu", torch.bfloat16):
             answer = cast.predict(images.to(cast.head.weight.dtype))
         assert answer["expected"].dtype == torch.float32
         torch.testing.assert_close(answer["probs"].sum(1), torch.ones(2))
-    assert model(images).tolist() == [350.75, 350.75]
+    assert model(images).tolist() == [350.75, 350.75] and len(hooks) == 3
 
 
 @pytest.mark.parametrize(
@@ -358,6 +360,28 @@ def test_regression_refuses_other_labels(labels, message):
         regression_model().loss(torch.zeros(2, 3, 2, 2), labels)
 
 
+def test_regression_has_gradients_per_image():
+    model, labels = regression_model(), torch.tensor([3, 650])
+    images = torch.randn(2, 3, 2, 2)
+
+    def loss(params, image, label):
+        model_loss = lambda *x: model.loss(*x)[0]  # noqa: E731
+        return torch.func.functional_call(
+            Wrapped(model, model_loss), params, (image[None], label[None])
+        )
+
+    params = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    grads = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(params, images, labels)
+    model.loss(images, labels)[0].backward()
+    torch.testing.assert_close(grads["model.head.weight"].mean(0), model.head.weight.grad)
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, model, function):
+        super().__init__()
+        self.model, self.forward = model, function
+
+
 def test_regression_of_no_images_has_no_loss():
     total, *_ = regression_model().loss(torch.zeros(0, 3, 2, 2), torch.zeros(0, dtype=torch.long))
     assert total.item() == 0
@@ -371,6 +395,11 @@ def test_a_model_in_half_precision_has_the_same_temperature(clip, dtype):
     assert model.logit_scale.dtype == torch.float32 and torch.equal(model.logit_scale, scale)
     assert model.prototypes.rank_embeds.dtype == dtype
     assert model.double().logit_scale.dtype == torch.float64
+    learned = model_of(copy.deepcopy(clip))
+    learned.logit_scale = torch.nn.Parameter(learned.logit_scale)
+    learned.logit_scale.grad = torch.ones(())
+    learned.to(dtype)  # a parameter is converted with its gradient
+    assert learned.logit_scale.grad.dtype == learned.logit_scale.dtype
 
 
 def test_an_unknown_regression_loss_is_refused():

@@ -59,6 +59,13 @@ def test_flags_younger_than_a_run_are_unset_in_it(tmp_path, seeds):
     assert "| ordinalclip-linear-K3 ema=None | 2.500 ± 0.707 (n=2)" in text
 
 
+def test_a_run_repeated_with_newer_metrics_is_the_same_run(tmp_path):
+    write_run(tmp_path / "a", 2.0)
+    write_run(tmp_path / "b", 2.0, test=dict(mae_value=20.0))
+    text = write_report([tmp_path])
+    assert "2.000 (n=1)" in text and "so the same run" in text
+
+
 def test_runs_on_other_pixels_are_not_averaged(tmp_path):
     for seed, digest in ((1, "a"), (2, "a"), (3, "b")):
         write_run(tmp_path / str(seed), 2.0 + seed, seed=seed)
@@ -67,7 +74,7 @@ def test_runs_on_other_pixels_are_not_averaged(tmp_path):
         splits |= {f"{part} files": digest for part in ("train", "val", "test")}
         path.write_text(json.dumps(json.loads(path.read_text()) | dict(splits=splits)))
     text = write_report([tmp_path])
-    assert " images=" in text and "3.500 ± 0.707 (n=2)" in text and "5.000 (n=1)" in text
+    assert " inputs=" in text and "3.500 ± 0.707 (n=2)" in text and "5.000 (n=1)" in text
 
 
 @pytest.mark.parametrize(
@@ -114,7 +121,7 @@ def test_runs_on_other_images_are_not_averaged(gray, tmp_path):
     table = lines[lines.index("MAE, most probable rank") + 4 :][:2]
     assert [line.count("(n=1)") for line in table] == [0, 1]
     assert [line.count("(n=2)") for line in table] == [1, 0]
-    assert all(line.startswith("| linear images=") for line in table)
+    assert all(line.startswith("| linear inputs=") for line in table)
 
 
 def test_a_copy_of_a_run_is_not_a_second_run(finished_run, tmp_path):

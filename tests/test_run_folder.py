@@ -17,6 +17,7 @@ from test_checkpoints import check_equal_runs
 import data
 import train
 from clip_model import tiny_clip
+from evaluation.report import write_report
 from training.methods import LossModule
 from training.run_folder import differing_settings, lock_run_dir, provenance
 
@@ -155,14 +156,29 @@ def test_images_that_were_replaced_since_the_run_began_are_refused(gray, tmp_pat
     train.main(["--eval", str(run_dir)])
 
 
-def test_weights_that_were_replaced_since_the_run_began_are_refused(gray, tmp_path):
-    torch.save(tiny_clip(seed=0).state_dict(), tmp_path / "clip.pt")
-    argv = ["--data", str(gray), *TINY, "--clip", str(tmp_path / "clip.pt"), "--quick-gelu"]
-    argv += ["--out", str(tmp_path / "runs"), "--seeds", "1"]
-    train.main(argv)
-    torch.save(tiny_clip(seed=1).state_dict(), tmp_path / "clip.pt")
+@pytest.mark.parametrize("name", ["clip.pt", "clip/pytorch_model.bin"])
+def test_weights_that_were_replaced_between_runs_of_a_sweep_are_refused(gray, tmp_path, name):
+    (tmp_path / "clip").mkdir()
+    path = tmp_path / name
+    torch.save(tiny_clip(seed=0).state_dict(), path)
+    weights = path if path.parent == tmp_path else path.parent
+    argv = ["--data", str(gray), *TINY, "--clip", str(weights), "--quick-gelu"]
+    train.main([*argv, "--out", str(tmp_path / "runs"), "--seeds", "1"])
+    torch.save(tiny_clip(seed=1).state_dict(), path)
     with pytest.raises(SystemExit, match="the file of --clip changed since the run began; restore"):
-        train.main([*argv, "2"])
+        train.main([*argv, "--out", str(tmp_path / "runs"), "--seeds", "1", "2"])
+    train.main([*argv, "--out", str(tmp_path / "runs" / "other"), "--seed", "2"])
+    assert "(n=2)" not in write_report([tmp_path / "runs"])
+
+
+def test_a_run_goes_on_without_the_file_that_it_was_initialised_from(finished_run, gray, tmp_path):
+    source = shutil.copytree(finished_run[0], tmp_path / "source")
+    argv = ["--data", str(gray), *TINY, "--init", str(source), "--out", str(tmp_path / "run")]
+    train.main(argv)
+    (source / "best.pt").write_bytes((finished_run[0] / "last.pt").read_bytes())
+    train.main(["--eval", str(tmp_path / "run")])
+    (tmp_path / "run" / "results.json").unlink()
+    train.main(argv)
 
 
 def test_a_finished_run_is_not_taken_for_one_of_another_precision(gray, tmp_path):

@@ -259,10 +259,30 @@ def split_digests(task: data.Task) -> dict[str, str]:
 
 
 def weights_digests(args: Namespace) -> dict[str, str]:
-    """{flag: sha256 of its file}, of the flags that name one that is still there."""
-    values = {flag: getattr(args, flag[2:].replace("-", "_")) for flag in WEIGHTS}
-    files = {flag: Path(value) for flag, value in values.items() if value and Path(value).is_file()}
-    return {flag: file_digest(path, path.stat().st_mtime_ns) for flag, path in files.items()}
+    """{flag: sha256 of its files}, of the flags that name a file or folder."""
+    digests = {}
+    for flag in WEIGHTS:
+        if value := getattr(args, flag[2:].replace("-", "_")):
+            path = Path(value).expanduser()
+            files = [path, path / "best.pt"]  # --init RUN
+            if flag == "--clip":
+                files += sorted(path.glob("*.bin")) + sorted(path.glob("*.safetensors"))
+            parts = [file_digest(f, f.stat().st_mtime_ns) for f in files if f.is_file()]
+            if parts:
+                digests[flag] = hashlib.sha256("".join(parts).encode()).hexdigest()
+    return digests
+
+
+def check_same_weights(args: Namespace) -> None:
+    """SystemExit if weights that a run of a sweep began with are others now, for the next runs."""
+    path = Path(args.out) / "config.json"
+    saved = load_json(path).get("splits", {})
+    for flag, digest in weights_digests(args).items():
+        if saved.get(flag, digest) != digest:
+            raise SystemExit(
+                f"{args.out}: the file of {flag} changed since the run began; restore it, or start "
+                "new runs with another --out"
+            )
 
 
 @functools.lru_cache
@@ -283,11 +303,10 @@ def check_same_images(args: Namespace, task: data.Task, saved: dict | None = Non
     if saved is None:
         saved = load_json(path) if path.exists() else {}
     splits = saved.get("splits")
-    digests = split_digests(task) | weights_digests(args) if splits else {}
+    digests = split_digests(task) if splits else {}
     changed = [name for name, digest in digests.items() if splits.get(name, digest) != digest]
     if changed:
         words = dict(names="the ranks, their names or order,", labels="the labels in the bins")
-        words |= {flag: f"the file of {flag}" for flag in WEIGHTS}
         parts = [part for part in changed if part in data.PARTS]
         files = f"pixels of {' and '.join(changed).replace(' files', '')} images"
         what = (

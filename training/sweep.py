@@ -14,6 +14,7 @@ from training.run_folder import (
     as_list,
     check_run_dir,
     check_same_images,
+    check_same_weights,
     load_finished_results,
     run_name,
 )
@@ -74,3 +75,5 @@ def check_runs(runs: list[Namespace]) -> None:
         if is_begun or len({*keys}) > 1:
             tasks[key] = tasks.get(key) or load_task(run)
             check_same_images(run, tasks[key])
+        if is_begun:
+            check_same_weights(run)
