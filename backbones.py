@@ -52,6 +52,11 @@ def build_image_encoder(
     package, _, model_name = name.partition(":")
     builders = {"timm": _timm, "torchvision": _torchvision}
     if name == "vgg16":
+        if is_imagenet and download is None:
+            raise ValueError(
+                "vgg16 with weights='imagenet' needs download=, a function (url, sha256) -> path, "
+                "such as clip_weights.download; or give the path of its weights"
+            )
         encoder = VGG16(dim)
         path = download(VGG16_URL, VGG16_SHA256) if is_imagenet else weights
     elif package in builders and model_name:

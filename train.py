@@ -18,6 +18,7 @@ predictions-best.csv, pictures/*.png. Needs: data, evaluation, training.
 import signal
 import sys
 import time
+import traceback
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +41,14 @@ from training.methods import build_loss, build_model, needs_clip, warm_start
 from training.optim import check_losses, epochs_without_progress
 from training.options import parse_args
 from training.profile import profile_run
-from training.progress import ProgressLine, TensorBoard, clear_line, print_epoch, print_run_header
+from training.progress import (
+    ProgressLine,
+    TensorBoard,
+    clear_line,
+    print_epoch,
+    print_resumed,
+    print_run_header,
+)
 from training.run_folder import (
     Run,
     check_same_images,
@@ -75,6 +83,10 @@ def main(argv: list[str] | None = None) -> dict | list[dict] | str:
             raise
         last_line = str(error).splitlines()[-1]  # before it, the traceback of a worker process
         raise SystemExit(f"train.py: {last_line}") from error
+    except SystemExit:
+        if args.debug:
+            traceback.print_exc()
+        raise
     finally:
         clear_line()
         if dist.is_initialized():
@@ -107,6 +119,7 @@ def train(args: Namespace) -> dict[str, Any]:
             state = TrainingState(run, start_time, initial_similarity)
             if saved:
                 state.load(saved)
+                print_resumed(run, saved)
             fit(run, state, train_loader, val_loader)
         # 5. The test images are looked at once, with the best epoch
         barrier()  # the main process writes best.pt
@@ -115,6 +128,7 @@ def train(args: Namespace) -> dict[str, Any]:
         if is_main():
             export_model(run.dir / "exported.pt", run, results)
             save_json(run.dir / "results.json", results)
+            print(f"written to {run.dir}; next: python predict.py {run.dir}/exported.pt IMAGE ...")
         return results
 
 

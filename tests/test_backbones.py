@@ -113,3 +113,8 @@ def test_a_torchvision_classifier_gets_a_last_layer_of_our_size(monkeypatch):
         ValueError, match="torchvision:headless: expected a classifier that ends in a linear layer"
     ):
         build_image_encoder("torchvision:headless", 8)
+
+
+def test_public_weights_need_a_download_function():
+    with pytest.raises(ValueError, match="needs download=, a function .url, sha256. -> path"):
+        build_image_encoder("vgg16", 16, weights="imagenet")

@@ -253,13 +253,18 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch):
         (["--eval", "{stripes}/1 stripes/image 0.png"], "cannot be read"),
     ],
 )
-def test_mistakes_are_told_plainly(stripes, tmp_path, argv, message):
+def test_mistakes_are_told_plainly(stripes, tmp_path, capsys, argv, message):
     argv = [word.format(tmp=tmp_path, stripes=stripes) for word in argv]
     if "--eval" not in argv:
         argv = [*TINY, "--out", str(tmp_path / "out"), *argv]
     with pytest.raises(SystemExit, match=message):
         train.main(argv)
     assert not (tmp_path / "out").exists()  # nothing begun
+    assert "Traceback" not in capsys.readouterr().err
+    if "--eval" not in argv:
+        with pytest.raises(SystemExit, match=message):
+            train.main([*argv, "--debug"])
+        assert "Traceback" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_finite_stop_the_run(stripes, tmp_path):

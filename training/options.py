@@ -83,7 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fold", type=fold_number, default=0, help="number of the split; all: a run for each")
     add("--split-seed", type=int, default=1, help="of splits made here; all --seeds share them")
     add("--category", help="aesthetics: nature, animal, urban, people, each (a run for each), all")
-    add("--label-rule", help="how labels follow from the release, where it leaves a choice: docs/")
+    add("--label-rule", help="adience, aesthetics: how labels follow from the "
+        "release (docs/datasets.md)")  # fmt: skip
     add("--shots", type=int, nargs="+", help="training images per rank; several: a run for each")
     add("--shift", type=ranks_and_share, nargs="+", metavar="K,KEEP", help="keep this share of the "
         "images of the K most frequent ranks; several: a run for each")  # fmt: skip
@@ -153,7 +154,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         if action.dest in PAPER:
             default = PAPER[action.dest]
             demo = DATASET_DEFAULTS["demo"].get(action.dest, default)
-            return f"{action.help} (default: {default}; demo: {demo})"
+            of_demo = f"; demo: {demo}" if demo != default else ""
+            return f"{action.help} (default: {default}{of_demo})"
         if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)

@@ -40,13 +40,19 @@ def print_run_header(run: Run, clip: str) -> None:
     )
 
 
+def print_resumed(run: Run, saved: dict[str, Any]) -> None:
+    steps = f" and {saved['progress']['steps']} steps" if saved.get("progress") else ""
+    if is_main():
+        print(f"resumes from last.pt, after {saved['epoch']}/{run.args.epochs} epochs{steps}")
+
+
 def print_epoch(row: dict[str, float], epochs: int, eta: float, is_best: bool) -> None:
     print(
         f"epoch {row['epoch']:3d}/{epochs}  "
         f"loss {row['loss']:.3f} (i2t {row['i2t']:.3f} t2i {row['t2i']:.3f})  "
         f"val MAE {row['val_mae_expected']:.3f} expected {row['val_mae_argmax']:.3f} argmax  "
         f"acc {row['val_acc_argmax']:.1%}  {row['images_per_s']:.0f} img/s  "
-        f"{row['peak_mb']:.0f} MB  eta {eta // 60:.0f}:{eta % 60:02.0f}{'  *' if is_best else ''}",
+        f"{row['peak_mb']:.0f} MB  {timedelta(seconds=round(eta))} left{'  *' if is_best else ''}",
         flush=True,
     )
 

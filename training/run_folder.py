@@ -3,7 +3,7 @@
 runs/NAME/ holds config.json, splits/*.txt, log.csv, last.pt, best.pt, exported.pt, results.json,
 predictions-best.csv and pictures/*.png. Every file is written under a temporary name and moved.
 
-Needs: data, ordinalclip, clip_weights, training.distributed.
+Needs: data, clip_weights, training.distributed.
 """
 
 import contextlib
