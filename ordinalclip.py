@@ -420,9 +420,7 @@ def _comparisons(num_ranks, span, official):
     """Which (i, j) count, (R, R-1) bool: j against j + 1, compared with i."""
     first, span = 1 - official, num_ranks - 1 if span is None else span
     if num_ranks < 3 or not 1 + first <= span <= num_ranks - 1:
-        raise ValueError(
-            f"R={num_ranks}, span={span}: expected R >= 3, a span of {1 + first} to R-1"
-        )
+        raise ValueError(f"R={num_ranks}, span={span}: expected R >= 3, span {1 + first} to R-1")
     i, j = torch.arange(num_ranks)[:, None], torch.arange(num_ranks - 1)
     return (j >= i + first) & (j + 1 - i <= span)
 

@@ -504,7 +504,7 @@ def test_chance_levels_are_those_of_random_prototypes():
     "ranks, span, official", [(2, None, False), (9, 1, False), (9, 9, False), (9, 0, True)]
 )
 def test_ordinality_refuses(ranks, span, official):
-    message = f"R={ranks}, span=.*: expected R >= 3, a span of {1 + (not official)} to R-1"
+    message = f"R={ranks}, span=.*: expected R >= 3, span {1 + (not official)} to R-1"
     with pytest.raises(ValueError, match=message):
         ordinality(torch.randn(ranks, 4), span, official)
 
