@@ -187,12 +187,12 @@ def to_openai_layout(state_dict: StateDict, origin: str = "state dict") -> State
 
 # ----------------------------------------------------------------------------------------- files
 def load_file(
-    path: str | PathLike, expected: str, mmap: bool = False, trust_torchscript: bool = False
+    path: str | PathLike, expected: str, lazy: bool = False, trust_torchscript: bool = False
 ) -> Any:
     """What torch.save wrote: tensors, numbers, texts and containers of them, on the CPU; or the
     state dict in a safetensors file, or in a TorchScript archive, if that is trusted.
 
-    numpy's arrays become tensors, its numbers Python's. mmap: leave tensors on the disk until they
+    numpy's arrays become tensors, its numbers Python's. lazy: leave tensors on the disk until they
     are read. Raises FileNotFoundError, and ValueError for other files: damaged ones, other Python
     objects. `expected` says in these messages what the file should be.
     """
@@ -213,7 +213,7 @@ def load_file(
         else:
             with warnings.catch_warnings(), _allow_numpy():
                 warnings.simplefilter("ignore")  # torch's, about the pickle protocol
-                content = torch.load(path, "cpu", mmap=mmap and is_zip, weights_only=True)
+                content = torch.load(path, "cpu", mmap=lazy and is_zip, weights_only=True)
             return _without_numpy(content)
     except Exception as error:  # zip, pickle, JSON and torch each have errors of their own
         reason = _load_error(error)
@@ -345,7 +345,7 @@ def _read_weights(path, trusted):
                 "is not in MODELS; expected a state dict; pass trust_torchscript=True if you trust "
                 "where it came from"
             )
-    content = load_file(path, f"{_EXPECTED}: get it again", True, trusted)
+    content = load_file(path, f"{_EXPECTED}: get it again", lazy=True, trust_torchscript=trusted)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected {_EXPECTED}")
     return content

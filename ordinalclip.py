@@ -8,7 +8,7 @@ paper compares differs in the source only (but for Regression, one neuron):
     LinearPrototypes                           a learned matrix                    classification
     FixedPrototypes                            a stored matrix                     zero-shot, export
 
-Dims, here and in every module:
+Dims, here and in kernels/prompts.py:
     B images    R ranks             K base ranks     N context tokens    T tokens per rank
     L tokens in use of a prompt     W text width     D joint dim
     P tokens that the prompts of all ranks share in front, S = L - P tokens that each has for itself
@@ -28,7 +28,7 @@ Differs from the official code (xk-huang/OrdinalCLIP@ca10a20), with equal protot
     torch.Size([8])
 
 Copy together with: kernels/, where the loss is (reference.py) and the way through the text tower
-(prompts.py); needs torch>=2.4. The CLIP object may be OpenAI's, open_clip's or Hugging Face's too.
+(prompts.py); needs torch>=2.4 and a CLIP: clip_model.py's, OpenAI's, open_clip's, Hugging Face's.
 """
 
 import operator
@@ -129,8 +129,9 @@ class RankPrompts(nn.Module):
         super().__init__()
         if rank_position not in POSITIONS:
             raise ValueError(f"rank_position={rank_position!r}: expected tail, middle or front")
-        if tokens_per_rank < 1:
-            raise ValueError(f"tokens_per_rank={tokens_per_rank}: expected at least 1")
+        if min(num_ranks - 1, tokens_per_rank) < 1:
+            got = f"num_ranks={num_ranks}, tokens_per_rank={tokens_per_rank}"
+            raise ValueError(f"{got}: expected at least 2 ranks and 1 token")
         self.interp, self.rank_position = interp, rank_position
         self._text = (TextTower(clip).requires_grad_(False),)  # in a tuple it is not a submodule
         table = token_table(clip).float()  # (V, W)
@@ -147,23 +148,23 @@ class RankPrompts(nn.Module):
             context_embeds = context_embeds.repeat(num_ranks, 1, 1)  # (R, N, W)
         self.context_embeds = nn.Parameter(context_embeds)
 
-        weights = torch.eye(num_ranks)  # K = R
-        if interp != "none":
-            weights = interpolation_weights(num_ranks, num_base_ranks, interp)  # (R, K)
-        lengths = [tokens_per_rank] * num_ranks
+        sizes, is_free = (num_ranks, num_base_ranks), interp == "none"  # then K = R
+        weights = (
+            torch.eye(num_ranks) if is_free else interpolation_weights(*sizes, interp)
+        )  # (R, K)
+        lengths, size = [tokens_per_rank] * num_ranks, (weights.shape[1], tokens_per_rank, width)
         if rank_tokens is None:
-            size = weights.shape[1], tokens_per_rank, width
             rank_embeds = torch.randn(size, device=device) * 0.02
         else:
             if len(rank_tokens) != num_ranks:
                 got = f"rank_tokens holds {len(rank_tokens)} names"
                 raise ValueError(f"{got}; expected num_ranks={num_ranks} lists of token ids")
             names = [_lookup(table, ids, "a name of rank_tokens", 1) for ids in rank_tokens]
-            if interp == "none":
+            if is_free:
                 rank_embeds = nn.utils.rnn.pad_sequence(names, batch_first=True)
                 lengths = [len(name) for name in names]
             else:
-                nearest = _base_positions(num_ranks, num_base_ranks).round().long().tolist()
+                nearest = _base_positions(*sizes).round().long().tolist()
                 pooled = [F.adaptive_avg_pool1d(names[i].T, tokens_per_rank).T for i in nearest]
                 rank_embeds = torch.stack(pooled)
         self.rank_embeds = nn.Parameter(rank_embeds)  # (K, T, W)

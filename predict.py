@@ -101,7 +101,7 @@ class Predictor:
         mean, std = self.preprocess["mean"], self.preprocess["std"]
         images = data.normalize(pixels.to(self.device), mean, std)  # (B, 3, S, S)
         images = images.contiguous(memory_format=torch.channels_last)
-        impl = "torch" if self.device.type == "cpu" else "auto"  # which says what it takes
+        impl = "torch" if self.device.type == "cpu" else "auto"  # auto would print why
         outputs = self.model.predict(images, impl=impl)
         outputs = {key: output.cpu() for key, output in outputs.items()}
         if not outputs["probs"].isfinite().all():

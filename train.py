@@ -12,7 +12,7 @@
 Read top to bottom: main, train (one run, in the order of the paper), fit, train_one_epoch.
 Settings are in training/options.py, methods in training/methods.py. A run writes runs/NAME/:
 config.json, splits/*.txt, log.csv, last.pt, best.pt, exported.pt, results.json,
-predictions-best.csv, pictures/*.png. Needs: data, evaluation, training.
+predictions-best.csv, pictures/*.png. Needs: evaluation, training.
 """
 
 import signal
@@ -246,7 +246,7 @@ def cli() -> None:
         main()
     except KeyboardInterrupt:
         raise SystemExit(
-            "interrupted; the same command, or --resume RUN, goes on from last.pt"
+            "interrupted; the same command, or --resume RUN, goes on from what was saved"
         ) from None
 
 

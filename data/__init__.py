@@ -6,7 +6,8 @@
     batch = normalize(image[None], CLIP_MEAN, CLIP_STD)    # float32 (1, 3, 224, 224)
 
 A new dataset is one new file: data/NAME.py with a dict PRESET (context, rank_names, splits, folds;
-rank_values, label_rules, categories where it has them) and load(root, options) -> Task.
+rank_values, label_rules, categories, any_fold where it has them) and load(root, options) -> Task;
+perhaps default_root(), HOW_TO_GET, DOWNLOAD.
 `python -m data NAME` counts and opens a release; folder.py describes your own images.
 
 Differs from the official code (xk-huang/OrdinalCLIP@ca10a20): validation images are not the test
@@ -50,7 +51,6 @@ LABEL_OPTIONS = {  # flags of train.py and `python -m data`, for own images
 }
 
 shifted = distribution_shift  # its former name
-_make_demo = make_demo
 
 _names = [file.name for file in pkgutil.iter_modules(__path__) if file.name != "__main__"]
 _modules = {name: importlib.import_module(f".{name}", __name__) for name in _names}
@@ -101,6 +101,8 @@ def load(
     for option, value in own.items() if preset else ():
         _check_option(name, option, value, None)
     options = Options(split, fold, seed, lists, category, label_rule, allow_missing, **own)
+    if name not in DATASETS and fold < 0:
+        raise ValueError(f"{name} has no fold {fold}; give a number from 0")
     if name not in DATASETS:
         return folder.load(Path(name), Path(root or name), options)
     default_root = getattr(_modules[name], "default_root", lambda: f"data/{name}")

@@ -16,6 +16,7 @@ from .task import Options, Task, conflict_warning, count_warning, find_path, hol
 
 PRESET = dict(
     context="age estimation: the age group of the person is",
+    # the paper's names; the tables write (8, 12) for 8-13
     rank_names=("0-2", "4-6", "8-13", "15-20", "25-32", "38-43", "48-53", "60-100"),
     splits=("five-fold",),
     folds=5,

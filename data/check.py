@@ -93,7 +93,8 @@ def check_images(
 
 def _stat(path: Path) -> list[int] | None:
     with suppress(OSError):
-        return [path.stat().st_size, path.stat().st_mtime_ns]
+        stat = path.stat()
+        return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]  # cp -p keeps the first two
     return None
 
 

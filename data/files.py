@@ -2,7 +2,8 @@
 
     images, other_types = find_images("photos")    # sorted paths, {suffix: files of other types}
 
-Read first. Copy together with: nothing; needs pillow.
+Read first. Copy together with: nothing; needs pillow. The files of data/ find each other as parts
+of one package: copy them into a folder that is imported.
 """
 
 import io

@@ -53,7 +53,7 @@ class Task:
         return len(self.rank_names)
 
     def targets(self, part: str) -> list[float] | None:
-        """The labels of a part in their own unit; None where that is the rank: errors are in it."""
+        """The labels of a part in their own unit; None where ranks are one unit apart."""
         consecutive = tuple(self.rank_values[0] + i for i in range(self.num_ranks))
         if not self.real_labels and self.rank_values == consecutive:
             return None

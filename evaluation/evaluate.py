@@ -187,7 +187,8 @@ def print_results(results: dict[str, Any]) -> None:
 
 
 def save_predictions(path: Path, task: data.Task, probs: Tensor) -> None:
-    """predictions-NAME.csv: path, true and predicted rank, expected rank index, probability."""
+    """predictions-NAME.csv: path, true and predicted rank, expected rank as an index and as a
+    value, probability; value: the label itself, where ranks are not one unit apart."""
     ranks, targets = torch.arange(task.num_ranks, dtype=probs.dtype), task.targets("test")
     values = probs.double() @ torch.tensor(task.rank_values, dtype=torch.float64)  # (M,)
     rows = []
@@ -197,11 +198,10 @@ def save_predictions(path: Path, task: data.Task, probs: Tensor) -> None:
             label=task.rank_names[sample.label],
             rank=task.rank_names[int(p.argmax())],
             expected_rank_index=f"{float(p @ ranks):.4f}",
+            expected_value=f"{float(values[i]):.6g}",
             prob=f"{float(p.max()):.4f}",
         )
-        if targets:
-            row |= dict(value=targets[i], expected_value=f"{float(values[i]):.6g}")
-        rows.append(row)
+        rows.append(row | dict(value=targets[i]) if targets else row)
     save_csv(path, rows)
 
 
@@ -232,7 +232,7 @@ def draw_pictures(
     if similarity is not None:
         matrices = {"similarity of the prototypes": similarity}
         if initial_similarity is not None:
-            matrices = {"similarity before training": initial_similarity, **matrices}
+            matrices = {"before training": initial_similarity, "after training": similarity}
         pictures["similarity"] = draw_matrices(matrices, names, ("rank", "rank"))
     if log := read_log(run.dir):
         pictures["curves"] = draw_curves(log)

@@ -132,6 +132,8 @@ def write_report(paths: list[str | Path], name: str = "report.md") -> str:
     """
     files, left_out = set(), []
     for path in map(Path, paths):
+        if path.is_file() and path.name.startswith("report") and path.suffix in (".md", ".csv"):
+            continue  # of runs/*, written by an earlier report
         results = path / "results.json"
         files_of_path = [results] if results.exists() else [*path.glob("*/results.json")]
         files |= {file.resolve() for file in files_of_path}
@@ -177,7 +179,7 @@ def why_empty(path: Path) -> str:
     if path.is_file():
         return f"a file; give its folder, {path.parent}"
     is_run = (path / "config.json").exists()
-    return "not finished" if is_run else "no run" if path.exists() else "no such folder"
+    return "not finished" if is_run else "no finished run" if path.exists() else "no such folder"
 
 
 def read_run(file: Path) -> FinishedRun:

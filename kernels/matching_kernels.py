@@ -251,9 +251,9 @@ def finish_kernel(
             num_images = images.to(tl.float32)
             lo = 1.0 / (n * E10 + (num_images - n))
             hi = lo * E10
-            entropy = n * hi * tl.log(hi) + (num_images - n) * lo * tl.log(lo)
+            q_log_q = n * hi * tl.log(hi) + (num_images - n) * lo * tl.log(lo)
             cross = (hi - lo) * positive + lo * (total - num_images * top)
-            divergence = entropy - cross + tl.log(l)
+            divergence = q_log_q - cross + tl.log(l)
             mean, at_positives = n * 0.0, hi
         else:
             near = own > NEAR  # elsewhere nothing cancels, and the quotient may overflow

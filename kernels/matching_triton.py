@@ -55,9 +55,11 @@ def backward_config(x: Tensor, p: Tensor) -> dict[str, int]:
         is_wide = dots == "half" and (x.dtype == p.dtype or x.shape[1] % 64 == 0)  # else: it spills
         num_warps = 4 if len(p) <= 64 else 8
         return dict(BM=32 if is_wide else 16, BD=64, num_warps=num_warps, num_stages=1)
-    is_small = dots == "half" and x.dtype == p.dtype and len(p) <= 64
-    BM = 32 if is_small else 16  # else 32 spill registers
-    return dict(BM=BM, BD=32 if dots == "half" else 16, num_warps=8, num_stages=2)
+    # tiles of 32 images spill registers but for the smallest, and so do two stages of the largest
+    is_mixed, is_large = x.dtype != p.dtype, len(p) > 64
+    BM = 32 if dots == "half" and not is_mixed and not is_large else 16
+    num_stages = 1 if is_mixed and is_large else 2
+    return dict(BM=BM, BD=32 if dots == "half" else 16, num_warps=8, num_stages=num_stages)
 
 
 @functools.cache

@@ -59,7 +59,7 @@ def matching_loss(
     image_features (B, D), prototypes (R, D), labels (B,) integers in 0..R-1, scale 0-dim.
     A label outside is an assertion that a GPU checks in its own time: nothing waits for it here.
     With `group` the result is that of all processes' images together. Each process's gradients are
-    then its own share of the whole: sum them over the processes (features live on one alone).
+    then its own share of the whole: sum them over the processes (each has its own features only).
     """
     inside = ((labels >= 0) & (labels < len(prototypes))).all()
     torch._assert_async(inside, f"labels outside 0..{len(prototypes) - 1}")
@@ -67,12 +67,12 @@ def matching_loss(
     is_label = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)  # (B, R)
     label_logits = torch.where(is_label, logits, 0.0).sum(1)  # (B,)
     lse_others = torch.where(is_label, LOW, logits).logsumexp(1)  # (B,)
-    row_loss = F.softplus(
-        lse_others - label_logits, threshold=40
-    )  # (B,); beyond 40, log1p(e^x) is x
+    # (B,); beyond 40, log1p(e^x) is x
+    row_loss = F.softplus(lse_others - label_logits, threshold=40)
     columns = _column_statistics(logits, is_label)  # (7, R)
-    rows = torch.stack([row_loss.sum(), logits.new_tensor(float(len(logits)))])  # (2,)
-    merged = _all_processes(torch.cat([columns.flatten(), rows]), group)  # (P, 7R + 2)
+    sum_and_count = torch.stack([row_loss.sum(), logits.new_tensor(float(len(logits)))])  # (2,)
+    # P processes: (P, 7R + 2)
+    merged = _all_processes(torch.cat([columns.flatten(), sum_and_count]), group)
 
     row_sum, num_images = merged[:, -2:].sum(0)
     columns = merged[:, :-2].unflatten(1, columns.shape)  # (P, 7, R)
@@ -108,7 +108,8 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def _column_statistics(logits, is_label):
-    """(B, R) -> (7, R): column maximum and, relative to it, what `_column_loss` needs; n_c."""
+    """(B, R) -> (7, R): the maximum of each column and, relative to it, log-sum-exp of the images
+    of other ranks, of its own images, the same again, sum of its images', of all; n_c."""
     # the loss does not depend on what is subtracted, so the maximum needs no gradient
     top = logits.detach().amax(0) if len(logits) else torch.zeros_like(logits).sum(0)  # (R,)
     below = logits - top
@@ -135,12 +136,12 @@ def _column_loss(columns, num_images, target):
     present = count > 0
     n = count.clamp_min(1)  # absent ranks are masked below; 1 keeps them finite
     if target == "normalized":
-        entropy, hi, lo = -n.log(), 1 / n, 0.0
+        q_log_q, hi, lo = -n.log(), 1 / n, 0.0
     else:
         z = n * math.exp(10) + (num_images - n)
         hi, lo = math.exp(10) / z, 1 / z
-        entropy = n * hi * hi.log() + (num_images - n) * lo * lo.log()
-    among_positives = lse_in_again + (entropy - (hi - lo) * positive - lo * total)
+        q_log_q = n * hi * hi.log() + (num_images - n) * lo * lo.log()
+    among_positives = lse_in_again + (q_log_q - (hi - lo) * positive - lo * total)
     loss = among_positives + F.softplus(lse_out - lse_in, threshold=40)
     return torch.where(present, loss, 0.0).sum() / present.sum().clamp_min(1)
 

@@ -347,6 +347,7 @@ def test_bad_commands(tmp_path, capsys, argv, message):
 
 
 OPTIONS = [  # (dataset, options, message)
+    ("/", dict(fold=-1), "{root} has no fold -1; give a number from 0"),
     ("adience", dict(fold=5), "adience has no fold 5; give 0 .. 4"),
     ("adience", dict(fold=-1), "adience has no fold -1; give 0 .. 4"),
     ("aesthetics", dict(fold=5), "aesthetics has no fold 5; give 0 .. 4"),

@@ -37,7 +37,7 @@ def pasted(tmp_path):
 def test_public_names():
     folds = {name: preset["folds"] for name, preset in data.DATASETS.items()}
     assert folds == dict(demo=1, morph2=5, adience=5, aesthetics=5, hci=10)
-    assert data.shifted is data.distribution_shift and data._make_demo is data.make_demo
+    assert data.shifted is data.distribution_shift
     for name in (
         "CLIP_MEAN CLIP_STD IMAGENET_MEAN IMAGENET_STD DATASETS PARTS IMAGE_TYPES PATH_COLUMNS "
         "LABEL_COLUMNS Sample Task load read_list read_image few_shot distribution_shift ImageList "

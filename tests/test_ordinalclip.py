@@ -242,7 +242,8 @@ def test_untrained_coop_is_zero_shot(clip):
     [
         (dict(interp="cubic"), "interp='cubic': expected linear or inverse; RankPrompts: or none"),
         (dict(rank_position="end"), "rank_position='end': expected tail, middle or front"),
-        (dict(tokens_per_rank=0), "tokens_per_rank=0: expected at least 1"),
+        (dict(tokens_per_rank=0), "tokens_per_rank=0: expected at least 2 ranks and 1 token"),
+        (dict(num_ranks=0, interp="none"), "num_ranks=0, tokens_per_rank=1: expected at least 2"),
         (dict(num_base_ranks=8), "num_base_ranks=8: expected 1 to num_ranks=7"),
         (dict(rank_tokens=NAMES[:3]), "rank_tokens holds 3 names; expected num_ranks=7"),
         (dict(rank_tokens=NAMES[:6] + [[]]), r"a name of rank_tokens is \[\]; expected token ids"),
@@ -268,7 +269,7 @@ def test_untrained_coop_is_zero_shot(clip):
 )
 def test_prompts_refuse(clip, options, message):
     with pytest.raises(ValueError, match=message):
-        RankPrompts(clip, 7, **{"context": CONTEXT, **options})
+        RankPrompts(clip, **{"num_ranks": 7, "context": CONTEXT, **options})
 
 
 # -------------------------------------------------------------------------------------- OrdinalCLIP

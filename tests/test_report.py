@@ -141,7 +141,10 @@ def test_folders_without_a_finished_run_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     results = tmp_path / "a" / "results.json"
     paths = {tmp_path / "none": "no such folder", tmp_path / "begun": "not finished"}
-    paths |= {tmp_path / "empty": "no run", results: f"a file; give its folder, {tmp_path / 'a'}"}
+    paths |= {
+        tmp_path / "empty": "no finished run",
+        results: f"a file; give its folder, {tmp_path / 'a'}",
+    }
     text = write_report([tmp_path / "a", *paths])
     for path, why in paths.items():
         assert f"- left out {path}: {why}" in text.splitlines()

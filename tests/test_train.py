@@ -237,7 +237,8 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch):
 
     monkeypatch.setattr(train, "main", interrupted)
     with pytest.raises(
-        SystemExit, match="interrupted; the same command, or --resume RUN, goes on from last.pt"
+        SystemExit,
+        match="interrupted; the same command, or --resume RUN, goes on from what was saved",
     ):
         train.cli()
 

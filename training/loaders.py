@@ -242,7 +242,8 @@ def cached_features(run: Run, images: data.ImageList) -> Dataset:
         digest.update(key.encode() + value.detach().cpu().float().numpy().tobytes())
     for sample in images.samples:
         stat = (images.root / sample.path).stat()
-        digest.update(f"{sample.path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        dates = f"{stat.st_mtime_ns} {stat.st_ctime_ns}"
+        digest.update(f"{sample.path} {stat.st_size} {dates}\n".encode())
     root = str(images.root.resolve())
     digest.update(repr((sorted(run.preprocess.items()), args.precision, root)).encode())
     path = data.cache_dir() / "features" / f"{digest.hexdigest()}.pt"

@@ -10,10 +10,11 @@ Needs: ordinalclip, clip_model, clip_weights, tokenizer, backbones, data, traini
 .distributed, .loaders, .run_folder.
 """
 
+import contextlib
 import functools
 import math
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,7 +121,10 @@ def build_model(args: Namespace, task: data.Task) -> tuple[nn.Module, dict[str, 
         preprocess = dict(image_size=clip.image_size, mean=data.CLIP_MEAN, std=data.CLIP_STD)
     else:
         weights = None if args.image_weights == "none" else args.image_weights
-        encoder = build_image_encoder(args.image_encoder, dim, weights=weights, download=download)
+        with flags_in_messages():
+            encoder = build_image_encoder(
+                args.image_encoder, dim, weights=weights, download=download
+            )
         preprocess = dict(image_size=encoder.image_size, mean=encoder.mean, std=encoder.std)
     if args.official:  # xk-huang/OrdinalCLIP@ca10a20 ordinalclip/runner/utils.py#L370-L400
         preprocess |= dict(mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD)
@@ -138,16 +142,10 @@ def build_model(args: Namespace, task: data.Task) -> tuple[nn.Module, dict[str, 
 def load_clip(args: Namespace) -> CLIP:
     if args.clip == "tiny":
         return tiny_clip(image_size=96)
-    with main_process_first():  # it downloads, the others find the file
-        try:
-            return CLIP.from_pretrained(
-                args.clip, quick_gelu=args.quick_gelu, trust_torchscript=args.trust_torchscript
-            )
-        except (ValueError, OSError) as error:
-            message = str(error)
-            for argument, flag in FLAGS_OF_ARGUMENTS.items():
-                message = message.replace(argument, flag)
-            raise ValueError(message) from error
+    with main_process_first(), flags_in_messages():  # it downloads, the others find the file
+        return CLIP.from_pretrained(
+            args.clip, quick_gelu=args.quick_gelu, trust_torchscript=args.trust_torchscript
+        )
 
 
 FLAGS_OF_ARGUMENTS = {  # in messages of clip_weights
@@ -156,6 +154,18 @@ FLAGS_OF_ARGUMENTS = {  # in messages of clip_weights
     "trust_torchscript=True": "--trust-torchscript",
     "choose another cache_dir, or put": "or put",
 }
+
+
+@contextlib.contextmanager
+def flags_in_messages() -> Iterator[None]:
+    """Errors about weights name the flags of train.py, not the arguments of the loaders."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        message = str(error)
+        for argument, flag in FLAGS_OF_ARGUMENTS.items():
+            message = message.replace(argument, flag)
+        raise ValueError(message) from error
 
 
 class LossModule(nn.Module):

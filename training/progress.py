@@ -12,7 +12,7 @@ import torch
 
 from training.distributed import is_main, world_size
 from training.optim import param_groups
-from training.run_folder import Run, run_name
+from training.run_folder import Run, is_digits, run_name
 
 
 def print_run_header(run: Run, clip: str) -> None:
@@ -28,7 +28,7 @@ def print_run_header(run: Run, clip: str) -> None:
     context = repr(args.context or task.context)
     if args.method in ("linear", "regression"):
         context = "none"
-    elif (args.context or "").isdecimal():
+    elif is_digits(args.context or ""):
         context = f"{args.context} tokens" + f" of {args.init}" * bool(args.init)
     print(
         f"{task.protocol}\n"
