@@ -148,10 +148,8 @@ class RankPrompts(nn.Module):
             context_embeds = context_embeds.repeat(num_ranks, 1, 1)  # (R, N, W)
         self.context_embeds = nn.Parameter(context_embeds)
 
-        sizes, is_free = (num_ranks, num_base_ranks), interp == "none"  # then K = R
-        weights = (
-            torch.eye(num_ranks) if is_free else interpolation_weights(*sizes, interp)
-        )  # (R, K)
+        sizes, is_free = (num_ranks, num_base_ranks), interp == "none"  # K = R
+        weights = torch.eye(num_ranks) if is_free else interpolation_weights(*sizes, interp)
         lengths, size = [tokens_per_rank] * num_ranks, (weights.shape[1], tokens_per_rank, width)
         if rank_tokens is None:
             rank_embeds = torch.randn(size, device=device) * 0.02
