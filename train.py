@@ -182,7 +182,7 @@ def train_one_epoch(
     args, accumulate = run.args, run.args.accumulate
     run.model.train()
     loss_sums = torch.zeros(4, device=args.device)
-    steps = state.start_epoch(loss_sums)
+    steps = state.restore_progress(loss_sums)
     loader.sampler.set_epoch(epoch, start=steps * loader.batch_size)
     num_steps = steps + len(loader)
     start = loader.sampler.start * world_size()

@@ -168,7 +168,7 @@ class TrainingState:
             rng.append(torch.cuda.get_rng_state(self.run.args.device))
         self.save(dict(steps=steps, loss_sums=loss_sums.cpu(), rng=rng))
 
-    def start_epoch(self, loss_sums: Tensor) -> int:
+    def restore_progress(self, loss_sums: Tensor) -> int:
         """Steps of this epoch that were done before an interruption, restored with their losses."""
         if not self.progress:
             return 0

@@ -74,7 +74,7 @@ def load_task(args: Namespace) -> data.Task:
             f"--base-ranks {args.base_ranks}, but {args.data} has {task.num_ranks} ranks; "
             f"give at most {task.num_ranks}"
         )
-    task = check_images(args, task, args.skip_bad and not reads_splits)
+    task = exclude_unreadable(args, task, args.skip_bad and not reads_splits)
     if run_exists:  # the same images, so the same protocol
         path = Path(args.out) / "config.json"
         if not path.exists():
@@ -97,7 +97,7 @@ def given_lists(args: Namespace) -> list[str | None] | None:
     return lists if any(lists) else None
 
 
-def check_images(args: Namespace, task: data.Task, may_skip: bool) -> data.Task:
+def exclude_unreadable(args: Namespace, task: data.Task, may_skip: bool) -> data.Task:
     """The task with the images that can be read; ValueError if the others may not be left out."""
     task, errors = data.check_images(task, args.workers, ProgressLine("images opened"))
     if errors and not (may_skip and task.train and task.val and task.test):

@@ -1,6 +1,6 @@
 """What --method builds, and its loss: one row of METHODS each.
 
-A builder gets a Parts and returns a module with
+A builder gets BuildInputs and returns a module with
 
     loss(images (B, 3, S, S), labels (B,), *, target, group) -> (total, i2t, t2i)    0-dim tensors
     predict(images) -> dict(probs (B, R))
@@ -37,7 +37,7 @@ CONTEXT_KEY = "prototypes.context_embeds"  # in state dicts
 LINEAR_DIM, LINEAR_SCALE = 1024, math.log(100)  # of the baselines where no CLIP is loaded
 
 
-class Parts(NamedTuple):
+class BuildInputs(NamedTuple):
     """What a method is built from."""
 
     args: Namespace
@@ -48,44 +48,44 @@ class Parts(NamedTuple):
 
 
 class Method(NamedTuple):
-    build: Callable[[Parts], nn.Module]
+    build: Callable[[BuildInputs], nn.Module]
     needs_clip: bool
     has_prompts: bool  # --tune has an effect
 
 
-def build_linear(parts: Parts) -> OrdinalCLIP:
-    scale = parts.clip.logit_scale if parts.clip else LINEAR_SCALE
-    prototypes = LinearPrototypes(parts.task.num_ranks, parts.dim)
-    return OrdinalCLIP(parts.image_encoder, prototypes, scale)
+def build_linear(inputs: BuildInputs) -> OrdinalCLIP:
+    scale = inputs.clip.logit_scale if inputs.clip else LINEAR_SCALE
+    prototypes = LinearPrototypes(inputs.task.num_ranks, inputs.dim)
+    return OrdinalCLIP(inputs.image_encoder, prototypes, scale)
 
 
-def build_regression(parts: Parts) -> Regression:
-    loss_type = parts.args.regression_loss
-    return Regression(parts.image_encoder, parts.dim, parts.task.num_ranks, loss_type)
+def build_regression(inputs: BuildInputs) -> Regression:
+    loss_type = inputs.args.regression_loss
+    return Regression(inputs.image_encoder, inputs.dim, inputs.task.num_ranks, loss_type)
 
 
-def build_zeroshot(parts: Parts) -> OrdinalCLIP:
-    clip, names = parts.clip, parts.task.rank_names
-    prompts = [zeroshot_prompt(parts.args, parts.task, name) for name in names]
+def build_zeroshot(inputs: BuildInputs) -> OrdinalCLIP:
+    clip, names = inputs.clip, inputs.task.rank_names
+    prompts = [zeroshot_prompt(inputs.args, inputs.task, name) for name in names]
     tokenizer = Tokenizer()
     for prompt in prompts:  # CLIP reads its feature at the first [EOT]
         if {tokenizer.sot_token, tokenizer.eot_token} & {*tokenizer.encode(prompt)}:
             raise ValueError(f"{prompt!r} spells out a special token of CLIP; use other words")
     with torch.no_grad():
         prototypes = clip.encode_text(tokenizer(prompts, clip.context_length))
-    return OrdinalCLIP(parts.image_encoder, FixedPrototypes(prototypes), clip.logit_scale)
+    return OrdinalCLIP(inputs.image_encoder, FixedPrototypes(prototypes), clip.logit_scale)
 
 
 def zeroshot_prompt(args: Namespace, task: data.Task, rank_name: str) -> str:
     return f"{args.context or task.context} {rank_name}."
 
 
-def build_rank_prompts(parts: Parts) -> OrdinalCLIP:
-    args, task, tokenizer = parts.args, parts.task, Tokenizer()
+def build_rank_prompts(inputs: BuildInputs) -> OrdinalCLIP:
+    args, task, tokenizer = inputs.args, inputs.task, Tokenizer()
     context = args.context or task.context
     names = [tokenizer.encode(name) for name in task.rank_names]
     prompts = RankPrompts(
-        parts.clip,
+        inputs.clip,
         task.num_ranks,
         context=int(context) if is_digits(context) else torch.tensor(tokenizer.encode(context)),
         rank_tokens=names if args.rank_init == "names" else None,
@@ -95,7 +95,7 @@ def build_rank_prompts(parts: Parts) -> OrdinalCLIP:
     )
     prompts.rank_embeds.requires_grad_(args.tune != "context")
     prompts.context_embeds.requires_grad_(args.tune != "rank")
-    return OrdinalCLIP(parts.image_encoder, prompts, parts.clip.logit_scale)
+    return OrdinalCLIP(inputs.image_encoder, prompts, inputs.clip.logit_scale)
 
 
 METHODS = {  # in the order of the paper's rows
@@ -134,7 +134,7 @@ def build_model(args: Namespace, task: data.Task) -> tuple[nn.Module, dict[str, 
         encoder.requires_grad_(False)
     if args.compile:
         encoder.compile()
-    model = METHODS[args.method].build(Parts(args, task, encoder, dim, clip))
+    model = METHODS[args.method].build(BuildInputs(args, task, encoder, dim, clip))
     model.to(args.device, memory_format=torch.channels_last)  # faster convolutions
     return model, preprocess
 

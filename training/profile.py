@@ -24,7 +24,7 @@ from training.methods import METHODS, build_loss, build_model, warm_start
 from training.run_folder import Run, peak_memory, run_name
 
 WARM_UP, STEPS = 3, 20  # steps before and while measuring
-DATA, TRANSFER, IMAGE, TEXT, MATCHING, OPTIMISER = PARTS = (
+DATA, TRANSFER, IMAGE, TEXT, MATCHING, OPTIMISER = STEP_PARTS = (
     "waiting for data", "transfer", "image tower", "text tower", "matching", "optimiser"
 )  # fmt: skip
 COLUMNS = "forward ms", "backward ms", "share", "weights MB", "gradients", "optimiser", "saved"
@@ -90,7 +90,7 @@ def table(profiler: "StepProfiler", saved: dict[str, int]) -> list[str]:
     """Times of each part, and bytes of its weights, gradients, optimiser state, and those saved."""
     args, seconds, weights = profiler.run.args, profiler.seconds, profiler.weights()
     rows = [("", COLUMNS)]
-    for part in PARTS:
+    for part in STEP_PARTS:
         times = [seconds.get((part, direction), 0) for direction in ("forward", "backward")]
         cells = [f"{time / STEPS * 1e3:.2f}" for time in times]
         cells.append(f"{sum(times) / sum(seconds.values()):.1%}")
