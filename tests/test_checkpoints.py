@@ -36,6 +36,7 @@ REFUSED = {  # two methods, a flag without effect, and names of two tokens from 
 PAIRS = [pair for pair in itertools.combinations(SETTINGS, 2) if pair not in REFUSED]
 SAMPLE = {
     ("init", "freeze"),
+    ("init", "regression"),
     ("freeze", "regression"),
     ("official", "shots"),
     ("linear", "workers"),

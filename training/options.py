@@ -291,9 +291,10 @@ def check_values(args: Namespace) -> None:
             f"{flag} needs --image-encoder clip: the last layer of the others starts at random"
         )
     context = args.context
-    is_number = is_digits(context or "") and int(context) > 0 and has_prompts(args)
+    may_be_number = args.method != "zeroshot"  # which learns none
+    is_number = may_be_number and is_digits(context or "") and int(context) > 0
     if context and not (is_number or any(map(str.isalpha, context))):
-        number = ", or a number of tokens from 1" if has_prompts(args) else ""
+        number = ", or a number of tokens from 1" if may_be_number else ""
         raise SystemExit(f"--context {context!r}: expected words{number}")
     for keys, low, high, why in (
         ("epochs", 1 if trains(args) else 0, 1_000_000,
