@@ -148,7 +148,7 @@ class RankPrompts(nn.Module):
             context_embeds = context_embeds.repeat(num_ranks, 1, 1)  # (R, N, W)
         self.context_embeds = nn.Parameter(context_embeds)
 
-        sizes, is_free = (num_ranks, num_base_ranks), interp == "none"  # K = R
+        sizes, is_free = (num_ranks, num_base_ranks), interp == "none"  # then K = R
         weights = torch.eye(num_ranks) if is_free else interpolation_weights(*sizes, interp)
         lengths, size = [tokens_per_rank] * num_ranks, (weights.shape[1], tokens_per_rank, width)
         if rank_tokens is None:
@@ -299,8 +299,8 @@ class OrdinalCLIP(nn.Module):
                 "logit_scale needs a gradient but is no parameter; to make it learn: "
                 "model.logit_scale = nn.Parameter(model.logit_scale)"
             )
-        may_share = group is None and dist.is_available() and dist.is_initialized()
-        if may_share and dist.get_world_size() > 1:
+        is_distributed = dist.is_available() and dist.is_initialized()
+        if group is None and is_distributed and dist.get_world_size() > 1:
             warnings.warn("loss of this process alone: pass group=dist.group.WORLD", stacklevel=2)
         x, p, scale = self._match_inputs(images)
         i2t, t2i = matching_loss(x, p, labels, scale, target=target, impl=impl, group=group)
@@ -317,7 +317,7 @@ class OrdinalCLIP(nn.Module):
 
     @torch.no_grad()
     def export(self, copy: bool = True) -> "OrdinalCLIP":
-        """The same model, its prototypes computed and stored; image encoder: copied or shared."""
+        """The same model, its prototypes (R, D) stored; its image encoder: copied, or shared."""
         encoder = deepcopy(self.image_encoder) if copy else self.image_encoder
         fixed = FixedPrototypes(self.prototypes())
         return OrdinalCLIP(encoder, fixed, self.logit_scale).train(self.training)

@@ -232,12 +232,12 @@ def name_rows(runs: Iterable[FinishedRun]) -> None:
             if key not in ("seed", "fold")
             and any(s.get(key) != settings[0].get(key) for s in settings)
         ]
-        images: dict[tuple, set[str]] = {}  # of a fold; seeds draw some of the training images
+        inputs: dict[tuple, set[str]] = {}  # of a fold; seeds draw some of the training images
         for run, values in zip(cell, settings):
             run.row += "".join(f" {key}={values.get(key)}" for key in differing)
             for kind, digest in input_digests(run).items():
-                images.setdefault((run.row, run.settings["fold"], kind), set()).add(digest)
-        if any(len(digests) > 1 for digests in images.values()):
+                inputs.setdefault((run.row, run.settings["fold"], kind), set()).add(digest)
+        if any(len(digests) > 1 for digests in inputs.values()):
             for run in cell:
                 if digests := "".join(input_digests(run).values()):
                     run.row += f" inputs={hashlib.sha256(digests.encode()).hexdigest()[:8]}"
@@ -250,8 +250,8 @@ def table_settings(run: FinishedRun) -> dict:
 
 
 def input_digests(run: FinishedRun) -> dict[str, str]:
-    """Of the paths and labels, and of the bytes, of the images that the runs of a fold share; of
-    weights files.
+    """sha256 of what runs of a fold share: {"": paths and labels, " files": bytes of the images,
+    "--clip": its weights file, ...}.
 
     Runs of earlier versions lack some; --shots and --shift draw training images by seed.
     """

@@ -259,7 +259,7 @@ def split_digests(task: data.Task) -> dict[str, str]:
 
 
 def weights_digests(args: Namespace) -> dict[str, str]:
-    """{flag: sha256 of its files}, of the flags that name a file or folder."""
+    """{flag: sha256 of its files}, of the flags that name a file or folder; kept in `splits`."""
     digests = {}
     for flag in WEIGHTS:
         if value := getattr(args, flag[2:].replace("-", "_")):
@@ -287,6 +287,7 @@ def check_same_weights(args: Namespace) -> None:
 
 @functools.lru_cache
 def file_digest(path: Path, mtime_ns: int) -> str:
+    """sha256; mtime_ns: so that a file that was replaced is read again."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
