@@ -188,7 +188,7 @@ def print_results(results: dict[str, Any]) -> None:
 
 def save_predictions(path: Path, task: data.Task, probs: Tensor) -> None:
     """predictions-NAME.csv: path, true and predicted rank, expected rank as an index and as a
-    value, probability; value: the label itself, where ranks are not one unit apart."""
+    value, probability; label_value: the label itself, where ranks are not one unit apart."""
     ranks, targets = torch.arange(task.num_ranks, dtype=probs.dtype), task.targets("test")
     values = probs.double() @ torch.tensor(task.rank_values, dtype=torch.float64)  # (M,)
     rows = []
@@ -201,7 +201,7 @@ def save_predictions(path: Path, task: data.Task, probs: Tensor) -> None:
             expected_value=f"{float(values[i]):.6g}",
             prob=f"{float(p.max()):.4f}",
         )
-        rows.append(row | dict(value=targets[i]) if targets else row)
+        rows.append(row | dict(label_value=targets[i]) if targets else row)
     save_csv(path, rows)
 
 

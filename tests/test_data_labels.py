@@ -296,9 +296,9 @@ def test_a_run_on_names_with_gaps_says_mae_in_years(tmp_path, capsys):
     argv = ["--data", str(root), "--label-pattern", UTKFACE, *TINY, "--out", str(tmp_path / "run")]
     results = train.main(argv)
     rows = list(csv.DictReader((tmp_path / "run" / "predictions-best.csv").open()))
-    errors = [abs(float(row["expected_value"]) - float(row["value"])) for row in rows]
+    errors = [abs(float(row["expected_value"]) - float(row["label_value"])) for row in rows]
     assert results["test"]["mae_value"] == pytest.approx(np.mean(errors), rel=1e-4)
-    assert all(row["value"] == f"{row['path'].split('_')[0]}.0" for row in rows)
+    assert all(row["label_value"] == f"{row['path'].split('_')[0]}.0" for row in rows)
     assert f"MAE in the unit of the labels {results['test']['mae_value']:.4g} (always" in (
         capsys.readouterr().out
     )
