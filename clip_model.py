@@ -127,7 +127,7 @@ class CLIP(nn.Module):
         except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             reason = f"{type(error).__name__} {' '.join(str(error).split())}"
             raise ValueError(
-                f"not a whole CLIP: {reason:.300}; got {len(state)} entries "
+                f"not a complete CLIP: {reason:.300}; got {len(state)} entries "
                 f"({', '.join([*state][:3])}), expected both towers, named as by OpenAI, open_clip "
                 "or Hugging Face's CLIPModel: choose other weights"
             ) from error

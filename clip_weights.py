@@ -420,7 +420,7 @@ def _read_configs(path, must_parse):
 def download(url: str, sha256: str, cache_dir: str | PathLike | None = None) -> Path:
     """The file behind `url`, checked against its sha256; from `cache_dir` if it is there already.
 
-    torch.hub writes to a temporary name and renames the file when it is whole and its sha256 right.
+    torch.hub writes to a temporary name and renames the complete file if its sha256 is right.
     Progress goes to stderr if that is a terminal. Raises ConnectionError where the download fails
     and ValueError for a wrong sha256.
     """

@@ -5,7 +5,7 @@
     saved = load_prototypes("ranks.pt")
     model = OrdinalCLIP(encoder, FixedPrototypes(saved["prototypes"]), saved["logit_scale"])
 
-Every entry is checked when it is read. Letters: R ranks, D joint dim.
+Every entry is checked when it is read. Dims: R ranks, D joint dim.
 Copy together with: ordinalclip.py, kernels/, clip_weights.py; clip_model.py or
 backbones.py for the image encoder; data/ to save prototypes.
 """
@@ -52,7 +52,7 @@ def load_model(path: str | Path) -> tuple[OrdinalCLIP | Regression, list[str], l
     except (LookupError, AttributeError, ArithmeticError, TypeError, ValueError, RuntimeError) as e:
         reason = f"{type(e).__name__} {' '.join(str(e).split())}"
         raise ValueError(
-            f"{path} holds no whole image encoder {name!r} ({reason:.300}); export the run again"
+            f"{path} holds no complete image encoder {name!r} ({reason:.300}); export the run again"
         ) from e
     return model.float(), names, values, preprocess
 

@@ -7,7 +7,7 @@
     answers = predictor(["photo.jpg", Image.open("other.png")])
     answers["name"], answers["value"]                          # ['31', '8'], tensor([30.4, 8.9])
 
-Images are prepared as in the evaluation. Letters: B images, R ranks, S image size, D joint dim.
+Images are prepared as in the evaluation. Dims: B images, R ranks, S image size, D joint dim.
 Read from the top: load, Predictor, ONNX, the command line, how images are read.
 Copy together with: exported.py and its files, data/, evaluation/plots.py. exported.py alone gives
 the model, for your own tensors.
@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not paths:
             return 0
         rows, failed = predict_all(args, predictor, paths)
-        report(args, predictor, rows, failed)
+        write_outputs(args, predictor, rows, failed)
         return 1 if failed else 0
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"predict.py: {error}") from error
@@ -283,7 +283,7 @@ def predict_all(args: Namespace, predictor: Predictor, paths: list[str]) -> tupl
     return rows, failed
 
 
-def report(args: Namespace, predictor: Predictor, rows: Rows, failed: Rows) -> None:
+def write_outputs(args: Namespace, predictor: Predictor, rows: Rows, failed: Rows) -> None:
     """Write the files that were asked for, print the table and what failed."""
     if args.csv:
         data.atomic_write(Path(args.csv), partial(_write_csv, rows))

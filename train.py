@@ -3,7 +3,7 @@
     python train.py --data demo                              # generated images, minutes on a CPU
     python train.py --data morph2 --interp linear            # the paper's main run
     python train.py --data my/folder --clip RN50             # own data: docs/datasets.md
-    python train.py --resume runs/NAME                       # go on where last.pt stopped
+    python train.py --resume runs/NAME                       # resume from last.pt
     python train.py --eval runs/NAME/best.pt                 # test a checkpoint again
     python train.py --data adience --fold all                # five runs, their mean at the end
     python train.py --report runs/*                          # finished runs beside the paper's
@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 from evaluation.evaluate import evaluate_test_set, part_metrics, predict_loader, similarity_matrix
 from evaluation.report import write_report
-from training.checkpoints import TrainingState, load_last, load_weights, save_checkpoint
+from training.checkpoints import TrainingState, load_checkpoint_weights, load_last, save_checkpoint
 from training.distributed import barrier, data_parallel, init_distributed, is_main, world_size
 from training.loaders import autocast, load_task, make_loaders, prepare_batch
 from training.methods import build_loss, build_model, needs_clip, warm_start
@@ -96,10 +96,12 @@ def main(argv: list[str] | None = None) -> dict | list[dict] | str:
 def train(args: Namespace) -> dict[str, Any]:
     """One run in the order of the paper: ranks, model, matching loss, best epoch, test.
 
-    A run that was cut off goes on from its last.pt.
+    An interrupted run is resumed from its last.pt.
     """
     start_time = time.time()
     with lock_run_dir(args):
+        # 1. Images and their ranks, under a named protocol (paper, section 4.1); 2. image encoder,
+        # rank prototypes, temperature (sections 3.1 to 3.3)
         run = build_run(args)
         if saved := load_last(run):
             start_time -= saved["seconds"]
@@ -123,7 +125,7 @@ def train(args: Namespace) -> dict[str, Any]:
             fit(run, state, train_loader, val_loader)
         # 5. The test images are looked at once, with the best epoch
         barrier()  # the main process writes best.pt
-        load_weights(run.model, run.dir / "best.pt")
+        load_checkpoint_weights(run.model, run.dir / "best.pt")
         results = evaluate_test_set(run, val_loader, test_loader, start_time, initial_similarity)
         if is_main():
             export_model(run.dir / "exported.pt", run, results)
@@ -134,10 +136,8 @@ def train(args: Namespace) -> dict[str, Any]:
 
 def build_run(args: Namespace) -> Run:
     """Images, ranks and model, on its device and untrained. SystemExit for user errors."""
-    # 1. Images and their ranks, under a named protocol (paper, section 4.1)
     task = load_task(args)
     check_same_images(args, task)
-    # 2. Image encoder, rank prototypes, temperature (sections 3.1 to 3.3)
     torch.manual_seed(args.seed)
     return Run(args, task, *build_model(args, task))
 
@@ -164,7 +164,7 @@ def fit(run: Run, state: TrainingState, train_loader: DataLoader, val_loader: Da
         if is_main():
             seconds = (time.time() - fit_start) / (epoch - start_epoch + 1)
             print_epoch(row, args.epochs, seconds * (args.epochs - epoch), is_best)
-            if is_best:  # before last.pt: a run cut off between the two repeats the epoch
+            if is_best:  # before last.pt: a run interrupted between the two repeats the epoch
                 save_checkpoint(run.dir / "best.pt", eval_run.model, args, epoch=epoch)
             board.write(epoch, row)  # before last.pt, too
             state.save()
@@ -177,7 +177,7 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """-> mean losses and images per second. FloatingPointError: a loss is not finite.
 
-    Goes on where `state` says that the epoch was cut off.
+    Resumes where `state` says that the epoch was interrupted.
     """
     args, accumulate = run.args, run.args.accumulate
     run.model.train()
@@ -218,7 +218,7 @@ def evaluate_checkpoint(args: Namespace) -> dict[str, Any]:
     start_time, run = time.time(), build_run(args)
     same_initialisation = args.epochs and not args.init
     initial_similarity = similarity_matrix(run.model) if same_initialisation else None
-    load_weights(run.model, args.eval)
+    load_checkpoint_weights(run.model, args.eval)
     _, val_loader, test_loader = make_loaders(run)
     name = f"eval-{Path(args.eval).stem}"
     results = evaluate_test_set(run, val_loader, test_loader, start_time, initial_similarity, name)
@@ -246,7 +246,7 @@ def cli() -> None:
         main()
     except KeyboardInterrupt:
         raise SystemExit(
-            "interrupted; the same command, or --resume RUN, goes on from what was saved"
+            "interrupted; the same command, or --resume RUN, resumes from what was saved"
         ) from None
 
 

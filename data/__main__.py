@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from where it was", file=sys.stderr)
+        print("interrupted; the same command resumes where it was", file=sys.stderr)
         return 130
     return 1 if num_errors else 0
 

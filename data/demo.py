@@ -2,7 +2,7 @@
 
 2,400 / 300 / 600 images of 96 x 96 pixels, 1 .. 30 years, the same on every machine, in
 $XDG_CACHE_HOME/ordinalclip/demo-v1. Contents: load, make_demo, and the drawing from _draw_trunk
-down. Letters: H, W height and width of the image while it is drawn.
+down. Dims: H, W height and width of the image while it is drawn.
 Read after lists.py and task.py. Copy together with: those two, files.py; needs numpy, pillow.
 """
 
@@ -50,7 +50,7 @@ def load(root: Path, options: Options) -> Task:
 
 
 def make_demo(root: Path, sizes: Sequence[int], seed: int = 0) -> None:
-    """Draw the demo beside `root`, and move it there once it is whole.
+    """Draw the demo beside `root`, and move it there once it is complete.
 
     sizes: images of train, val, test. Raises FileExistsError if root holds anything else.
     """
@@ -90,7 +90,7 @@ def _draw_parts(folder: Path, sizes: Sequence[int], seed: int) -> None:
             write_list(folder / f"{part}.txt", zip(paths, ranks))
         first += size
     write_lines(folder / "ranks.txt", names)
-    write_lines(folder / "demo-v1", [sizes])  # last: marks a whole demo
+    write_lines(folder / "demo-v1", [sizes])  # last: marks a complete demo
 
 
 def _draw_trunk(years: int, rng: Generator, side: int = 96, supersample: int = 2) -> Array:

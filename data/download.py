@@ -1,6 +1,6 @@
 """Releases that may be fetched freely: `python -m data hci --download`.
 
-The archive grows as ROOT/NAME.part, so that a run that was cut off goes on where it stopped. It is
+The archive grows as ROOT/NAME.part, so that an interrupted download resumes where it stopped. It is
 checked by its md5, or, where none is published, by the counts of what it holds; then unpacked into
 a hidden folder of ROOT and moved file by file. Files that are already in ROOT are never replaced.
 A dataset takes part by a constant DOWNLOAD in its file; HOW_TO_GET is printed for the others.
@@ -40,7 +40,7 @@ def download(name: str, dataset: Any, root: Path) -> None:
     """Fetch a release into `root`, unless it is there; say which licence it has before.
 
     dataset: its module, None for own images. ValueError: not to be fetched, or wrong content;
-    FileExistsError: a file in root differs; other OSErrors: network and disk, run again to go on.
+    FileExistsError: a file in root differs; other OSErrors: network and disk, run again to resume.
     """
     release = getattr(dataset, "DOWNLOAD", None)
     if release is None:
@@ -92,9 +92,9 @@ def _fetch(url: str, part: Path) -> None:
             raise ConnectionError(f"cut off after {size:,} of {total:,} bytes")
     except (OSError, http.client.HTTPException) as error:
         if getattr(error, "code", None) == 416:
-            return  # no byte after these: the archive was whole
+            return  # no byte after these: the archive was complete
         reason = " ".join(str(error).split())  # what a server says may have several lines
-        again = f"run again to go on, or get {part.with_suffix('')} yourself"
+        again = f"run again to resume, or get {part.with_suffix('')} yourself"
         raise ConnectionError(f"cannot fetch {url} to {part}: {reason}; {again}") from error
     finally:
         if sys.stderr.isatty():
@@ -113,7 +113,7 @@ def _unpack(path: Path, release: Release, root: Path) -> None:
         except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
             raise ValueError("cut short, or no archive") from error
         except OSError as error:
-            raise OSError(f"cannot unpack {path}: {error}; run again to go on") from error
+            raise OSError(f"cannot unpack {path}: {error}; run again to resume") from error
         # an archive with the right md5 is the release, whatever it holds
         if not release.md5 and (differences := release.differences(folder)):
             raise ValueError("; ".join(differences))

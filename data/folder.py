@@ -53,7 +53,9 @@ Images = tuple[list[str], Parts, dict[str, str], dict[str, float], list[str]]
 def load(folder: Path, root: Path, options: Options) -> Task:
     """The Task of a folder; lists and their paths under `root` may replace those in the folder."""
     if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder {root}, given as the data root; mend the path")
+        raise FileNotFoundError(
+            f"there is no folder {root}, given as the data root; correct the path"
+        )
     folders, files = _list_folder(folder)
     files = [file for file in files if file.suffix.lower() in (".txt", ".csv", ".tsv")]
     sources = options.lists or _find_parts({file: file.stem for file in files if file.is_file()})

@@ -4,7 +4,7 @@
     image, label = images[0]                               # uint8 (3, 224, 224), rank index
     batch = normalize(image[None], CLIP_MEAN, CLIP_STD)    # float32 (1, 3, 224, 224)
 
-Letters: B images, S image size. Differs from the official code (xk-huang/OrdinalCLIP@ca10a20):
+Dims: B images, S image size. Differs from the official code (xk-huang/OrdinalCLIP@ca10a20):
 every image mode is read, not only RGB and L (ordinalclip/runner/data.py#L96); the aspect ratio is
 kept (`squash=True`: as ordinalclip/runner/utils.py#L375).
 Read on its own. Copy together with: nothing; needs torch>=2.4, numpy, pillow.

@@ -60,7 +60,7 @@ def predict_loader(run: Run, loader: DataLoader) -> tuple[Tensor, Tensor]:
     if not probs.isfinite().all():
         raise FloatingPointError(
             "the model's predictions are not finite: its weights hold nan or inf; try a lower --lr "
-            "or --precision fp32. --resume goes on from the last checkpoint"
+            "or --precision fp32. --resume continues from the last checkpoint"
         )
     return probs, all_gather_rows(torch.cat(labels))  # (M, R), (M,)
 
@@ -100,7 +100,7 @@ def evaluate_test_set(
         protocol=task.protocol,
         method=run_name(args),
         images=dict(train=len(task.train), val=len(task.val), test=len(task.test)),
-        splits=run.splits,
+        digests=run.digests,
         val_is_test=task.val_is_test,
         prompt=zeroshot_prompt(args, task, task.rank_names[0]) if has_prompt else None,
         test=part_metrics(task, "test", probs, labels),

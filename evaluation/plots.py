@@ -2,7 +2,7 @@
 
     draw_matrices({"test images": confusion}, rank_names, ("predicted", "true")).save("c.png")
 
-Letters: B images, R ranks, S image size; positions are in pixels. Read in order: the pictures
+Dims: B images, R ranks, S image size; positions are in pixels. Read in order: the pictures
 (draw_matrices, draw_error_by_rank, draw_curves, draw_sheet, explain), then what they share.
 Copy together with: nothing; needs torch>=2.4, numpy, pillow.
 """

@@ -20,7 +20,7 @@ import data
 from evaluation.metrics import BOTH, METRICS
 from training.methods import METHODS, needs_clip
 from training.options import PAPER, build_parser
-from training.run_folder import WEIGHTS, comparable_settings, method_name, save_csv
+from training.run_folder import WEIGHTS, comparable_settings, method_name, save_csv, saved_digests
 from training.sweep import categories
 
 # What flags are in runs older than they; images were decoded in full before --no-draft was there.
@@ -244,7 +244,7 @@ def name_rows(runs: Iterable[FinishedRun]) -> None:
 
 
 def table_settings(run: FinishedRun) -> dict:
-    """The settings that tell the rows of a table apart; flags younger than the run: as if unset."""
+    """The settings that tell the rows of a table apart; flags newer than the run: as if unset."""
     settings = comparable_settings(UNSET_FLAGS | run.settings)
     return settings | dict(precision=run.settings.get("precision"))
 
@@ -255,10 +255,10 @@ def input_digests(run: FinishedRun) -> dict[str, str]:
 
     Runs of earlier versions lack some; --shots and --shift draw training images by seed.
     """
-    splits, settings = run.results.get("splits") or {}, run.settings
+    saved, settings = saved_digests(run.results), run.settings
     parts = data.PARTS[bool(settings.get("shots") or settings.get("shift")) :]
-    digests = {kind: "".join(splits.get(p + kind, "") for p in parts) for kind in ("", " files")}
-    digests |= {flag: splits.get(flag, "") for flag in WEIGHTS}
+    digests = {kind: "".join(saved.get(p + kind, "") for p in parts) for kind in ("", " files")}
+    digests |= {flag: saved.get(flag, "") for flag in WEIGHTS}
     return {kind: digest for kind, digest in digests.items() if digest}
 
 

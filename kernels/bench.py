@@ -101,7 +101,7 @@ def report(folder: Path, minutes: float) -> None:
                     file.write(json.dumps(dict(step=record["step"]) | row) + "\n")
                 (folder / "report.md").write_text(markdown(records), encoding="utf-8")
         else:
-            record["problem"] = "not begun: no time left"
+            record["problem"] = "not started: no time left"
         (folder / "report.md").write_text(markdown(records), encoding="utf-8")
         print(markdown([record]), flush=True)
 

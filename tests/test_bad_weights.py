@@ -77,7 +77,7 @@ EXPORTED = [  # entry, its new value, the message
     ("rank_values", "DEL", "{path} lacks rank_values: export the run again"),
     ("preprocess", "DEL", "{path} lacks preprocess: export the run again"),
     ("image_encoder", 3, "{path}: image_encoder is the int 3; expected a text: export the run again"),
-    ("image_encoder", "vgg99", "{path} holds no whole image encoder 'vgg99' (ValueError image "
+    ("image_encoder", "vgg99", "{path} holds no complete image encoder 'vgg99' (ValueError image "
      "encoder 'vgg99': expected one of vgg16, timm:NAME, torchvision:NAME); export the run again"),
     ("quick_gelu", 1, "{path}: quick_gelu is the int 1; expected True or False: export the run again"),
     ("quick_gelu", None, "{path}: quick_gelu is the NoneType None; expected True or False: "
@@ -116,7 +116,7 @@ EXPORTED = [  # entry, its new value, the message
     ("state_dict/logit_scale", torch.tensor(float("inf")), "{path}: logit_scale holds nan or inf "
      "in 1 of 1 values; expected finite numbers: training diverged or the file is damaged, take "
      "another one"),
-    (CONV, "DEL", "{path} holds no whole image encoder 'clip' (RuntimeError Error(s) in loading "
+    (CONV, "DEL", "{path} holds no complete image encoder 'clip' (RuntimeError Error(s) in loading "
      "state_dict for OrdinalCLIP: Missing key(s) in state_dict: \"image_encoder.conv1.weight\".); "
      "export the run again"),
     (CONV, torch.full((8, 3, 3, 3), NAN), "{path}: image_encoder.conv1.weight holds nan or inf in "
@@ -124,7 +124,7 @@ EXPORTED = [  # entry, its new value, the message
      "another one"),
     (CONV, torch.full((8, 3, 3, 3), 1e38), "the model answers nan: its weights are finite, but too "
      "large or damaged"),
-    ("state_dict/image_encoder.bn1.bias", torch.zeros(3), "{path} holds no whole image encoder "
+    ("state_dict/image_encoder.bn1.bias", torch.zeros(3), "{path} holds no complete image encoder "
      "'clip' (RuntimeError Error(s) in loading state_dict for OrdinalCLIP: size mismatch for "
      "image_encoder.bn1.bias: copying a param with shape torch.Size([3]) from checkpoint, the shape "
      "in current model is torch.Size([8]).); export the run again"),

@@ -95,4 +95,4 @@ def test_the_whole_command(tmp_path):
 def test_no_time_left(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "steps", lambda tiny: [["machine", 60]])
     bench.report(tmp_path, 0.0)
-    assert "Stopped: not begun: no time left" in (tmp_path / "report.md").read_text()
+    assert "Stopped: not started: no time left" in (tmp_path / "report.md").read_text()

@@ -383,7 +383,7 @@ NOT_A_WHOLE_CLIP = {  # name -> what is done to the state dict of TINY, the mess
 
 @pytest.mark.parametrize("spoil, message", NOT_A_WHOLE_CLIP.values(), ids=NOT_A_WHOLE_CLIP)
 def test_not_a_whole_clip(state, spoil, message):
-    message = f"not a whole CLIP: .*{message}.*expected both towers.* choose other weights$"
+    message = f"not a complete CLIP: .*{message}.*expected both towers.* choose other weights$"
     with pytest.raises(ValueError, match=message):
         CLIP.from_state_dict(spoil(dict(state)))
 

@@ -355,9 +355,7 @@ def test_copies_and_unreadable_images_are_reported_before_training(tmp_path, cap
     for path in broken:
         path.write_bytes(path.read_bytes()[:60])
     argv = ["--data", str(root), "--out", str(run_dir), *TINY]
-    with pytest.raises(
-        SystemExit, match="^train.py: 30 images of .* cannot be read; mend"
-    ) as error:
+    with pytest.raises(SystemExit, match="^train.py: 30 images of .* cannot be read; fix") as error:
         train.main(argv)
     lines = str(error.value).splitlines()[1:]
     assert sorted(line.split(" cannot be read")[0] for line in lines) == list(map(str, broken))
@@ -367,7 +365,7 @@ def test_copies_and_unreadable_images_are_reported_before_training(tmp_path, cap
     before_training = capsys.readouterr().out.split("epoch ")[0]
     for path in root.glob("test/*/*"):
         path.write_bytes(b"")
-    with pytest.raises(SystemExit, match="mend or remove them, without them a part is empty:"):
+    with pytest.raises(SystemExit, match="fix or remove them, without them a part is empty:"):
         train.main([*argv, "--skip-bad", "--out", str(tmp_path / "other")])
     results = json.loads((run_dir / "results.json").read_text("utf-8"))
     protocol, num = results["protocol"], results["images"]

@@ -216,7 +216,7 @@ def test_a_cut_download_goes_on(server, hci, hci_tar, capsys, mode):
     server.mode = "cut"
     message = (
         f"cannot fetch {server.url}/Hist.*tar to {server.part}: cut off after 1,000,000 of "
-        f"{len(hci_tar):,} bytes; run again to go on, or get {server.archive} yourself"
+        f"{len(hci_tar):,} bytes; run again to resume, or get {server.archive} yourself"
     )
     assert_error(fetch(hci, capsys), message)
     assert server.part.read_bytes() == hci_tar[:CUT] and files_in(hci) == [server.part]
@@ -238,7 +238,7 @@ def test_ctrl_c_says_how_to_go_on(server, hci, hci_tar, capsys):
         code, _, err = fetch(hci, capsys)
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert code == 130 and err == "interrupted; the same command goes on from where it was\n"
+    assert code == 130 and err == "interrupted; the same command resumes where it was\n"
     size = server.part.stat().st_size
     assert CUT // 2 <= size <= CUT and files_in(hci) == [server.part]
     server.mode = "whole"
@@ -272,14 +272,14 @@ def test_a_server_without_the_file(server, hci, capsys, mode, reason):
 def test_no_network(server, hci, capsys):
     server.shutdown()
     server.server_close()
-    assert_error(fetch(hci, capsys), "cannot fetch .*refused.*; run again to go on, or get .*")
+    assert_error(fetch(hci, capsys), "cannot fetch .*refused.*; run again to resume, or get .*")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is full needs Linux")
 def test_a_full_disk(server, hci, capsys):
     hci.mkdir(parents=True)
     server.part.symlink_to("/dev/full")
-    message = f"cannot fetch .* to {server.part}: .*No space left.*; run again to go on, .*"
+    message = f"cannot fetch .* to {server.part}: .*No space left.*; run again to resume, .*"
     assert_error(fetch(hci, capsys), message)
 
 
@@ -294,7 +294,7 @@ def test_a_disk_that_is_full_while_unpacking(server, hci, monkeypatch, capsys):
         result = fetch(hci, capsys)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert_error(result, f"cannot unpack {server.archive}: .*too large; run again to go on")
+    assert_error(result, f"cannot unpack {server.archive}: .*too large; run again to resume")
     assert files_in(hci) == [server.archive]
 
 

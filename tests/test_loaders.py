@@ -159,8 +159,8 @@ def test_a_frozen_encoder_stays_and_its_features_are_computed_once(gray, tmp_pat
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 64
         path.write_bytes(content)
-    mended = train.main([*argv, str(tmp_path / "c")])
-    assert len(calls) == 6 and mended["test"] == results["test"]
+    repaired = train.main([*argv, str(tmp_path / "c")])
+    assert len(calls) == 6 and repaired["test"] == results["test"]
     end = torch.load(tmp_path / "a" / "best.pt", weights_only=True)["model"]
     assert all(torch.equal(value, end[f"image_encoder.{key}"]) for key, value in start.items())
     whole = torch.load(tmp_path / "a" / "exported.pt", weights_only=True)["state_dict"]

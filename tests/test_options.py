@@ -51,7 +51,7 @@ def test_a_later_run_of_a_sweep_is_checked_before_the_first(gray, tmp_path):
     argv = ["--data", str(gray), *TINY, "--out", str(tmp_path / "runs"), "--seeds"]
     train.main([*argv, "27"])
     next((tmp_path / "runs").glob("*seed27/results.json")).unlink()
-    with pytest.raises(SystemExit, match="seed27 was begun with other settings: --lr 0.002, not"):
+    with pytest.raises(SystemExit, match="seed27 was started with other settings: --lr 0.002, not"):
         train.main([*argv, "1", "27", "--lr", "0.1"])
     assert not list((tmp_path / "runs").glob("*seed1"))
 

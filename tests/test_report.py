@@ -47,13 +47,13 @@ def test_the_report_has_the_papers_layout(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("seeds", [(1, 2), (2, 1)])
-def test_flags_younger_than_a_run_are_unset_in_it(tmp_path, seeds):
+def test_flags_newer_than_a_run_are_unset_in_it(tmp_path, seeds):
     """They neither end the report nor join runs that differ in them, whichever is read first."""
-    younger = dict(ema=None, no_draft=True, patience=None)
+    newer = dict(ema=None, no_draft=True, patience=None)
     write_run(tmp_path / "a", 2.0, seed=seeds[0])
-    write_run(tmp_path / "b", 3.0, seed=seeds[1], **younger)
+    write_run(tmp_path / "b", 3.0, seed=seeds[1], **newer)
     assert "| 2.500 ± 0.707 (n=2) [2.32] |" in write_report([tmp_path])
-    write_run(tmp_path / "0", 4.0, seed=3, **younger | dict(ema=0.9))
+    write_run(tmp_path / "0", 4.0, seed=3, **newer | dict(ema=0.9))
     text = write_report([tmp_path])
     assert "| ordinalclip-linear-K3 ema=0.9 | 4.000 (n=1)" in text
     assert "| ordinalclip-linear-K3 ema=None | 2.500 ± 0.707 (n=2)" in text
@@ -72,7 +72,7 @@ def test_runs_on_other_pixels_are_not_averaged(tmp_path):
         path = tmp_path / str(seed) / "results.json"
         splits = {part: "lists" for part in ("train", "val", "test")}
         splits |= {f"{part} files": digest for part in ("train", "val", "test")}
-        path.write_text(json.dumps(json.loads(path.read_text()) | dict(splits=splits)))
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(digests=splits)))
     text = write_report([tmp_path])
     assert " inputs=" in text and "3.500 ± 0.707 (n=2)" in text and "5.000 (n=1)" in text
 
@@ -136,11 +136,11 @@ def test_a_copy_of_a_run_is_not_a_second_run(finished_run, tmp_path):
 
 def test_folders_without_a_finished_run_are_named(tmp_path):
     write_run(tmp_path / "a", 2.0)
-    (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "config.json").write_text("{}")
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.json").write_text("{}")
     (tmp_path / "empty").mkdir()
     results = tmp_path / "a" / "results.json"
-    paths = {tmp_path / "none": "no such folder", tmp_path / "begun": "not finished"}
+    paths = {tmp_path / "none": "no such folder", tmp_path / "unfinished": "not finished"}
     paths |= {
         tmp_path / "empty": "no finished run",
         results: f"a file; give its folder, {tmp_path / 'a'}",

@@ -100,13 +100,13 @@ def test_the_same_command_goes_on_wherever_it_was_cut_off(gray, tmp_path):
     assert train.main(["--resume", str(run_dir)])["test"] == results["test"]
 
 
-def test_other_settings_than_the_run_was_begun_with_are_refused(gray, tmp_path):
+def test_other_settings_than_the_run_was_started_with_are_refused(gray, tmp_path):
     argv = ["--data", str(gray), *TINY, "--out", str(tmp_path / "runs"), "--seeds", "1"]
     train.main(argv)
     (next((tmp_path / "runs").glob("*/results.json"))).unlink()
     with pytest.raises(SystemExit) as error:
         train.main([*argv, "--lr", "0.5", "--batch-size", "8", "--epochs", "2"])
-    for words in ("was begun with other settings", "--lr 0.002, not 0.5", "--batch-size 16, not 8",
+    for words in ("was started with other settings", "--lr 0.002, not 0.5", "--batch-size 16, not 8",
                   "--epochs 1, not 2"):  # fmt: skip
         assert words in str(error.value)
     train.main([*argv, "--workers", "1", "--save-every", "3"])  # these change no result
@@ -119,7 +119,7 @@ def test_other_files_are_not_written_over(gray, tmp_path):
         train.main(["--data", str(gray), *TINY, "--out", str(tmp_path / "run")])
 
 
-def test_lists_that_changed_since_the_run_began_are_refused(gray, tmp_path):
+def test_lists_that_changed_since_the_run_started_are_refused(gray, tmp_path):
     for part, ranks in (("train", "0123"), ("test", "13")):
         lines = [f"{rank} gray/{i}.png {rank}" for rank in ranks for i in range(8)]
         (tmp_path / f"{part}.txt").write_text("\n".join(lines) + "\n")
@@ -135,13 +135,15 @@ def test_lists_that_changed_since_the_run_began_are_refused(gray, tmp_path):
     ):
         text = path.read_text()
         path.write_text(text.split("\n", 1)[1])
-        with pytest.raises(SystemExit, match="the list of test images changed since the run began"):
+        with pytest.raises(
+            SystemExit, match="the list of test images changed since the run started"
+        ):
             train.main(command)
         path.write_text(text)
     train.main(argv)
 
 
-def test_images_that_were_replaced_since_the_run_began_are_refused(gray, tmp_path):
+def test_images_that_were_replaced_since_the_run_started_are_refused(gray, tmp_path):
     folder = shutil.copytree(gray, tmp_path / "gray")
     argv = ["--data", str(folder), *TINY, "--out", str(tmp_path / "runs"), "--seeds"]
     train.main([*argv, "1"])
@@ -165,7 +167,9 @@ def test_weights_that_were_replaced_between_runs_of_a_sweep_are_refused(gray, tm
     argv = ["--data", str(gray), *TINY, "--clip", str(weights), "--quick-gelu"]
     train.main([*argv, "--out", str(tmp_path / "runs"), "--seeds", "1"])
     torch.save(tiny_clip(seed=1).state_dict(), path)
-    with pytest.raises(SystemExit, match="the file of --clip changed since the run began; restore"):
+    with pytest.raises(
+        SystemExit, match="the file of --clip changed since the run started; restore"
+    ):
         train.main([*argv, "--out", str(tmp_path / "runs"), "--seeds", "1", "2"])
     train.main([*argv, "--out", str(tmp_path / "runs" / "other"), "--seed", "2"])
     assert "(n=2)" not in write_report([tmp_path / "runs"])
@@ -189,7 +193,7 @@ def test_a_finished_run_is_not_taken_for_one_of_another_precision(gray, tmp_path
         train.main([*argv, "--precision", "bf16"])
 
 
-def test_ranks_that_changed_since_the_run_began_are_refused(gray, tmp_path):
+def test_ranks_that_changed_since_the_run_started_are_refused(gray, tmp_path):
     lines = [f"{rank} gray/{i}.png {rank}" for rank in range(4) for i in range(10)]
     (tmp_path / "train.txt").write_text("\n".join(lines) + "\n")
     (tmp_path / "ranks.txt").write_text("dark\nmiddle\nlight\nwhite\n")
@@ -221,10 +225,11 @@ def test_labels_that_changed_within_their_bins_are_refused(gray, tmp_path):
     config = (run_dir / "config.json").read_text()
     (run_dir / "results.json").unlink()
     table.write_text(table.read_text().replace(",30.5\n", ",33.25\n"))
-    with pytest.raises(SystemExit, match="the labels in the bins changed since the run began"):
+    with pytest.raises(SystemExit, match="the labels in the bins changed since the run started"):
         train.main(argv)
     older = json.loads(config)
-    older["splits"] = {part: older["splits"][part] for part in data.PARTS}
+    digests = older.pop("digests")
+    older["splits"] = {part: digests[part] for part in data.PARTS}  # their name then
     (run_dir / "config.json").write_text(json.dumps(older))
     (run_dir / "last.pt").unlink()
     train.main(argv)  # runs of earlier versions wrote no digest of them
@@ -253,18 +258,20 @@ def test_a_run_without_its_config_goes_on_with_its_own_settings_only(gray, tmp_p
     results = train.main(argv)
     for name in ("config.json", "results.json"):
         (run_dir / name).unlink()
-    with pytest.raises(SystemExit, match="was begun with other settings: --lr 0.002, not 0.3. Ch"):
+    with pytest.raises(
+        SystemExit, match="was started with other settings: --lr 0.002, not 0.3. Ch"
+    ):
         train.main([*argv, "--lr", "0.3"])
     for command in ("--resume", "--eval"):
         with pytest.raises(SystemExit, match="config.json is missing; repeat the command of the"):
             train.main([command, str(run_dir)])
     (folder / "0 gray" / "0.png").rename(folder / "0 gray" / "new.png")
-    with pytest.raises(SystemExit, match="images changed since the run began"):
+    with pytest.raises(SystemExit, match="images changed since the run started"):
         train.main(argv)
     (folder / "0 gray" / "new.png").rename(folder / "0 gray" / "0.png")
     assert not (run_dir / "config.json").exists()
     saved = torch.load(run_dir / "last.pt", weights_only=True)
-    del saved["splits"]  # as earlier versions wrote it
+    del saved["digests"]  # as earlier versions wrote it
     torch.save(saved, run_dir / "last.pt")
     assert train.main(argv)["test"] == results["test"]
 

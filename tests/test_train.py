@@ -238,7 +238,7 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch):
     monkeypatch.setattr(train, "main", interrupted)
     with pytest.raises(
         SystemExit,
-        match="interrupted; the same command, or --resume RUN, goes on from what was saved",
+        match="interrupted; the same command, or --resume RUN, resumes from what was saved",
     ):
         train.cli()
 

@@ -14,7 +14,7 @@ import train
 from clip_model import tiny_clip
 from clip_weights import load_file
 from ordinalclip import FixedPrototypes, OrdinalCLIP
-from training.checkpoints import NEEDED_TO_RESUME, load_checkpoint, load_model
+from training.checkpoints import NEEDED_TO_RESUME, load_checkpoint, load_state
 
 NAN = float("nan")
 
@@ -149,7 +149,7 @@ def test_reading_mutated_checkpoints(finished_run, tmp_path, cases):
         change = mutate_checkpoint(rng, content, path)
         try:
             saved = load_checkpoint(path, *NEEDED_TO_RESUME)
-            load_model(model, saved["model"], path)
+            load_state(model, saved["model"], path)
             assert all(value.isfinite().all() for value in model.parameters()), change
             read += 1
         except SystemExit as error:

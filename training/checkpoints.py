@@ -1,4 +1,4 @@
-"""Checkpoints: last.pt, from which a run goes on, and best.pt, the best epoch by validation MAE.
+"""Checkpoints: last.pt, from which a run is resumed, and best.pt, the best epoch by validation MAE.
 
 Needs: data, clip_weights, training.distributed, .optim, .run_folder.
 """
@@ -28,10 +28,10 @@ def save_checkpoint(path: Path, model: nn.Module, args: Namespace, **more: Any) 
 ENTRIES = dict(  # of last.pt; best.pt holds the first three
     model=dict, settings=dict, epoch=int, log=list, seconds=(int, float), optimizer=dict,
     schedule=dict, scaler=dict, progress=(dict, type(None)), average=(dict, type(None)),
-    initial_similarity=(Tensor, type(None)), splits=dict,
+    initial_similarity=(Tensor, type(None)), digests=dict,
 )  # fmt: skip
 PROGRESS = {"steps", "loss_sums", "rng"}  # within an epoch
-NEEDED_TO_RESUME = tuple(k for k in ENTRIES if k not in ("progress", "average", "splits"))
+NEEDED_TO_RESUME = tuple(k for k in ENTRIES if k not in ("progress", "average", "digests"))
 
 
 def load_checkpoint(path: str | Path, *needed: str) -> dict[str, Any]:
@@ -79,18 +79,18 @@ def load_last(run: Run) -> dict[str, Any] | None:
     if not path.exists():
         return None
     saved = load_checkpoint(path, *NEEDED_TO_RESUME)
-    check_same_settings(run.args, saved["settings"], "was begun")
+    check_same_settings(run.args, saved["settings"], "was started")
     check_same_images(run.args, run.task, saved)
-    load_model(run.model, saved["model"], path)
+    load_state(run.model, saved["model"], path)
     return saved
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_checkpoint_weights(model: nn.Module, path: str | Path) -> None:
     """The weights of the checkpoint at path into the model; SystemExit if it is of another one."""
-    load_model(model, load_checkpoint(path, "model")["model"], path)
+    load_state(model, load_checkpoint(path, "model")["model"], path)
 
 
-def load_model(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+def load_state(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """model.load_state_dict(state); SystemExit if the checkpoint at path is of another model."""
     try:
         model.load_state_dict(state)
@@ -112,8 +112,8 @@ class TrainingState:
         device, use_scaler = args.device.split(":")[0], args.precision == "fp16"
         self.scaler = torch.amp.GradScaler(device, enabled=use_scaler)
         self.average = build_average(args, run.model)
-        self.log: list[dict[str, float]] = []  # one row per whole epoch
-        self.progress: dict[str, Any] | None = None  # steps, loss sums, RNG of a cut-off epoch
+        self.log: list[dict[str, float]] = []  # one row per complete epoch
+        self.progress: dict[str, Any] | None = None  # steps, loss sums, RNG of an interrupted epoch
         self.last_save = time.time()
 
     def load(self, saved: dict[str, Any]) -> None:
@@ -123,7 +123,7 @@ class TrainingState:
             if name == "schedule" and state.keys() != part.state_dict().keys():
                 raise SystemExit(f"{source} holds {', '.join(map(str, state)) or 'nothing'}")
             if part and (state or name != "scaler"):  # which is empty without --precision fp16
-                load_model(part, state, source)
+                load_state(part, state, source)
         self.log, self.progress = saved["log"], saved.get("progress")
         self.save_log()  # it is written after last.pt
 
@@ -140,7 +140,7 @@ class TrainingState:
             self.average.update_parameters(self.run.model)
 
     def save(self, progress: dict[str, Any] | None = None) -> None:
-        """Write last.pt after a whole epoch, or within one after progress["steps"] steps."""
+        """Write last.pt after a complete epoch, or within one after progress["steps"] steps."""
         save_checkpoint(
             self.run.dir / "last.pt",
             self.run.model,
@@ -149,7 +149,7 @@ class TrainingState:
             log=self.log,
             progress=progress,
             initial_similarity=self.initial_similarity,
-            splits=self.run.splits,
+            digests=self.run.digests,
             seconds=time.time() - self.start_time,
             optimizer=self.optimizer.state_dict(),
             schedule=self.schedule.state_dict(),

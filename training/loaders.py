@@ -79,7 +79,7 @@ def load_task(args: Namespace) -> data.Task:
         path = Path(args.out) / "config.json"
         if not path.exists():
             raise SystemExit(
-                f"{path} is missing; repeat the command of the run, which goes on and writes it"
+                f"{path} is missing; repeat the command of the run, which continues and writes it"
             )
         task = replace(task, protocol=str(load_json(path).get("protocol")))
     return task
@@ -103,7 +103,7 @@ def exclude_unreadable(args: Namespace, task: data.Task, may_skip: bool) -> data
     if errors and not (may_skip and task.train and task.val and task.test):
         skip = "without them a part is empty" if may_skip else "or start the run with --skip-bad"
         raise ValueError(
-            f"{len(errors):,} images of {args.data} cannot be read; mend or remove them, {skip}:\n"
+            f"{len(errors):,} images of {args.data} cannot be read; fix or remove them, {skip}:\n"
             + "\n".join(errors.values())
         )
     if errors:  # the protocol has the counts of the lists
@@ -177,8 +177,8 @@ class EpochSampler(Sampler[int]):
             order = torch.multinomial(self.weights, self.num_images, True, generator=generator)
         share = -(-self.num_images // world_size())
         order = order.repeat(1 + world_size())[: share * world_size()]
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        keys = order[rank :: world_size()] + self.epoch * self.num_images
+        process = dist.get_rank() if dist.is_initialized() else 0
+        keys = order[process :: world_size()] + self.epoch * self.num_images
         return iter(keys[self.start :].tolist())
 
 

@@ -80,5 +80,5 @@ def check_losses(loss_sums: Tensor, epoch: int, step: int) -> None:
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"{name} is {value} in epoch {epoch}, by step {step}; try a lower --lr or "
-                "--precision fp32. --resume goes on from the last checkpoint"
+                "--precision fp32. --resume continues from the last checkpoint"
             )

@@ -86,8 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--label-rule", help="adience, aesthetics: how labels follow from the "
         "release (docs/datasets.md)")  # fmt: skip
     add("--shots", type=int, nargs="+", help="training images per rank; several: a run for each")
-    add("--shift", type=ranks_and_share, nargs="+", metavar="K,KEEP", help="keep this share of the "
-        "images of the K most frequent ranks; several: a run for each")  # fmt: skip
+    add("--shift", type=ranks_and_share, nargs="+", metavar="RANKS,KEEP", help="keep this "
+        "share of the images of the most frequent RANKS; several: a run for each")  # fmt: skip
 
     add = parser.add_argument_group("method").add_argument
     add("--method", default="ordinalclip", choices=METHODS, help="where rank prototypes come from")
@@ -140,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="write figures "
         "and pictures for TensorBoard, too")  # fmt: skip
     add("--debug", action="store_true", help="show the traceback of every error")
-    add("--resume", metavar="RUN", help="go on with the run in this folder, with its own settings")
+    add("--resume", metavar="RUN", help="resume the run in this folder, with its own settings")
     add("--eval", metavar="CKPT", help="only test this checkpoint, with its own settings")
     add("--report", metavar="RUN", nargs="+", help="print finished runs, write report.md and .csv")
     add("--profile", action="store_true", help="print where a step's time and memory go, then end")
@@ -172,7 +172,7 @@ def ranks_and_share(text: str) -> tuple[int, float]:
         ranks, share = text.split(",")
         return int(ranks), float(share)
     except ValueError:
-        message = f"{text!r}: expected K,KEEP such as 10,0.2"
+        message = f"{text!r}: expected RANKS,KEEP such as 10,0.2"
         raise argparse.ArgumentTypeError(message) from None
 
 
@@ -205,7 +205,7 @@ def resolve_defaults(args: Namespace, explicit_flags: set[str]) -> Namespace:
     check_values(args)
     if args.init and args.context is None:  # as many random tokens; values are copied
         state = init_state(args.init)
-        if CONTEXT_KEY in state:  # a run that goes on needs --init no more
+        if CONTEXT_KEY in state:  # a resumed run does not need --init
             args.context = str(state[CONTEXT_KEY].shape[-2])
     if args.out is None and not is_sweep(args):
         args.out = str(Path("runs") / run_name(args))
@@ -343,7 +343,7 @@ def args_from_checkpoint(
     path = Path(args.resume or args.eval)
     path = path / ("last.pt" if args.resume else "best.pt") if path.is_dir() else path
     config_path = path.parent / "config.json"
-    if args.resume and not path.exists() and config_path.exists():  # cut off before last.pt
+    if args.resume and not path.exists() and config_path.exists():  # interrupted before last.pt
         settings = load_json(config_path)["settings"]
     else:
         settings = load_checkpoint(path, "settings", "model")["settings"]

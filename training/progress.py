@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: header, line of progress, line per epoch, TensorBoard.
+"""What a run shows while it runs: header, line of progress, line per epoch, TensorBoard.
 
 Needs: training.distributed, .optim, .run_folder.
 """
@@ -65,7 +65,7 @@ class ProgressLine:
     """
 
     def __init__(self, title: str, start: int = 0) -> None:
-        self.title, self.start = title, start  # images before, in an epoch that was cut off
+        self.title, self.start = title, start  # images before, in an interrupted epoch
         self.start_time = self.last_print = time.monotonic()
 
     def __call__(self, num_images: int, total: int) -> None:

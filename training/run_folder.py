@@ -38,7 +38,7 @@ RUN_FILES = (
     "config.json", "splits", "log.csv", "best.pt", "last.pt", "predictions-best.csv", "pictures",
     "exported.pt", "tensorboard",
 )  # fmt: skip
-# Settings of the machine, with others of which a run may go on. They change figures in the last
+# Settings of the machine: a run may be resumed with others. They change figures in the last
 # digits, precision also before, so a report keeps runs of two precisions apart.
 NOT_COMPARED = (
     "device", "precision", "compile", "workers", "data_root", "out", "seeds", "save_every", "debug",
@@ -62,7 +62,7 @@ class Run:
         return Path(self.args.out)
 
     @functools.cached_property  # of a million images it takes seconds
-    def splits(self) -> dict[str, str]:
+    def digests(self) -> dict[str, str]:
         return split_digests(self.task) | weights_digests(self.args)
 
 
@@ -163,14 +163,14 @@ def differing_settings(requested: dict, saved: dict) -> str:
     return "; ".join(
         f"{flag_of(key)} {saved.get(key)!r}, not {value!r}"
         for key, value in comparable_settings(requested).items()
-        if value != saved.get(key) and (key in saved or value)  # a flag younger than the run
+        if value != saved.get(key) and (key in saved or value)  # a flag newer than the run
     )
 
 
 def load_finished_results(args: Namespace) -> dict | None:
     """results.json of args.out, or None; SystemExit if it was made with other settings.
 
-    Unlike a run that goes on, a finished one is not taken for one of another precision.
+    Unlike an unfinished run, a finished one is not taken for one of another precision.
     """
     path = Path(args.out) / "results.json"
     if not path.exists():
@@ -186,7 +186,7 @@ def load_finished_results(args: Namespace) -> dict | None:
 
 
 def check_run_dir(args: Namespace) -> None:
-    """SystemExit unless args.out is free, or holds this very run, unfinished: then it goes on."""
+    """SystemExit unless args.out is free, or holds this very run, unfinished, to be resumed."""
     run_dir = Path(args.out)
     if load_finished_results(args) is not None:
         raise SystemExit(
@@ -194,7 +194,7 @@ def check_run_dir(args: Namespace) -> None:
             "again, another --out starts anew"
         )
     if (run_dir / "config.json").exists():
-        check_same_settings(args, load_json(run_dir / "config.json")["settings"], "was begun")
+        check_same_settings(args, load_json(run_dir / "config.json")["settings"], "was started")
     elif run_dir.exists():
         names = {p.name for p in run_dir.iterdir() if p.suffix != ".part"}
         if unknown := sorted(names - {*RUN_FILES}):
@@ -259,7 +259,7 @@ def split_digests(task: data.Task) -> dict[str, str]:
 
 
 def weights_digests(args: Namespace) -> dict[str, str]:
-    """{flag: sha256 of its files}, of the flags that name a file or folder; kept in `splits`."""
+    """{flag: sha256 of its files}, of the flags that name a file or folder."""
     digests = {}
     for flag in WEIGHTS:
         if value := getattr(args, flag[2:].replace("-", "_")):
@@ -273,15 +273,20 @@ def weights_digests(args: Namespace) -> dict[str, str]:
     return digests
 
 
+def saved_digests(content: dict) -> dict[str, str]:
+    """Of config.json, results.json or a checkpoint; earlier versions called them splits."""
+    return content.get("digests") or content.get("splits") or {}
+
+
 def check_same_weights(args: Namespace) -> None:
-    """SystemExit if weights that a run of a sweep began with are others now, for the next runs."""
+    """SystemExit if weights files that a run of a sweep started from have changed since."""
     path = Path(args.out) / "config.json"
-    saved = load_json(path).get("splits", {})
+    saved = saved_digests(load_json(path))
     for flag, digest in weights_digests(args).items():
         if saved.get(flag, digest) != digest:
             raise SystemExit(
-                f"{args.out}: the file of {flag} changed since the run began; restore it, or start "
-                "new runs with another --out"
+                f"{args.out}: the file of {flag} changed since the run started; restore it, or "
+                "start new runs with another --out"
             )
 
 
@@ -303,9 +308,9 @@ def check_same_images(args: Namespace, task: data.Task, saved: dict | None = Non
     path = Path(args.out) / "config.json"
     if saved is None:
         saved = load_json(path) if path.exists() else {}
-    splits = saved.get("splits")
-    digests = split_digests(task) if splits else {}
-    changed = [name for name, digest in digests.items() if splits.get(name, digest) != digest]
+    saved = saved_digests(saved)
+    digests = split_digests(task) if saved else {}
+    changed = [name for name, digest in digests.items() if saved.get(name, digest) != digest]
     if changed:
         words = dict(names="the ranks, their names or order,", labels="the labels in the bins")
         parts = [part for part in changed if part in data.PARTS]
@@ -314,7 +319,7 @@ def check_same_images(args: Namespace, task: data.Task, saved: dict | None = Non
             f"the list of {' and '.join(parts)} images" if parts else words.get(changed[0], files)
         )
         raise SystemExit(
-            f"{args.out}: {what} changed since the run began; "
+            f"{args.out}: {what} changed since the run started; "
             "restore what it was, or start a new run with another --out"
         )
 
@@ -324,7 +329,7 @@ def write_config(run: Run) -> None:
     if is_main() and not (run.dir / "config.json").exists():
         run.task.write_lists(run.dir / "splits")
         config = dict(settings=settings_dict(run.args), protocol=run.task.protocol)
-        config |= dict(splits=run.splits, **provenance())
+        config |= dict(digests=run.digests, **provenance())
         save_json(run.dir / "config.json", config)
 
 

@@ -69,11 +69,11 @@ def check_runs(runs: list[Namespace]) -> None:
     keys = [(run.base_ranks, run.shots, run.shift, run.fold, run.category) for run in runs]
     tasks: dict[tuple, data.Task] = {}
     for run, key in zip(runs, keys):
-        is_begun = (Path(run.out) / "config.json").exists()  # then its images are compared
-        if is_begun and (run.shots or run.shift):
+        is_started = (Path(run.out) / "config.json").exists()  # then its images are compared
+        if is_started and (run.shots or run.shift):
             key += (run.seed,)
-        if is_begun or len({*keys}) > 1:
+        if is_started or len({*keys}) > 1:
             tasks[key] = tasks.get(key) or load_task(run)
             check_same_images(run, tasks[key])
-        if is_begun:
+        if is_started:
             check_same_weights(run)
