@@ -1,13 +1,14 @@
 """Exported models as files: image encoder and rank prototypes, or the prototypes alone.
 
-    model, rank_names, rank_values, preprocess = load_model("runs/NAME/exported.pt")
+    save_model("mine.pt", model, "clip", rank_names, rank_values, preprocess)  # as train.py does
+    model, rank_names, rank_values, preprocess = load_model("mine.pt")
 
     saved = load_prototypes("ranks.pt")
     model = OrdinalCLIP(encoder, FixedPrototypes(saved["prototypes"]), saved["logit_scale"])
 
 Every entry is checked when it is read. Dims: R ranks, D joint dim.
 Copy together with: ordinalclip.py, kernels/, clip_weights.py; clip_model.py or
-backbones.py for the image encoder; data/ to save prototypes.
+backbones.py for the image encoder; data/ to save.
 """
 
 import math
@@ -22,7 +23,43 @@ from torch import Tensor
 from clip_weights import check_finite, load_file
 from ordinalclip import FixedPrototypes, OrdinalCLIP, Regression
 
-PROTOTYPES_FORMAT = "ordinalclip-prototypes-1"
+MODEL_FORMAT, PROTOTYPES_FORMAT = "ordinalclip-1", "ordinalclip-prototypes-1"
+
+
+def save_model(
+    path: str | Path,
+    model: OrdinalCLIP | Regression,
+    image_encoder: str,
+    rank_names: Sequence[str],
+    rank_values: Sequence[float],
+    preprocess: dict[str, Any],
+    results: dict[str, Any] | None = None,
+) -> None:
+    """Write what load_model and predict.py read: image encoder and prototypes, no text tower.
+
+    image_encoder: "clip" for CLIP's own tower, or its name in `backbones.build_image_encoder`.
+    rank_values [R]: what a rank is worth, such as an age. preprocess: image_size, mean and std of
+    the encoder's images; perhaps squash, resample, draft of `data.ImageList`. results: kept as they
+    are. Raises ValueError for entries of another form, sizes that differ, nan and inf.
+    """
+    import data
+
+    exported = model.export(copy=False)
+    modules = exported.image_encoder.modules()
+    content = dict(
+        format=MODEL_FORMAT,
+        image_encoder=image_encoder,
+        quick_gelu=any(type(module).__name__ == "QuickGELU" for module in modules),
+        state_dict=exported.state_dict(),
+        rank_names=list(rank_names),
+        rank_values=list(rank_values),
+        preprocess=dict(preprocess),
+        results=results,
+    )
+    _check_content(content, EXPORTED, str(path), "give it")
+    if isinstance(exported, OrdinalCLIP):
+        _check_sizes(exported.prototypes(), rank_names, rank_values, "")
+    data.atomic_write(Path(path), partial(torch.save, content))
 
 
 def load_model(path: str | Path) -> tuple[OrdinalCLIP | Regression, list[str], list[float], dict]:
@@ -32,7 +69,7 @@ def load_model(path: str | Path) -> tuple[OrdinalCLIP | Regression, list[str], l
     incomplete file and for nan and inf, ImportError if the image encoder is timm's or torchvision's
     and that package is not installed.
     """
-    content = _load_checked(path, "ordinalclip-1", EXPORTED, "the exported.pt that train.py writes")
+    content = _load_checked(path, MODEL_FORMAT, EXPORTED, "the exported.pt that train.py writes")
     name, quick_gelu, state, names, values, preprocess = (content[key] for key in EXPORTED)
     is_regression = "head.weight" in state
     empty = torch.empty(0, 0)
@@ -120,24 +157,28 @@ def _load_checked(path, expected_format, keys, expected):
         got = ", ".join(map(str, list(content)[:9])) or "no entries"
         got = " ".join(f"format {content.get('format')!r} with {got}".split())
         raise ValueError(f"{path} is another file: got {got:.200}; expected {expected}")
-    _check_entries(content, keys, path)
-    if "preprocess" in keys:
-        _check_entries(content["preprocess"], PREPROCESS, f"{path}: preprocess")
-    tensors = {key: content[key] for key in keys if torch.is_tensor(content[key])}
-    check_finite(content["state_dict"] if "state_dict" in keys else tensors, str(path))
+    _check_content(content, keys, path, "export the run again")
     return content
 
 
-def _check_entries(entries, keys, where):
+def _check_content(content, keys, path, advice):
+    _check_entries(content, keys, path, advice)
+    if "preprocess" in keys:
+        _check_entries(content["preprocess"], PREPROCESS, f"{path}: preprocess", advice)
+    tensors = {key: content[key] for key in keys if torch.is_tensor(content[key])}
+    check_finite(content["state_dict"] if "state_dict" in keys else tensors, str(path))
+
+
+def _check_entries(entries, keys, where, advice):
     if missing := [key for key in keys if key not in entries]:
-        raise ValueError(f"{where} lacks {', '.join(missing)}: export the run again")
+        raise ValueError(f"{where} lacks {', '.join(missing)}: {advice}")
     for key in [key for key in ENTRIES if key in entries]:
         if key in ("rank_values", "mean", "std") and torch.is_tensor(entries[key]):
             entries[key] = entries[key].tolist()  # of numpy's array, which load_file makes a tensor
         words, is_right = ENTRIES[key]
         if not is_right(entries[key]):
             got = f"{type(entries[key]).__name__} {' '.join(repr(entries[key]).split()):.60}"
-            raise ValueError(f"{where}: {key} is the {got}; expected {words}: export the run again")
+            raise ValueError(f"{where}: {key} is the {got}; expected {words}: {advice}")
 
 
 def _is_list(value, *types):

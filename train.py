@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 
 from evaluation.evaluate import evaluate_test_set, part_metrics, predict_loader, similarity_matrix
 from evaluation.report import write_report
+from exported import save_model
 from training.checkpoints import TrainingState, load_checkpoint_weights, load_last, save_checkpoint
 from training.distributed import barrier, data_parallel, init_distributed, is_main, world_size
 from training.loaders import autocast, load_task, make_loaders, prepare_batch
@@ -52,7 +53,6 @@ from training.progress import (
 from training.run_folder import (
     Run,
     check_same_images,
-    export_model,
     load_finished_results,
     lock_run_dir,
     peak_memory,
@@ -128,7 +128,8 @@ def train(args: Namespace) -> dict[str, Any]:
         load_checkpoint_weights(run.model, run.dir / "best.pt")
         results = evaluate_test_set(run, val_loader, test_loader, start_time, initial_similarity)
         if is_main():
-            export_model(run.dir / "exported.pt", run, results)
+            path, ranks = run.dir / "exported.pt", (run.task.rank_names, run.task.rank_values)
+            save_model(path, run.model, args.image_encoder, *ranks, run.preprocess, results)
             save_json(run.dir / "results.json", results)
             print(f"written to {run.dir}; next: python predict.py {run.dir}/exported.pt IMAGE ...")
         return results

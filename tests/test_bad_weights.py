@@ -16,8 +16,9 @@ from torch import nn
 import predict
 import train
 from backbones import build_image_encoder
-from exported import load_model, load_prototypes, save_prototypes
-from ordinalclip import FixedPrototypes
+from clip_model import tiny_clip
+from exported import load_model, load_prototypes, save_model, save_prototypes
+from ordinalclip import FixedPrototypes, LinearPrototypes, OrdinalCLIP
 
 NAN = float("nan")
 
@@ -128,7 +129,7 @@ EXPORTED = [  # entry, its new value, the message
      "'clip' (RuntimeError Error(s) in loading state_dict for OrdinalCLIP: size mismatch for "
      "image_encoder.bn1.bias: copying a param with shape torch.Size([3]) from checkpoint, the shape "
      "in current model is torch.Size([8]).); export the run again"),
-    ("state_dict/image_encoder.bn1.bias", torch.zeros(8, dtype=torch.long), "{path} holds no whole "
+    ("state_dict/image_encoder.bn1.bias", torch.zeros(8, dtype=torch.long), "{path} holds no complete "
      "image encoder 'clip' (TypeError image_encoder.bn1.bias is torch.int64, not torch.float32); "
      "export the run again"),
 ]  # fmt: skip
@@ -187,6 +188,33 @@ def test_nan_is_neither_stored_nor_exported(tmp_path):
     with pytest.raises(ValueError, match=message):
         save_prototypes(tmp_path / "p.pt", prototypes, ["a", "b", "c"], 1.0)
     assert not (tmp_path / "p.pt").exists()
+
+
+BAD_MODELS = [  # argument of save_model, its value, the message
+    ("image_encoder", None, "{path}: image_encoder is the NoneType None; expected a text: give it"),
+    ("rank_names", ["a", "b"], "got prototypes (3, 8), 2 rank_names, 3 rank_values; "
+     "expected (R, D), R and R"),
+    ("rank_values", [0, NAN, 2], "{path}: rank_values is the list [0, nan, 2]; expected a list of "
+     "finite numbers: give it"),
+    ("preprocess", dict(image_size=64, mean=[0.5] * 3), "{path}: preprocess lacks std: give it"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, value, message", BAD_MODELS, ids=[row[0] for row in BAD_MODELS])
+def test_a_model_is_saved_with_all_that_loading_needs(tmp_path, name, value, message):
+    clip, path = tiny_clip(embed_dim=8), tmp_path / "mine.pt"
+    model = OrdinalCLIP(clip.visual, LinearPrototypes(3, 8), clip.logit_scale).train()
+    arguments = dict(image_encoder="clip", rank_names=("a", "b", "c"), rank_values=(1, 2, 4.5))
+    arguments["preprocess"] = dict(image_size=64, mean=(0.5,) * 3, std=torch.ones(3))
+    with pytest.raises(ValueError) as caught:
+        save_model(path, model, **arguments | {name: value})
+    assert str(caught.value) == message.format(path=path) and not path.exists()
+    save_model(path, model, **arguments)
+    assert model.training and torch.is_tensor(arguments["preprocess"]["std"])
+    loaded, names, values, preprocess = load_model(path)
+    assert (names, values, preprocess["std"]) == (["a", "b", "c"], [1, 2, 4.5], [1, 1, 1])
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(loaded.eval()(images), model.eval()(images))
 
 
 # --- checkpoints ---

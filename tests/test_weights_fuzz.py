@@ -118,7 +118,7 @@ def test_mutated_checkpoints(finished_run, tmp_path, monkeypatch, cases):
         for name in ("last.pt", "best.pt")
     }
     monkeypatch.setattr(train, "evaluate_test_set", lambda *_: {})  # what is tested is the reading
-    monkeypatch.setattr(train, "export_model", lambda *_: None)
+    monkeypatch.setattr(train, "save_model", lambda *_: None)
     refused = read = 0
     for _ in range(cases):
         shutil.rmtree(run_dir, ignore_errors=True)

@@ -1,9 +1,9 @@
-"""The folder of a run: its name, json and csv files, exported model, and whether it may be written.
+"""The folder of a run: its name, json and csv files, and whether it may be written.
 
 runs/NAME/ holds config.json, splits/*.txt, log.csv, last.pt, best.pt, exported.pt, results.json,
 predictions-best.csv and pictures/*.png. Every file is written under a temporary name and moved.
 
-Needs: data, clip_weights, training.distributed.
+Needs: data, training.distributed.
 """
 
 import contextlib
@@ -26,7 +26,6 @@ import torch
 from torch import nn
 
 import data
-from clip_weights import check_finite
 from training.distributed import is_main, world_size
 
 try:
@@ -334,23 +333,6 @@ def write_config(run: Run) -> None:
 
 
 # --- files ---
-
-
-def export_model(path: Path, run: Run, results: dict) -> None:
-    """Image encoder, prototypes and what is needed to use them: no text tower, no vocabulary."""
-    exported: nn.Module = run.model.export(copy=False)
-    check_finite(exported.state_dict(), str(path))
-    content = dict(
-        format="ordinalclip-1",
-        image_encoder=run.args.image_encoder,
-        quick_gelu=any(type(m).__name__ == "QuickGELU" for m in exported.image_encoder.modules()),
-        state_dict=exported.state_dict(),
-        rank_names=list(run.task.rank_names),
-        rank_values=list(run.task.rank_values),
-        preprocess=run.preprocess,
-        results=results,
-    )
-    data.atomic_write(path, lambda tmp_path: torch.save(content, tmp_path))
 
 
 def save_json(path: Path, content: dict) -> None:
