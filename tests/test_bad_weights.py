@@ -129,8 +129,8 @@ EXPORTED = [  # entry, its new value, the message
      "'clip' (RuntimeError Error(s) in loading state_dict for OrdinalCLIP: size mismatch for "
      "image_encoder.bn1.bias: copying a param with shape torch.Size([3]) from checkpoint, the shape "
      "in current model is torch.Size([8]).); export the run again"),
-    ("state_dict/image_encoder.bn1.bias", torch.zeros(8, dtype=torch.long), "{path} holds no complete "
-     "image encoder 'clip' (TypeError image_encoder.bn1.bias is torch.int64, not torch.float32); "
+    ("state_dict/image_encoder.bn1.bias", torch.zeros(8, dtype=torch.long), "{path} holds no "
+     "complete image encoder 'clip' (TypeError image_encoder.bn1.bias is torch.int64, not torch.float32); "
      "export the run again"),
 ]  # fmt: skip
 INTEGER, ABOVE_0, BOOL = "an integer, 1 to 9999", "3 numbers above 0", "True or False"

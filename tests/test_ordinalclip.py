@@ -490,6 +490,8 @@ def test_ordinality_of_an_arc_is_one_and_of_its_shuffle_is_not():
     arc = torch.stack([angles.cos(), angles.sin()], 1)
     assert ordinality(arc) == ordinality(arc.flip(0)) == ordinality(5 * arc, official=True) == 1
     assert ordinality(arc[torch.tensor([5, 0, 9, 2, 7, 11, 1, 4, 10, 3, 8, 6])]) < 0.7
+    arc[3, 0] = math.nan  # is larger than nothing: it would score 0
+    assert math.isnan(ordinality(arc))
 
 
 def test_chance_levels_are_those_of_random_prototypes():
