@@ -82,9 +82,8 @@ def interpolation_weights(num_ranks: int, num_base_ranks: int, kind: str) -> Ten
 
 
 def _base_positions(num_ranks, num_base_ranks):
-    if num_base_ranks == 1:
-        return torch.tensor([(num_ranks - 1) / 2], dtype=torch.float64)
-    return torch.linspace(0, num_ranks - 1, num_base_ranks, dtype=torch.float64)  # (K,)
+    first = (num_ranks - 1) / 2 if num_base_ranks == 1 else 0
+    return torch.linspace(first, num_ranks - 1, num_base_ranks, dtype=torch.float64)  # (K,)
 
 
 class RankPrompts(nn.Module):
@@ -176,9 +175,10 @@ class RankPrompts(nn.Module):
                 f"reads {max_length}: shorten the context or the rank names"
             )
         eot = num_context + 2 + torch.tensor(lengths)  # (R,)
-        specials = table[[SOT, FULL_STOP, EOT]]  # (3, W)
-        for name, value in dict(weights=weights, specials=specials, layout=layout, eot=eot).items():
-            self.register_buffer(name, value.to(device), persistent=False)
+        self.register_buffer("weights", weights.to(device), persistent=False)  # (R, K)
+        self.register_buffer("specials", table[[SOT, FULL_STOP, EOT]], persistent=False)  # (3, W)
+        for name, value in dict(layout=layout, eot=eot).items():  # hidden from averages of buffers
+            self._text[0].register_buffer(name, value.to(device))
 
     def forward(self) -> Tensor:
         """Prototypes (R, D), not normalised."""
@@ -186,26 +186,28 @@ class RankPrompts(nn.Module):
 
     def prompt_embeds(self) -> tuple[Tensor, Tensor, Tensor]:
         """What `encode_prompts` reads: shared (P, W), own (R, S, W), eot (R,)."""
-        ranks = torch.einsum("rk,ktw->rtw", self.weights, self.rank_embeds)  # (R, T, W)
+        with torch.autocast(self.weights.device.type, enabled=False):
+            ranks = torch.einsum("rk,ktw->rtw", self.weights, self.rank_embeds)  # (R, T, W)
         pool = [self.specials, self.context_embeds.flatten(0, -2), ranks.flatten(0, 1)]
-        prompts = F.embedding(self.layout, torch.cat(pool))  # (R, L, W)
+        prompts = F.embedding(self._text[0].layout, torch.cat(pool))  # (R, L, W)
         shared, own = prompts[0, : self.num_shared], prompts[:, self.num_shared :]
-        return shared, own, self.eot - self.num_shared
+        return shared, own, self._text[0].eot - self.num_shared
 
     def get_extra_state(self) -> Tensor:
         """A tensor, as safetensors needs: interp, rank_position, R, where [EOT] is, fingerprint."""
         settings = [INTERPOLATIONS.index(self.interp), POSITIONS.index(self.rank_position)]
-        settings = torch.tensor([*settings, len(self.eot), *self.eot.tolist()])
-        return torch.cat([settings, fingerprint(self._text[0], self.specials)])
+        settings += [len(eot := self._text[0].eot.tolist()), *eot]
+        return torch.cat([torch.tensor(settings), fingerprint(self._text[0], self.specials)])
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing is set. ValueError if the state is of other settings or another text tower."""
-        expected, end, state = self.get_extra_state(), 3 + len(self.eot), state.float().cpu()
+        expected, end, state = self.get_extra_state(), 3 + len(self._text[0].eot), state.float()
+        settings = state[:end].round().cpu()  # an average of equal state dicts is all but equal
         names = ("interp", "rank_position", "number of ranks")
-        differing = [name for name, a, b in zip(names, expected, state) if a != b]
-        if not differing and not torch.equal(expected[:end], state[:end]):
+        differing = [name for name, a, b in zip(names, expected, settings) if a != b]
+        if not differing and not torch.equal(expected[:end], settings):
             differing = ["prompt length (context, rank names)"]
-        elif not differing and not same_tower(expected[end:], state[end:]):
+        elif not differing and not same_tower(expected[end:], state[end:].cpu()):
             differing = ["text tower"]
         if differing:
             raise ValueError(
@@ -341,8 +343,7 @@ class OrdinalCLIP(nn.Module):
 
 class Regression(nn.Module):
     """The paper's regression baseline: one neuron, which starts at the middle rank; L1 or L2 loss.
-    Used as OrdinalCLIP is (`target`, `impl`: no effect); probabilities: of the two nearest ranks.
-    """
+    Used as OrdinalCLIP is (`target`, `impl`: no effect); probs: of the two nearest ranks."""
 
     def __init__(self, image_encoder: nn.Module, dim: int, num_ranks: int, loss_type: str) -> None:
         super().__init__()
@@ -370,12 +371,11 @@ class Regression(nn.Module):
         """Images (B, 3, H, W), ranks (B,) -> (mean loss, the same, 0). ValueError: other labels."""
         loss, predicted = F.l1_loss if self.loss_type == "l1" else F.mse_loss, self(images)
         check_labels(labels, predicted, self.num_ranks)
-        total = loss(predicted, labels.float(), reduction="sum") / max(len(labels), 1)
-        if group is not None:  # the value of all processes, the gradient of this one's share
-            total = total / dist.get_world_size(group)
-            global_loss = total.detach().clone()
-            dist.all_reduce(global_loss, group=group)
-            total = total + (global_loss - total.detach())
+        own = loss(predicted, labels.float(), reduction="sum")
+        sums = torch.stack([own.detach(), own.new_tensor(float(len(labels)))])
+        if group is not None:
+            dist.all_reduce(sums, group=group)
+        total = (sums[0] + (own - own.detach())) / sums[1].clamp_min(1)  # gradient: of own images
         return total, total, torch.zeros_like(total)
 
     @torch.no_grad()
@@ -402,7 +402,8 @@ def ordinality(prototypes: Tensor, span: int | None = None, official: bool = Fal
     Source: paper Fig. 3; scripts/vis_ordinality.py#L70-L77 (there: ages 15 to 75 of MORPH's 101).
     """
     mask = _comparisons(len(prototypes), span, official)  # (R, R-1)
-    cosine = (unit(prototypes) @ unit(prototypes).T).cpu()  # (R, R)
+    rows = unit(prototypes.cpu().double())  # also under autocast
+    cosine = rows @ rows.T  # (R, R)
     sides = [cosine] if official else [cosine, cosine.flip(0, 1)]  # flipped: left is right
     is_in_order = [(side[:, :-1] > side[:, 1:])[mask] for side in sides]  # rank i against j, j + 1
     return (torch.cat(is_in_order).double().mean() + 0 * cosine.sum()).item()  # nan stays nan

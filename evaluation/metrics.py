@@ -135,8 +135,15 @@ def expected_rank(probs: Tensor) -> Tensor:
 def compute_metrics(probs: Tensor, labels: Tensor) -> dict[str, float | None]:
     """Probabilities (M, R), rank indices (M,) -> {"mae_expected": ..., ..., "rps_probs": ...}.
 
-    None for a metric that these labels do not define.
+    None for a metric that these labels do not define. Raises ValueError for labels that are no rank
+    indices (M,), and for probs that are no probabilities.
     """
+    is_whole = not labels.is_floating_point() and labels.shape == probs.shape[:1]
+    if not is_whole or not ((labels >= 0) & (labels < probs.shape[1])).all():
+        got = f"labels {labels.dtype} {tuple(labels.shape)} of {probs.shape[1]} ranks"
+        raise ValueError(f"got {got}; expected {len(probs)} integers, 0 .. R-1")
+    if not ((probs.sum(1) - 1).abs() <= 0.05).all():  # nan, too
+        raise ValueError("probs do not sum to 1; expected probabilities: logits.softmax(1)")
     labels = labels.double()
     answers = dict(expected=expected_rank(probs), argmax=probs.argmax(1).double(), probs=probs)
     values = {
@@ -148,7 +155,8 @@ def compute_metrics(probs: Tensor, labels: Tensor) -> dict[str, float | None]:
 
 
 def mae_in_unit(probs: Tensor, rank_values: Tensor, targets: Tensor) -> float:
-    """MAE of the mean of rank_values (R,) under probs (M, R) against labels (M,) in their unit."""
+    """MAE of the mean of rank_values (R,) under probs (M, R) against targets (M,) in their unit."""
+    targets = targets.reshape(len(probs))
     return float(mean_absolute_error(probs.double() @ rank_values.double(), targets.double()))
 
 
@@ -168,7 +176,7 @@ def per_rank_metrics(
 
 def long_tail_metrics(probs: Tensor, labels: Tensor, train_counts: Tensor) -> dict[str, dict]:
     """Metrics over ranks with many, few and some training images (Yang et al., ICML 2021)."""
-    count = train_counts[labels]  # (M,)
+    count = train_counts[labels.long()]  # (M,)
     groups = {f"many (>{MANY_SHOT})": count > MANY_SHOT, f"few (<{FEW_SHOT})": count < FEW_SHOT}
     groups[f"some ({FEW_SHOT}..{MANY_SHOT})"] = (count >= FEW_SHOT) & (count <= MANY_SHOT)
     return {
@@ -192,7 +200,7 @@ def majority_baseline(labels: Tensor, train_counts: Tensor) -> dict[str, float |
 
 def confusion_matrix(probs: Tensor, labels: Tensor) -> Tensor:
     """Counts (R, R): row the true rank, column the most probable one."""
-    size = probs.shape[1]
+    size, labels = probs.shape[1], labels.long()
     return torch.bincount(labels * size + probs.argmax(1), minlength=size**2).view(size, size)
 
 

@@ -40,6 +40,7 @@ TARGETS = ("normalized", "softmax10")
 IMPLS = ("auto", "torch", "triton")
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FUSED_RANKS = 128
+LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _logged = set()  # choices of impl="auto" that were printed in this process
 
 
@@ -221,7 +222,7 @@ def check_labels(labels: Tensor, images: Tensor, num_ranks: int) -> None:
             f"got labels {tuple(labels.shape)} for {len(images)} images; "
             "expected one rank index per image, (B,)"
         )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if labels.dtype not in LABEL_DTYPES:
         raise ValueError(
             f"labels are {labels.dtype}; expected integer rank indices (labels.long())"
         )

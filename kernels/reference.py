@@ -61,8 +61,9 @@ def matching_loss(
     With `group` the result is that of all processes' images together. Each process's gradients are
     then its own share of the whole: sum them over the processes (each has its own features only).
     """
-    inside = ((labels >= 0) & (labels < len(prototypes))).all()
-    torch._assert_async(inside, f"labels outside 0..{len(prototypes) - 1}")
+    if not _in_vmap():  # which has no rule for assertions
+        inside = ((labels >= 0) & (labels < len(prototypes))).all()
+        torch._assert_async(inside, f"labels outside 0..{len(prototypes) - 1}")
     logits = similarity(image_features, prototypes, scale)  # (B, R)
     is_label = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)  # (B, R)
     label_logits = torch.where(is_label, logits, 0.0).sum(1)  # (B,)
@@ -105,6 +106,16 @@ def unit(vectors: Tensor) -> Tensor:
     vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
     square = vectors.square().sum(-1, keepdim=True)  # (M, 1)
     return vectors * torch.where(square > EPS**2, square.clamp_min(EPS**2).rsqrt(), 0.0)
+
+
+def _in_vmap():
+    functorch = torch._C._functorch
+    levels = functorch.get_interpreter_stack() or ()
+    return any(level.key() == functorch.TransformType.Vmap for level in levels)
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler: dynamo calls it.
+_in_vmap._dynamo_marked_constant = True
 
 
 def _column_statistics(logits, is_label):

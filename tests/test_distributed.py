@@ -9,7 +9,7 @@ from conftest import TINY
 from processes import run_script, run_two
 
 from clip_model import tiny_clip
-from ordinalclip import OrdinalCLIP, RankPrompts
+from ordinalclip import OrdinalCLIP, RankPrompts, Regression
 from training.distributed import all_gather_rows, data_parallel
 from training.methods import LossModule
 
@@ -20,6 +20,11 @@ def vit_model():
     clip = tiny_clip(vision="vit")  # no batch norm: its statistics are each process's own
     torch.manual_seed(0)
     return OrdinalCLIP(clip.visual.train(), RankPrompts(clip, 5, context=2), clip.logit_scale)
+
+
+def regression_model():
+    torch.manual_seed(2)
+    return Regression(torch.nn.Flatten(), 3 * 64 * 64, 5, "l2")
 
 
 def batch():
@@ -42,8 +47,14 @@ def step_of_two(rank, store, out):
     total, _, _ = loss_module(images[rank::2], labels[rank::2])
     (total * 2).backward()  # DistributedDataParallel averages
     grads, params = take_step(model)
-    rows = all_gather_rows(labels[rank::2])
-    torch.save(dict(total=total.detach(), grads=grads, params=params, rows=rows), f"{out}{rank}.pt")
+    rows, regression = all_gather_rows(labels[rank::2]), regression_model()
+    shares = slice(5 * rank, 5 + 3 * rank)  # 5 and 3 images
+    loss = regression.loss(images[shares], labels[shares], group=dist.group.WORLD)[0]
+    loss.backward()
+    dist.all_reduce(regression.head.weight.grad)
+    saved = dict(total=total.detach(), grads=grads, params=params, rows=rows)
+    saved |= dict(regression=loss.detach(), head=regression.head.weight.grad)
+    torch.save(saved, f"{out}{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -53,10 +64,15 @@ def test_two_processes_take_the_step_of_one(tmp_path):
     total, _, _ = model.loss(images, labels)
     total.backward()
     grads, params = take_step(model)
+    regression = regression_model()
+    loss = regression.loss(images, labels)[0]
+    loss.backward()
     for rank in range(2):
         shared = torch.load(tmp_path / f"out{rank}.pt", weights_only=True)
         torch.testing.assert_close(shared["total"], total.detach(), rtol=1e-5, atol=1e-5)
         assert torch.equal(shared["rows"], labels)
+        torch.testing.assert_close(shared["regression"], loss.detach())
+        torch.testing.assert_close(shared["head"], regression.head.weight.grad)
         for a, b in zip(shared["grads"], grads, strict=True):
             assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6
         for a, b in zip(shared["params"], params, strict=True):

@@ -134,11 +134,10 @@ def test_function_transforms(monkeypatch, transform, compiles):
             return compute(impl)
         return torch.compile(compute, backend="aot_eager")(impl)
 
-    if transform != "vmap":  # PyTorch's own op checks the labels, and vmap cannot read that
-        exact = run("torch")
-        monkeypatch.setattr(kernels, "which_impl", lambda *args: ("triton", "as if on CUDA"))
-        torch.testing.assert_close(run("auto"), exact)
-        assert exact.any()
+    exact = run("torch")
+    monkeypatch.setattr(kernels, "which_impl", lambda *args: ("triton", "as if on CUDA"))
+    torch.testing.assert_close(run("auto"), exact)
+    assert exact.any()
     monkeypatch.undo()
     message = "impl='triton': the fused kernels have no rules for torch.func"
     with pytest.raises(Exception if compiles else ValueError, match=message):  # dynamo's own type

@@ -14,6 +14,7 @@ from evaluation.metrics import (
     compute_metrics,
     confusion_matrix,
     long_tail_metrics,
+    mae_in_unit,
     mean_probs_by_rank,
     per_rank_metrics,
 )
@@ -130,6 +131,35 @@ def test_metrics_of_no_images_and_of_a_constant_answer_are_undefined():
     assert set(metrics.values()) == {None}
     metrics = compute_metrics(torch.eye(3)[[1, 1]], torch.tensor([0, 2]))
     assert metrics["spearman_argmax"] is None and metrics["mmae_argmax"] == 1
+
+
+PROBS = torch.eye(5)[[0, 1, 4]]
+
+
+@pytest.mark.parametrize(
+    "probs, labels, message",
+    [
+        (PROBS, [1, 2, 5], "got labels torch.int64 (3,) of 5 ranks; expected 3 integers, 0 .. R-1"),
+        (PROBS, [-1, 2, 3], "got labels torch.int64 (3,) of 5 ranks; expected 3 integers"),
+        (PROBS, [0.0, 1, 4], "got labels torch.float32 (3,) of 5 ranks; expected 3 integers"),
+        (PROBS, [[0], [1], [4]], "got labels torch.int64 (3, 1) of 5 ranks; expected 3 integers"),
+        (PROBS / 0, [0, 1, 4], "probs do not sum to 1; expected probabilities: logits.softmax(1)"),
+        (9 * PROBS, [0, 1, 4], "probs do not sum to 1; expected probabilities: logits.softmax(1)"),
+    ],
+)
+def test_metrics_refuse_what_are_no_ranks_and_no_probabilities(probs, labels, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        compute_metrics(probs, torch.tensor(labels))
+
+
+def test_labels_of_eight_bits():
+    labels = torch.arange(61).repeat(5)
+    narrow, probs = labels.to(torch.uint8), F.one_hot(labels, 61).float()
+    assert torch.equal(confusion_matrix(probs, narrow), 5 * torch.eye(61, dtype=torch.long))
+    counts = torch.arange(61)
+    expected = long_tail_metrics(probs, labels, counts)
+    assert expected == long_tail_metrics(probs, narrow, counts) and len(expected) == 2
+    assert mae_in_unit(probs, counts, labels[:, None]) == 0  # not (M, M) errors
 
 
 def test_per_rank_and_long_tail(gray):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ordinalclip
 from clip_model import tiny_clip
@@ -193,6 +194,41 @@ def test_the_text_tower_moves_with_the_prompts(clip):
     torch.testing.assert_close(prompts().float(), before, rtol=1e-4, atol=1e-4)
 
 
+def test_averages_of_equal_state_dicts_load(clip):
+    """Moving averages, soups, and casts move the settings that the extra state holds by a little."""
+    torch.manual_seed(0)
+    prompts = RankPrompts(clip, 101, context=CONTEXT, rank_tokens=[[500]] * 101, interp="none")
+    state = prompts.state_dict()
+    soup = {name: sum(value * (1 / 7) for _ in range(7)) for name, value in state.items()}
+    moving = dict(state)
+    for _ in range(20):
+        moving = {name: 0.9 * moving[name] + 0.1 * state[name] for name in state}
+    assert not torch.equal(moving["_extra_state"], state["_extra_state"])
+    for other in (soup, moving, {name: value.bfloat16() for name, value in state.items()}):
+        prompts.load_state_dict(other)
+
+
+@pytest.mark.parametrize("decay", [0.9999, 0.9])
+def test_averages_of_buffers_leave_the_prompts_as_they_are(clip, decay):
+    torch.manual_seed(0)
+    prompts = RankPrompts(clip, 30, context=8)
+    average = AveragedModel(prompts, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    for _ in range(20):
+        average.update_parameters(prompts)
+    torch.testing.assert_close(average.module(), prompts())
+
+
+def test_ranks_are_interpolated_in_float32_under_autocast(clip):
+    torch.manual_seed(0)
+    prompts = RankPrompts(clip, 101, context=CONTEXT)
+    expected = prompts.prompt_embeds()[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        own = prompts.prompt_embeds()[1]
+        score = ordinality(prompts.rank_embeds[:, 0])
+    assert torch.equal(own, expected)
+    assert score == ordinality(prompts.rank_embeds[:, 0])
+
+
 def test_a_half_precision_tower_is_used_as_it_is(clip):
     half = copy.deepcopy(clip).bfloat16()
     torch.manual_seed(0)
@@ -352,6 +388,7 @@ def test_regression_answers_in_float32_under_autocast():
         ([1, 2], "labels is a list; expected rank indices"),
         (torch.tensor([1.0, 2.0]), "labels are torch.float32; expected integer"),
         (torch.tensor([True, False]), "labels are torch.bool; expected integer"),
+        (torch.tensor([1, 2]).to(torch.uint16), "labels are torch.uint16; expected integer"),
         (torch.tensor([1, 700]), r"labels run from 1 to 700; expected rank indices 0\.\.699"),
         (torch.tensor([[1], [2]]), r"got labels \(2, 1\) for 2 images"),
     ],
@@ -375,6 +412,19 @@ def test_regression_has_gradients_per_image():
     grads = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(params, images, labels)
     model.loss(images, labels)[0].backward()
     torch.testing.assert_close(grads["model.head.weight"].mean(0), model.head.weight.grad)
+
+
+def test_prompts_have_gradients_per_image():
+    x, p = torch.randn(4, 8), torch.randn(5, 8)
+    labels = torch.tensor([0, 4, 2, 2])
+
+    def loss(p, x, label):
+        return matching_loss(x[None], p, label[None], 10.0)[0]
+
+    grads = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(p, x, labels)
+    p.requires_grad_()
+    matching_loss(x, p, labels, 10.0)[0].backward()
+    torch.testing.assert_close(grads.mean(0), p.grad)
 
 
 class Wrapped(torch.nn.Module):

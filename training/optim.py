@@ -62,7 +62,7 @@ def build_average(args: Namespace, model: nn.Module) -> AveragedModel | None:
     def average(means: list[Tensor], values: list[Tensor], count: Tensor) -> None:
         if means[0].is_floating_point():
             return ema(means, values, count)
-        for mean, value in zip(means, values):  # positions: 0.9 * 5 + 0.1 * 5 would become 4
+        for mean, value in zip(means, values):  # indices: 0.9 * 5 + 0.1 * 5 would become 4
             mean.copy_(value)
 
     return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
