@@ -8,6 +8,7 @@ of one package: copy them into a folder that is imported.
 
 import io
 import os
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -118,7 +119,7 @@ def atomic_write(path: str | Path, save: Callable[[Path], object]) -> None:
 
     OSError: a full disk (for which torch.save has a RuntimeError of its own), a removed folder.
     """
-    tmp_path = Path(f"{path}.{os.getpid()}.part")
+    tmp_path = Path(f"{path}.{secrets.token_hex(4)}.part")
     if not tmp_path.parent.is_dir():
         raise FileNotFoundError(f"{tmp_path.parent} was removed, so {path} cannot be written there")
     try:

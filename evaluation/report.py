@@ -20,7 +20,14 @@ import data
 from evaluation.metrics import BOTH, METRICS
 from training.methods import METHODS, needs_clip
 from training.options import PAPER, build_parser
-from training.run_folder import WEIGHTS, comparable_settings, method_name, save_csv, saved_digests
+from training.run_folder import (
+    WEIGHTS,
+    comparable_settings,
+    data_name,
+    method_name,
+    save_csv,
+    saved_digests,
+)
 from training.sweep import categories
 
 # What flags are in runs older than they; images were decoded in full before --no-draft was there.
@@ -186,7 +193,7 @@ def read_run(file: Path) -> FinishedRun:
     """ValueError, KeyError, TypeError or AttributeError: it is damaged, it cannot have tables."""
     results = json.loads(file.read_text(encoding="utf-8"))
     settings = dict(init=None) | results["settings"]  # what runs of earlier versions do not hold
-    settings["split"] = settings["split"] or "random"
+    settings |= dict(split=settings["split"] or "random", data=data_name(settings["data"]))
     mae = {f"test_mae_{answer}": results["test"][f"mae_{answer}"] for answer in BOTH}
     figures = mae | {  # which all runs have; other metrics were added later
         f"{part}_{name}": value

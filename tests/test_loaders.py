@@ -144,7 +144,9 @@ def test_a_run_from_before_drafts_goes_on_with_images_in_full(gray, tmp_path):
     train.main([*argv, "--no-draft"])
 
 
-def test_a_frozen_encoder_stays_and_its_features_are_computed_once(gray, tmp_path, monkeypatch):
+def test_a_frozen_encoder_stays_and_its_features_are_computed_once(
+    gray, tmp_path, monkeypatch, capsys
+):
     calls, compute = [], loaders.compute_features
     monkeypatch.setattr(
         loaders, "compute_features", lambda *args: calls.append(1) or compute(*args)
@@ -161,6 +163,10 @@ def test_a_frozen_encoder_stays_and_its_features_are_computed_once(gray, tmp_pat
         path.write_bytes(content)
     repaired = train.main([*argv, str(tmp_path / "c")])
     assert len(calls) == 6 and repaired["test"] == results["test"]
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc")  # a full disk, a read-only home
+    uncached = train.main([*argv, str(tmp_path / "d")])
+    assert len(calls) == 9 and uncached["test"] == results["test"]
+    assert "features are not cached: " in capsys.readouterr().err
     end = torch.load(tmp_path / "a" / "best.pt", weights_only=True)["model"]
     assert all(torch.equal(value, end[f"image_encoder.{key}"]) for key, value in start.items())
     whole = torch.load(tmp_path / "a" / "exported.pt", weights_only=True)["state_dict"]

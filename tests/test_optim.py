@@ -127,6 +127,7 @@ def test_balanced_draws_all_ranks_equally_often(gray):
         sampler.set_epoch(epoch)
         drawn += [gray_task.train[key % num_images].label for key in sampler]
     assert len(drawn) == 50 * num_images
+    assert len({*sampler}) == num_images  # each draw of an image has a crop of its own
     shares = torch.tensor(drawn).bincount() / len(drawn)
     assert (shares - 0.25).abs().max() < 0.04, shares  # 2800 draws: standard deviation 0.008
 

@@ -19,7 +19,7 @@ import train
 from clip_model import tiny_clip
 from evaluation.report import write_report
 from training.methods import LossModule
-from training.run_folder import differing_settings, lock_run_dir, provenance
+from training.run_folder import differing_settings, lock_run_dir, provenance, run_name
 
 
 def test_a_finished_run_is_not_written_over(finished_run, stripes):
@@ -73,9 +73,53 @@ def test_relative_data_away_from_the_folder_of_the_start_is_explained(gray, tmp_
     with pytest.raises(SystemExit) as error:
         train.main(["--eval", str(tmp_path / "run")])
     assert error.value.code == (
-        f"the images of {tmp_path / 'run'} lay in 'gray', which is not there; put them there, or "
-        f"go to the folder in which the run was started (now {tmp_path})"
+        f"the images of {tmp_path / 'run'} lay in 'gray', which is not there; give --data-root, "
+        f"or go to the folder in which the run was started (now {tmp_path})"
     )
+
+
+def test_a_run_is_tested_and_resumed_where_its_images_lie_now(gray, tmp_path):
+    run_dir = tmp_path / "run"
+    folder = shutil.copytree(gray, tmp_path / "gray")
+    results = train.main(["--data", str(folder), *TINY, "--out", str(run_dir)])
+    folder.rename(tmp_path / "moved")
+    moved = ["--data-root", str(tmp_path / "moved")]
+    assert train.main(["--eval", str(run_dir), *moved])["test"] == results["test"]
+    (run_dir / "results.json").unlink()
+    assert train.main(["--resume", str(run_dir), *moved])["test"] == results["test"]
+    (run_dir / "results.json").unlink()
+    (tmp_path / "moved" / "0 gray" / "0.png").write_bytes(
+        (tmp_path / "moved" / "3 gray" / "0.png").read_bytes()
+    )
+    with pytest.raises(SystemExit, match="changed since the run started"):
+        train.main(["--resume", str(run_dir), *moved])
+
+
+def test_a_folder_is_the_same_with_a_slash_behind_it(gray, tmp_path, monkeypatch):
+    argv = [*TINY, "--out", str(tmp_path / "runs"), "--seeds"]
+    train.main(["--data", f"{gray}/", *argv, "1"])
+    train.main(["--data", str(gray), *argv, "1", "2"])
+    report = next((tmp_path / "runs").glob("report-*.md")).read_text()
+    assert report.count("(n=2)") > 3 and "(n=1)" not in report
+    monkeypatch.chdir(gray)
+    assert run_name(train.parse_args(["--data", ".", *TINY, "--out", str(tmp_path)]))[:5] == "gray-"
+
+
+@pytest.mark.parametrize("seeds", [[], ["--seeds", "1", "2"]])
+def test_a_run_among_the_images_is_refused(gray, tmp_path, monkeypatch, seeds):
+    """Its folder would be a rank, its pictures images, for the next run."""
+    folder = shutil.copytree(gray, tmp_path / "gray")
+    monkeypatch.chdir(folder)
+    for argv, out in ((["--data", "."], "runs"), (["--data", str(folder), "--out", "x/y"], "x/y")):
+        with pytest.raises(SystemExit, match=f"--out {out}.* lies in --data .*, where folders are"):
+            train.main([*argv, *TINY, *seeds])
+    assert {path.suffix for path in folder.iterdir()} <= {""} and not (folder / "runs").exists()
+    lists = {part: f"{part}.txt" for part in ("train", "val", "test")}
+    for i, name in enumerate(lists.values()):
+        images = sorted(path.relative_to(folder) for path in folder.rglob("*.png"))[i::3]
+        lines = (f"{path} {str(path)[0]}\n" for path in images)
+        (folder / name).write_text("".join(lines))
+    train.main(["--data", ".", *TINY, *seeds])  # whose lists say what is data
 
 
 def test_the_same_command_goes_on_wherever_it_was_cut_off(gray, tmp_path):

@@ -6,6 +6,7 @@ Needs: data, clip_weights, training.distributed, .progress, .run_folder.
 import contextlib
 import copy
 import hashlib
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
@@ -41,22 +42,26 @@ def load_task(args: Namespace) -> data.Task:
     """The dataset under its protocol; that of a run that exists is read from its folder."""
     run_exists, is_own = bool(args.resume or args.eval), args.data not in data.DATASETS
     reads_splits = run_exists and args.data != "demo"  # which has one split
-    options = dict(category=args.category, label_rule=args.label_rule)
+    options, name = dict(category=args.category, label_rule=args.label_rule), args.data
     if reads_splits:  # they have the split, the ranks and the labels
-        if is_own and not Path(args.data).is_dir():
-            raise SystemExit(
-                f"the images of {args.out} lay in {args.data!r}, which is not there; put them "
-                f"there, or go to the folder in which the run was started (now {Path.cwd()})"
-            )
+        if is_own and not Path(name).is_dir():
+            if not args.data_root:
+                raise SystemExit(
+                    f"the images of {args.out} lay in {name!r}, which is not there; give "
+                    "--data-root, or go to the folder in which the run was started (now "
+                    f"{Path.cwd()})"
+                )
+            name = args.data_root
         options["lists"] = [Path(args.out) / "splits" / f"{part}.txt" for part in data.PARTS]
         for path in options["lists"]:
             if not path.is_file():
                 raise SystemExit(f"{path} is missing; restore it, or repeat the run anew")
     else:
         names = ("split", "label_pattern", "ranks", "bins", "group")
-        options |= {name: getattr(args, name) for name in names} | dict(lists=given_lists(args))
+        options |= {key: getattr(args, key) for key in names} | dict(lists=given_lists(args))
+        options["allow_missing"] = args.skip_bad
     fold = dict(fold=args.fold, seed=args.split_seed)
-    task = data.load(args.data, args.data_root, **fold, **options)
+    task = data.load(name, args.data_root, **fold, **options)
     if not reads_splits:
         if is_own and fold != dict(fold=0, seed=1):
             first = data.load(args.data, args.data_root, fold=0, seed=1, **options)
@@ -155,7 +160,7 @@ class EpochSampler(Sampler[int]):
 
     A key is epoch * num_images + index, see SeededImages. As DistributedSampler does, the first
     images are repeated until all processes have equally many. weights (M,): images are drawn with
-    these, again and again, instead of once each.
+    these, again and again, instead of once each; each draw counts as an epoch of its own.
     """
 
     def __init__(self, num_images: int, seed: int, weights: Tensor | None = None) -> None:
@@ -172,14 +177,16 @@ class EpochSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
         if self.weights is None:
-            order = torch.randperm(self.num_images, generator=generator)
+            keys = torch.randperm(self.num_images, generator=generator)
+            keys += self.epoch * self.num_images
         else:
-            order = torch.multinomial(self.weights, self.num_images, True, generator=generator)
+            keys = torch.multinomial(self.weights, self.num_images, True, generator=generator)
+            draws = torch.arange(self.num_images) + self.epoch * self.num_images
+            keys += draws * self.num_images
         share = -(-self.num_images // world_size())
-        order = order.repeat(1 + world_size())[: share * world_size()]
+        keys = keys.repeat(1 + world_size())[: share * world_size()]
         process = dist.get_rank() if dist.is_initialized() else 0
-        keys = order[process :: world_size()] + self.epoch * self.num_images
-        return iter(keys[self.start :].tolist())
+        return iter(keys[process :: world_size()][self.start :].tolist())
 
 
 class SeededImages(Dataset):
@@ -253,9 +260,12 @@ def cached_features(run: Run, images: data.ImageList) -> Dataset:
         except (OSError, ValueError):  # none there, or a damaged file
             features = None
         if not torch.is_tensor(features) or len(features) != len(images):
-            path.parent.mkdir(parents=True, exist_ok=True)
             features = compute_features(run, images)
-            data.atomic_write(path, lambda tmp_path: torch.save(features, tmp_path))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                data.atomic_write(path, lambda tmp_path: torch.save(features, tmp_path))
+            except OSError as error:
+                print(f"features are not cached: {error}; set XDG_CACHE_HOME", file=sys.stderr)
     return TensorDataset(features, torch.tensor(images.samples.labels, dtype=torch.long))
 
 

@@ -24,6 +24,7 @@ from training.methods import CONTEXT_KEY, METHODS, init_state, needs_clip
 from training.progress import summary_writer
 from training.run_folder import (
     as_list,
+    data_name,
     dataset_defaults,
     differing_settings,
     flag_of,
@@ -178,6 +179,7 @@ def ranks_and_share(text: str) -> tuple[int, float]:
 
 def resolve_defaults(args: Namespace, explicit_flags: set[str]) -> Namespace:
     """Fill in what the dataset, the method and the machine decide."""
+    args.data = data_name(args.data)
     defaults = PAPER | DATASET_DEFAULTS.get(args.data, {}) | dataset_defaults(args.data)
     if has_own_images(args) and args.clip is not None:
         defaults["image_encoder"] = "clip"
@@ -209,7 +211,20 @@ def resolve_defaults(args: Namespace, explicit_flags: set[str]) -> Namespace:
             args.context = str(state[CONTEXT_KEY].shape[-2])
     if args.out is None and not is_sweep(args):
         args.out = str(Path("runs") / run_name(args))
+    if not args.resume and not args.eval:
+        check_out(args)
     return args
+
+
+def check_out(args: Namespace) -> None:
+    """SystemExit if the run would lie in the folder of own images, and be read as some of them."""
+    out, folder = Path(args.out or "runs").resolve(), Path(args.data).resolve()
+    has_lists = args.train_list or any(folder.glob("[Tt]rain*.*"))
+    if has_own_images(args) and not has_lists and out.is_relative_to(folder):
+        raise SystemExit(
+            f"--out {args.out or 'runs'} lies in --data {args.data}, where folders are data; give "
+            "another --out"
+        )
 
 
 def has_own_images(args: Namespace) -> bool:

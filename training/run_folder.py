@@ -86,6 +86,12 @@ def dataset_defaults(name: str) -> dict[str, str | None]:
     )
 
 
+def data_name(name: str) -> str:
+    """--data as it is stored and compared: `photos/` is `photos`."""
+    path = name.strip() and os.path.normpath(name)
+    return name if path in data.DATASETS else path  # ./hci is a folder
+
+
 def flag_of(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
@@ -99,7 +105,7 @@ def table_name(args: Namespace) -> str:
     default = dataset_defaults(args.data)
     shifts = ["{}-{:g}".format(*shift) for shift in as_list(args.shift)] if args.shift else []
     parts = [
-        Path(args.data).name,
+        Path(os.path.abspath(args.data)).name,  # of ., too
         args.category,
         method_name(args),
         args.split if args.split != default["split"] else None,
@@ -158,6 +164,7 @@ def check_same_settings(args: Namespace, saved: dict, state: str) -> None:
 def differing_settings(requested: dict, saved: dict) -> str:
     """`--lr 0.1, not 0.2; ...`: each requested setting that differs from the saved one."""
     saved = dict(no_draft=True) | saved  # as runs were before there was the flag
+    saved |= dict(data=data_name(str(saved.get("data"))))
     requested, saved = (json.loads(json.dumps(d)) for d in (requested, saved))  # tuples as lists
     return "; ".join(
         f"{flag_of(key)} {saved.get(key)!r}, not {value!r}"
