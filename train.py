@@ -15,6 +15,8 @@ config.json, splits/*.txt, log.csv, last.pt, best.pt, exported.pt, results.json,
 predictions-best.csv, pictures/*.png. Needs: evaluation, training.
 """
 
+import glob
+import os
 import signal
 import sys
 import time
@@ -68,8 +70,9 @@ def main(argv: list[str] | None = None) -> dict | list[dict] | str:
 
     SystemExit for user errors: bad flags or files, a full disk, a loss that is not finite.
     """
-    args = parse_args(argv)
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     try:
+        args = parse_args(argv)
         if args.report:
             return write_report(args.report)
         init_distributed(args)
@@ -79,12 +82,12 @@ def main(argv: list[str] | None = None) -> dict | list[dict] | str:
             return profile_run(expand_runs(args)[0])
         return train_sweep(args) if is_sweep(args) else train(args)
     except (OSError, FloatingPointError) as error:
-        if args.debug:
+        if debug:
             raise
         last_line = str(error).splitlines()[-1]  # before it, the traceback of a worker process
         raise SystemExit(f"train.py: {last_line}") from error
     except SystemExit:
-        if args.debug:
+        if debug:
             traceback.print_exc()
         raise
     finally:
@@ -216,6 +219,8 @@ def train_one_epoch(
 
 def evaluate_checkpoint(args: Namespace) -> dict[str, Any]:
     """--eval: a checkpoint on the test images of its run; writes eval-NAME.json beside it."""
+    if not os.access(args.out, os.W_OK):
+        raise SystemExit(f"{args.out} may not be written; --eval writes there: copy the run")
     start_time, run = time.time(), build_run(args)
     same_initialisation = args.epochs and not args.init
     initial_similarity = similarity_matrix(run.model) if same_initialisation else None
@@ -235,7 +240,11 @@ def train_sweep(args: Namespace) -> list[dict[str, Any]]:
     check_runs(runs)
     results = [load_finished_results(run) or train(run) for run in runs]
     if is_main():
-        write_report([run.out for run in runs], f"report-{table_name(args)}.md")
+        paths = {}  # also of seeds that another command ran
+        for run in runs:
+            pattern = f"{glob.escape(table_name(run))}-seed*"
+            paths |= dict.fromkeys([Path(run.out), *sorted(Path(run.out).parent.glob(pattern))])
+        write_report([*paths], f"report-{table_name(args)}.md")
     return results
 
 

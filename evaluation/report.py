@@ -10,8 +10,10 @@ import json
 import os
 import re
 import statistics
+import sys
 from argparse import Namespace
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -138,7 +140,7 @@ def write_report(paths: list[str | Path], name: str = "report.md") -> str:
     (split, label rule, prompt). SystemExit where there is no finished run.
     """
     files, left_out = set(), []
-    for path in map(Path, paths):
+    for path in itertools.chain.from_iterable(map(find_runs, paths)):
         if path.is_file() and path.name.startswith("report") and path.suffix in (".md", ".csv"):
             continue  # of runs/*, written by an earlier report
         results = path / "results.json"
@@ -170,16 +172,33 @@ def write_report(paths: list[str | Path], name: str = "report.md") -> str:
         tables.setdefault(run.table, []).append(run)
     text = "\n".join(format_tables(group, out_dir) for group in tables.values())
     text += "\n".join(left_out)
-    data.atomic_write(out_dir / name, lambda tmp_path: tmp_path.write_text(text, encoding="utf-8"))
+    print(text)
     rows = []
     for run in runs.values():
         row = dict(run=os.path.relpath(run.path, out_dir), table=run.table)
         row |= dict(row=run.row, column=run.column)
         rows.append(row | run.settings | run.figures)
-    csv_path = (out_dir / name).with_suffix(".csv")
-    save_csv(csv_path, rows)
-    print(text + f"\nwritten to {out_dir / name} and {csv_path.name}")
+    path = out_dir / name
+    try:
+        data.atomic_write(path, lambda tmp_path: tmp_path.write_text(text, encoding="utf-8"))
+        save_csv(path.with_suffix(".csv"), rows)
+        print(f"\nwritten to {path} and {path.with_suffix('.csv').name}")
+    except OSError as error:  # others' runs, runs in two trees
+        print(f"\nnot written: {error}", file=sys.stderr)
     return text
+
+
+def find_runs(path: str | Path) -> list[Path]:
+    """The folder of a run, or, of a folder of runs, those in it and folders of several."""
+
+    def is_run(folder: Path) -> bool:
+        return any((folder / name).exists() for name in ("config.json", "results.json"))
+
+    path = Path(path)
+    if is_run(path):
+        return [path]
+    folders = [f for f in path.glob("*") if is_run(f) or any(f.glob("*/results.json"))]
+    return sorted(folders) or [path]
 
 
 def why_empty(path: Path) -> str:
@@ -243,11 +262,12 @@ def name_rows(runs: Iterable[FinishedRun]) -> None:
         for run, values in zip(cell, settings):
             run.row += "".join(f" {key}={values.get(key)}" for key in differing)
             for kind, digest in input_digests(run).items():
-                inputs.setdefault((run.row, run.settings["fold"], kind), set()).add(digest)
-        if any(len(digests) > 1 for digests in inputs.values()):
-            for run in cell:
-                if digests := "".join(input_digests(run).values()):
-                    run.row += f" inputs={hashlib.sha256(digests.encode()).hexdigest()[:8]}"
+                fold = None if kind == "images" else run.settings["fold"]  # the same in all
+                inputs.setdefault((run.row, fold, kind), set()).add(digest)
+        kinds = {kind for (_, _, kind), digests in inputs.items() if len(digests) > 1}
+        for run in cell:
+            if digests := "".join(d for kind, d in input_digests(run).items() if kind in kinds):
+                run.row += f" inputs={hashlib.sha256(digests.encode()).hexdigest()[:8]}"
 
 
 def table_settings(run: FinishedRun) -> dict:
@@ -258,7 +278,7 @@ def table_settings(run: FinishedRun) -> dict:
 
 def input_digests(run: FinishedRun) -> dict[str, str]:
     """sha256 of what runs of a fold share: {"": paths and labels, " files": bytes of the images,
-    "--clip": its weights file, ...}.
+    "--clip": its weights file, ...}; and of all folds, "images": paths and labels of all parts.
 
     Runs of earlier versions lack some; --shots and --shift draw training images by seed.
     """
@@ -266,6 +286,8 @@ def input_digests(run: FinishedRun) -> dict[str, str]:
     parts = data.PARTS[bool(settings.get("shots") or settings.get("shift")) :]
     digests = {kind: "".join(saved.get(p + kind, "") for p in parts) for kind in ("", " files")}
     digests |= {flag: saved.get(flag, "") for flag in WEIGHTS}
+    if parts == data.PARTS:
+        digests["images"] = saved.get("images", "")
     return {kind: digest for kind, digest in digests.items() if digest}
 
 
@@ -297,8 +319,25 @@ def format_tables(runs: list[FinishedRun], out_dir: Path) -> str:
                 texts.append(format_cell(values, digits, paper_value))
             lines.append("| " + " | ".join(texts) + " |")
         lines.append("")
+    lines += remarks(runs)
     lines += [describe_run(run, os.path.relpath(run.path, out_dir)) for run in runs]
     return "\n".join(lines) + "\n"
+
+
+def remarks(runs: list[FinishedRun]) -> Iterator[str]:
+    """What the means of a table hide: a seed twice, runs of different code."""
+    cells: dict[tuple[str, str], list[FinishedRun]] = {}
+    for run in runs:
+        cells.setdefault((run.row, run.column), []).append(run)
+    for cell, group in cells.items():
+        counts = Counter((run.settings["seed"], run.settings["fold"]) for run in group)
+        for (seed, fold), count in counts.items():
+            if count > 1:
+                yield f"- {', '.join(cell)}: {count} runs of seed {seed}, fold {fold}, all counted"
+        for key in ("commit", "processes"):
+            values = sorted({str(run.results.get(key)) for run in group})
+            if len(values) > 1:
+                yield f"- {', '.join(cell)}: runs of different {key}: {', '.join(values)}"
 
 
 def overall_runs(runs: list[FinishedRun]) -> list[FinishedRun]:

@@ -1,8 +1,10 @@
 """pytest tests/test_distributed.py -- two processes equal one."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from conftest import TINY
@@ -10,7 +12,7 @@ from processes import run_script, run_two
 
 from clip_model import tiny_clip
 from ordinalclip import OrdinalCLIP, RankPrompts, Regression
-from training.distributed import all_gather_rows, data_parallel
+from training.distributed import all_gather_rows, data_parallel, init_distributed
 from training.methods import LossModule
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +79,18 @@ def test_two_processes_take_the_step_of_one(tmp_path):
             assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6
         for a, b in zip(shared["params"], params, strict=True):
             assert (a - b).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])  # as asked for, as a resumed run has it
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, device):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(dist, "init_process_group", calls.append)
+    for name, value in dict(WORLD_SIZE="4", RANK="3", LOCAL_RANK="3", MASTER_ADDR="x").items():
+        monkeypatch.setenv(name, value)
+    args = Namespace(device=device)
+    init_distributed(args)
+    assert args.device == "cuda:3" and calls == ["cuda:3", "nccl"]
 
 
 def test_torchrun_trains_and_writes_once(gray, tmp_path):

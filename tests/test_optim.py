@@ -76,14 +76,25 @@ def test_gradients_of_several_batches_are_averaged(gray, monkeypatch):
 
 def test_the_average_is_the_exponential_one():
     model = nn.BatchNorm1d(1)
-    average, expected = build_average(Namespace(ema=0.75), model), None
-    for value in (1.0, 5.0, -3.0):
+    average, expected = build_average(Namespace(ema=0.375), model), None
+    for n, value in enumerate((1.0, 5.0, -3.0, 4.0, 2.0, 7.0, 8.0, 9.0)):
         nn.init.constant_(model.weight, value)
         model.running_mean.fill_(value)
         average.update_parameters(model)
-        expected = value if expected is None else 0.75 * expected + 0.25 * value
-    assert average.module.weight.item() == average.module.running_mean.item() == expected
+        decay = min(0.375, (1 + n) / (10 + n))  # of the last three: 0.375
+        expected = value if n == 0 else decay * expected + (1 - decay) * value
+    assert average.module.weight.item() == average.module.running_mean.item()
+    assert average.module.weight.item() == pytest.approx(expected, rel=1e-6)
     assert build_average(Namespace(ema=None), model) is None
+
+
+def test_the_average_of_a_short_run_has_left_its_start():
+    model = nn.Linear(1, 1)
+    average = build_average(Namespace(ema=0.9999), model)
+    for value in [0.0] + [1.0] * 100:
+        nn.init.constant_(model.weight, value)
+        average.update_parameters(model)
+    assert average.module.weight.item() > 0.999  # with 0.9999 from the start: 0.01
 
 
 def test_the_averaged_weights_are_validated_and_saved(gray, tmp_path):

@@ -66,6 +66,47 @@ def test_a_run_repeated_with_newer_metrics_is_the_same_run(tmp_path):
     assert "2.000 (n=1)" in text and "so the same run" in text
 
 
+def test_a_seed_that_counts_twice_and_other_code_are_named(tmp_path):
+    for i, (seed, commit) in enumerate([(1, "abc"), (1, "abc"), (2, "abc-dirty")]):
+        write_run(tmp_path / str(i), 2.0 + i, seed=seed)
+        path = tmp_path / str(i) / "results.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(commit=commit)))
+    lines = write_report([tmp_path]).splitlines()
+    cell = "- ordinalclip-linear-K3, all"
+    assert f"{cell}: 2 runs of seed 1, fold 0, all counted" in lines
+    assert f"{cell}: runs of different commit: abc, abc-dirty" in lines
+    assert not any("processes" in line for line in lines)
+
+
+def test_folds_of_other_images_are_not_averaged(tmp_path):
+    for fold, digest in enumerate(("a", "a", "b")):
+        write_run(tmp_path / str(fold), 2.0 + fold, fold=fold)
+        path = tmp_path / str(fold) / "results.json"
+        digests = dict(images=digest, train=f"of fold {fold}")
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(digests=digests)))
+    text = write_report([tmp_path])
+    assert "2.500 ± 0.707 (n=2)" in text and "4.000 (n=1)" in text
+
+
+def test_a_folder_of_runs_is_as_its_runs(tmp_path, capsys):
+    write_run(tmp_path / "runs" / "a", 2.0)
+    write_run(tmp_path / "runs" / "several" / "b", 3.0, seed=2)
+    (tmp_path / "runs" / "unfinished").mkdir()
+    (tmp_path / "runs" / "unfinished" / "config.json").write_text("{}")
+    (tmp_path / "runs" / "notes").mkdir()
+    text = write_report([tmp_path / "runs"])
+    assert "2.500 ± 0.707 (n=2)" in text and "notes" not in text
+    assert f"- left out {tmp_path / 'runs' / 'unfinished'}: not finished" in text.splitlines()
+
+
+def test_a_report_that_cannot_be_written_is_printed(tmp_path, capsys, monkeypatch):
+    write_run(tmp_path / "a", 2.0)
+    monkeypatch.setattr(report.os.path, "commonpath", lambda paths: "/proc")  # as of two trees
+    text = write_report([tmp_path / "a"])
+    out, err = capsys.readouterr()
+    assert text in out and "written to" not in out and "not written: " in err
+
+
 def test_runs_on_other_pixels_are_not_averaged(tmp_path):
     for seed, digest in ((1, "a"), (2, "a"), (3, "b")):
         write_run(tmp_path / str(seed), 2.0 + seed, seed=seed)

@@ -122,6 +122,32 @@ def test_a_run_among_the_images_is_refused(gray, tmp_path, monkeypatch, seeds):
     train.main(["--data", ".", *TINY, *seeds])  # whose lists say what is data
 
 
+def test_a_checkpoint_of_another_epoch_than_the_best_is_refused(gray, tmp_path):
+    """In a copy of a run that goes on, best.pt may be older than last.pt."""
+    run_dir = tmp_path / "run"
+    train.main(["--data", str(gray), *TINY, "--epochs", "3", "--out", str(run_dir)])
+    (run_dir / "results.json").unlink()
+    best = torch.load(run_dir / "best.pt", weights_only=True)
+    other = best | dict(epoch=best["epoch"] % 3 + 1)
+    torch.save(other, run_dir / "best.pt")
+    message = (
+        f"best.pt is of epoch {other['epoch']}, but the best epoch of last.pt is {best['epoch']}"
+    )
+    with pytest.raises(SystemExit, match=message + "; restore it, or remove last.pt"):
+        train.main(["--resume", str(run_dir)])
+    (run_dir / "best.pt").unlink()
+    with pytest.raises(SystemExit, match="best.pt is missing, but the best epoch of last.pt is"):
+        train.main(["--resume", str(run_dir)])
+    torch.save(best | dict(epoch=4), run_dir / "best.pt")  # cut between the two: repeated
+    train.main(["--resume", str(run_dir)])
+
+
+def test_a_run_that_may_not_be_written_is_not_tested(finished_run, monkeypatch):
+    monkeypatch.setattr(train.os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(SystemExit, match=r"may not be written; --eval writes there: copy the run"):
+        train.main(["--eval", str(finished_run[0])])
+
+
 def test_the_same_command_goes_on_wherever_it_was_cut_off(gray, tmp_path):
     run_dir = tmp_path / "run"
     argv = ["--data", str(gray), *TINY, "--out", str(run_dir)]

@@ -138,6 +138,12 @@ def test_zero_shot_says_its_prompt(gray, tmp_path, capsys):
     )
 
 
+def test_zero_shot_with_another_runs_tower_asks_in_words(stripes, finished_run, tmp_path):
+    argv = ["--data", str(stripes), *TINY_MODEL, "--method", "zeroshot"]
+    results = train.main([*argv, "--init", str(finished_run[0]), "--out", str(tmp_path / "z")])
+    assert results["prompt"] == "the rank of the image is 1 stripes."
+
+
 def test_regression_runs_and_learns(gray, tmp_path):
     out = tmp_path / "regression"
     results = train.main(
@@ -195,6 +201,13 @@ def test_seeds_and_folds_are_one_command_and_finished_runs_are_read(
     assert [r["test"] for r in again] == [r["test"] for r in results]
     with pytest.raises(SystemExit, match="is finished with other settings: --lr 0.002, not 0.5"):
         train.main([*argv, "--lr", "0.5"])
+
+
+def test_the_report_of_a_sweep_has_all_its_seeds(gray, tmp_path, capsys):
+    argv = ["--data", str(gray), *TINY, "--out", str(tmp_path / "runs"), "--seeds"]
+    train.main([*argv, "1", "2"])
+    train.main([*argv, "3"])
+    assert "(n=3)" in next((tmp_path / "runs").glob("report-*.md")).read_text()
 
 
 def test_few_shot_and_shift_reach_the_training(gray, tmp_path):
@@ -262,10 +275,9 @@ def test_mistakes_are_told_plainly(stripes, tmp_path, capsys, argv, message):
         train.main(argv)
     assert not (tmp_path / "out").exists()  # nothing begun
     assert "Traceback" not in capsys.readouterr().err
-    if "--eval" not in argv:
-        with pytest.raises(SystemExit, match=message):
-            train.main([*argv, "--debug"])
-        assert "Traceback" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=message):
+        train.main([*argv, "--debug"])
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_finite_stop_the_run(stripes, tmp_path):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import data
 from clip_weights import check_finite, load_file
 from training.distributed import is_main
-from training.optim import build_average, build_optimizer, build_schedule
+from training.optim import build_average, build_optimizer, build_schedule, epochs_without_progress
 from training.run_folder import Run, check_same_images, check_same_settings, save_csv, settings_dict
 
 
@@ -82,7 +82,23 @@ def load_last(run: Run) -> dict[str, Any] | None:
     check_same_settings(run.args, saved["settings"], "was started")
     check_same_images(run.args, run.task, saved)
     load_state(run.model, saved["model"], path)
+    check_best(run.dir / "best.pt", saved["log"])
     return saved
+
+
+def check_best(path: Path, log: list[dict[str, float]]) -> None:
+    """SystemExit if best.pt is not of the best epoch of the log of last.pt, as in a copy of a run.
+
+    It may be of the epoch after them: interrupted between the two, that epoch is repeated.
+    """
+    best = len(log) - epochs_without_progress(log)
+    epoch = load_checkpoint(path).get("epoch") if log and path.exists() else None
+    if log and epoch not in (best, len(log) + 1):
+        got = "is missing" if epoch is None else f"is of epoch {epoch}"
+        raise SystemExit(
+            f"{path} {got}, but the best epoch of last.pt is {best}; restore it, or remove last.pt "
+            "to train again"
+        )
 
 
 def load_checkpoint_weights(model: nn.Module, path: str | Path) -> None:

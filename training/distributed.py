@@ -25,7 +25,7 @@ def init_distributed(args: Namespace) -> None:
         )
     if missing or "WORLD_SIZE" not in os.environ:
         return
-    if args.device == "cuda":
+    if args.device.startswith("cuda"):  # of a run that is resumed, with a number
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")

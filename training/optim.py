@@ -54,14 +54,18 @@ def build_schedule(args: Namespace, optimizer: torch.optim.Optimizer) -> lr_sche
 
 
 def build_average(args: Namespace, model: nn.Module) -> AveragedModel | None:
-    """--ema: a copy of the model whose weights and buffers are moving averages; None without."""
+    """--ema: a copy of the model whose weights and buffers are moving averages; None without.
+
+    After n steps the decay is at most (1 + n) / (10 + n), as in TensorFlow's: 0.999 from the start
+    would keep half of the initial weights for 700 steps.
+    """
     if args.ema is None:
         return None
-    ema = get_ema_multi_avg_fn(args.ema)
 
     def average(means: list[Tensor], values: list[Tensor], count: Tensor) -> None:
+        decay = min(args.ema, (1 + int(count)) / (10 + int(count)))
         if means[0].is_floating_point():
-            return ema(means, values, count)
+            return get_ema_multi_avg_fn(decay)(means, values, count)
         for mean, value in zip(means, values):  # indices: 0.9 * 5 + 0.1 * 5 would become 4
             mean.copy_(value)
 

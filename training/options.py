@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         return args_from_checkpoint(args, explicit_flags, parser)
     if {"seed", "seeds"} <= explicit_flags:
         parser.error("--seed and --seeds: give one of them")
-    if args.report and explicit_flags - {"report"}:
+    if args.report and explicit_flags - {"report", "debug"}:
         parser.error("--report takes no other flag")
     return resolve_defaults(args, explicit_flags)
 
@@ -205,7 +205,8 @@ def resolve_defaults(args: Namespace, explicit_flags: set[str]) -> Namespace:
         has_bf16 = args.device.startswith("cuda") and torch.cuda.is_bf16_supported()
         args.precision = "bf16" if has_bf16 else "fp32"
     check_values(args)
-    if args.init and args.context is None:  # as many random tokens; values are copied
+    if args.init and args.context is None and args.method != "zeroshot":
+        # as many random tokens; values are copied
         state = init_state(args.init)
         if CONTEXT_KEY in state:  # a resumed run does not need --init
             args.context = str(state[CONTEXT_KEY].shape[-2])
@@ -267,7 +268,7 @@ HAS_EFFECT: list[tuple[str, Callable[[Namespace], bool], str]] = [
     ("quick_gelu trust_torchscript", lambda a: needs_clip(a) and a.clip != "tiny",
         f"--clip {{clip}} and {BY_METHOD}"),
     ("image_weights", lambda a: a.image_encoder != "clip", BY_ENCODER),
-    ("freeze_image epochs weight_decay save_every warmup accumulate balanced profile shots seeds",
+    ("freeze_image epochs weight_decay save_every warmup accumulate balanced profile shots seed seeds",
         trains, BY_METHOD),
     ("lr", lambda a: trains(a) and not (a.lr_prompts and (a.lr_image or a.freeze_image)),
         f"{BY_METHOD} and rates of its own for all that trains"),
@@ -348,7 +349,7 @@ def args_from_checkpoint(
     args: Namespace, explicit_flags: set[str], parser: argparse.ArgumentParser
 ) -> Namespace:
     """The settings of the run that --resume or --eval names, but for where it runs now."""
-    machine_flags = {"device", "precision", "workers", "data_root"}
+    machine_flags = {"device", "precision", "workers", "data_root", "debug"}
     machine_flags |= {"tensorboard"} if args.resume else set()
     if unexpected := explicit_flags - machine_flags - {"resume", "eval"}:
         flags = ", ".join(map(flag_of, sorted(unexpected)))

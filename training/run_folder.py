@@ -250,10 +250,11 @@ def lock_run_dir(args: Namespace) -> Iterator[None]:
 
 
 def split_digests(task: data.Task) -> dict[str, str]:
-    """sha256 of the paths and labels of each part, of its images' bytes ("train files"), of the
-    ranks, of labels in bins."""
+    """sha256 of the paths and labels of each part, of its images' bytes ("train files"), of all
+    parts together, which folds share ("images"), of the ranks, of labels in bins."""
     real, samples = task.real_labels, {part: getattr(task, part) for part in data.PARTS}
     lines = {part: (f"{path} {label}" for path, label in samples[part]) for part in data.PARTS}
+    lines["images"] = sorted({f"{path} {y}" for part in data.PARTS for path, y in samples[part]})
     lines["names"] = task.rank_names  # of which the values follow
     lines["labels"] = (repr(real[path]) for part in data.PARTS if real for path, _ in samples[part])
     digests = {name: hashlib.sha256() for name in lines}
