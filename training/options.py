@@ -268,7 +268,8 @@ HAS_EFFECT: list[tuple[str, Callable[[Namespace], bool], str]] = [
     ("quick_gelu trust_torchscript", lambda a: needs_clip(a) and a.clip != "tiny",
         f"--clip {{clip}} and {BY_METHOD}"),
     ("image_weights", lambda a: a.image_encoder != "clip", BY_ENCODER),
-    ("freeze_image epochs weight_decay save_every warmup accumulate balanced profile shots seed seeds",
+    ("freeze_image epochs weight_decay save_every warmup accumulate balanced profile shots seed "
+        "seeds",
         trains, BY_METHOD),
     ("lr", lambda a: trains(a) and not (a.lr_prompts and (a.lr_image or a.freeze_image)),
         f"{BY_METHOD} and rates of its own for all that trains"),
