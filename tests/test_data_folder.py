@@ -374,6 +374,24 @@ def test_copies_and_unreadable_images_are_reported_before_training(tmp_path, cap
         assert text in before_training and text in protocol
 
 
+def test_shots_are_drawn_of_images_that_can_be_read(gray, tmp_path):
+    root = shutil.copytree(gray, tmp_path / "gray")
+    images = sorted((root / "1 gray").iterdir())
+    for path in images[1:]:
+        path.write_bytes(b"")
+    images[-1].unlink()
+    lists = [f"{path.relative_to(root)} {path.parent.name[0]}" for path in root.rglob("*.png")]
+    for part in ("train", "val"):
+        (root / f"{part}.txt").write_text("\n".join([*lists, f"1 gray/{images[-1].name} 1"]))
+    argv = ["--data", str(root), *TINY, "--skip-bad", "--shots", "1"]
+    for seed in ("1", "2", "3"):
+        out = tmp_path / seed
+        results = train.main([*argv, "--seed", seed, "--out", str(out)])
+        assert results["images"]["train"] == 4
+        trained = (out / "splits" / "train.txt").read_text().splitlines()
+        assert f"1 gray/{images[0].name} 1" in trained
+
+
 def test_accents_composed_or_decomposed(tmp_path):
     """macOS parts a letter from its accent; archives keep it so."""
     composed, decomposed = "caf\u00e9", "cafe\u0301"

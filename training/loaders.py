@@ -70,6 +70,8 @@ def load_task(args: Namespace) -> data.Task:
                     f"--fold and --split-seed have no effect with {args.data}, which has one split "
                     "of its own (lists, or train / val / test folders); remove them"
                 )
+        if args.skip_bad:  # before shots are drawn
+            task = exclude_unreadable(args, task)
         if args.shots is not None:
             task = data.few_shot(task, args.shots, args.seed)
         if args.shift:
@@ -79,7 +81,9 @@ def load_task(args: Namespace) -> data.Task:
             f"--base-ranks {args.base_ranks}, but {args.data} has {task.num_ranks} ranks; "
             f"give at most {task.num_ranks}"
         )
-    task = exclude_unreadable(args, task, args.skip_bad and not reads_splits)
+    task, errors = data.check_images(task, args.workers, ProgressLine("images opened"))
+    if errors:
+        raise unreadable_error(args, errors, "or start the run with --skip-bad")
     if run_exists:  # the same images, so the same protocol
         path = Path(args.out) / "config.json"
         if not path.exists():
@@ -102,19 +106,22 @@ def given_lists(args: Namespace) -> list[str | None] | None:
     return lists if any(lists) else None
 
 
-def exclude_unreadable(args: Namespace, task: data.Task, may_skip: bool) -> data.Task:
-    """The task with the images that can be read; ValueError if the others may not be left out."""
-    task, errors = data.check_images(task, args.workers, ProgressLine("images opened"))
-    if errors and not (may_skip and task.train and task.val and task.test):
-        skip = "without them a part is empty" if may_skip else "or start the run with --skip-bad"
-        raise ValueError(
-            f"{len(errors):,} images of {args.data} cannot be read; fix or remove them, {skip}:\n"
-            + "\n".join(errors.values())
-        )
-    if errors:  # the protocol has the counts of the lists
-        counts = " / ".join(f"{len(getattr(task, part)):,} {part}" for part in data.PARTS)
-        task = replace(task, protocol=f"{task.protocol}, so {counts} images are used")
-    return task
+def exclude_unreadable(args: Namespace, task: data.Task) -> data.Task:
+    """--skip-bad: the task without images that cannot be read. ValueError: a part is empty."""
+    checked, errors = data.check_images(task, args.workers, ProgressLine("images opened"))
+    if not errors:
+        return task
+    parts = {part: getattr(checked, part) for part in data.PARTS}
+    if not all(parts.values()):
+        raise unreadable_error(args, errors, "without them a part is empty")
+    counts = " / ".join(f"{len(samples):,} {part}" for part, samples in parts.items())
+    note = f"{len(errors):,} unreadable images left out, so {counts} images are used"
+    return replace(task, protocol=f"{task.protocol}; {note}", **parts)
+
+
+def unreadable_error(args: Namespace, errors: dict[str, str], advice: str) -> ValueError:
+    first = f"{len(errors):,} images of {args.data} cannot be read; fix or remove them, {advice}:"
+    return ValueError("\n".join([first, *errors.values()]))
 
 
 def make_loaders(run: Run) -> list[DataLoader]:
