@@ -118,6 +118,18 @@ def test_sixteen_bit_pngs(tmp_path):
     assert png(tmp_path / "a.png", 16, 4, alpha)[0].tolist() == [[156] * 3, [255] * 3]
 
 
+def test_twelve_bits_in_files_of_sixteen_are_named(tmp_path):
+    """Also if one of them is of all 16 bits, a logo, say."""
+    for i in range(22):
+        pixels = np.full((4, 4), 4095 - i if i < 20 else 65535, "<u2")
+        path = tmp_path / str(i % 2) / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.frombytes("I;16", (4, 4), pixels.tobytes()).save(path)
+    task, errors = data.check_images(data.load(tmp_path))
+    note = "; 22 images of 16 bits a pixel are near black, as they use only 12 bits: multiply"
+    assert note + " their pixels by 16" in task.protocol and not errors
+
+
 def test_gray_pngs_with_one_transparent_gray(tmp_path):
     eight = png(tmp_path / "8.png", 8, 0, [bytes([100, 200])], (b"tRNS", struct.pack(">H", 100)))
     assert eight[0].tolist() == [[255] * 3, [200] * 3]
