@@ -25,13 +25,12 @@ from .labels import (
     PRESENT,
     Row,
     match_names,
-    nfc,
     number_ranks,
     order_ranks,
     rank_key,
     rank_values,
 )
-from .lists import LABEL_COLUMNS, Sample, check_labels, parse_integer, read_header, read_texts
+from .lists import LABEL_COLUMNS, Sample, check_labels, label_text, nfc, read_header, read_texts
 from .task import PARTS, REAL_LABELS, Options, Task, hold_out, make_task
 
 LEAVE_ONE_OUT = "leave-one-group-out"
@@ -249,7 +248,7 @@ def _read_table(
     groups, split = _read_columns(table, folder, options, part)
     part = part or 0
     rows = [
-        Row(path, nfc(label), groups.get(path), split.get(path, part))
+        Row(path, label, groups.get(path), split.get(path, part))
         for path, label in read_texts(table, folder, None, options.allow_missing)
     ]
     if folder != root:
@@ -285,8 +284,7 @@ def _check_agreement(part_dir: Path, table: Path) -> None:
     if not {*LABEL_COLUMNS} & {*read_header(table, part_dir)}:
         return
     for path, label in read_texts(table, part_dir, allow_missing=True):
-        name = Path(path).parts[0]
-        if label not in (name, str(parse_integer(name))):
+        if label != label_text(Path(path).parts[0]):
             raise ValueError(
                 f"{table} says {label!r} of {path}, but folders lie beside it: for the labels of "
                 f"the table give --train-list {table} --ranks present, else move it away"
@@ -295,11 +293,9 @@ def _check_agreement(part_dir: Path, table: Path) -> None:
 
 def _join_spellings(groups: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     """({path: group}, note), in one spelling: 1, 01 and 1.0 are the same group; Anna, anna, too."""
-    spellings: dict[str | int, set[str]] = {}
+    spellings: dict[str, set[str]] = {}
     for name in set(groups.values()):
-        number = parse_integer(name)
-        key = nfc(name).casefold() if number is None else number
-        spellings.setdefault(key, set()).add(name)
+        spellings.setdefault(label_text(name).casefold(), set()).add(name)
     joined = [sorted(names) for names in spellings.values() if len(names) > 1]
     some = " and ".join(map(repr, min(joined, default=())))
     notes = [f"{len(joined):,} groups have several spellings, such as {some}"] * bool(joined)

@@ -26,6 +26,7 @@ from .files import IMAGE_TYPES, read_lines, write_lines
 
 PATH_COLUMNS = ("path", "image", "filename", "file", "file_name", "image_path", "photo")
 LABEL_COLUMNS = ("label", "rank", "age", "class", "target", "value", "score")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 class Sample(NamedTuple):
@@ -158,15 +159,14 @@ def parse_list(path: str | Path, root: str | Path | None = None) -> Iterator[tup
 def read_texts(
     path: str | Path, root: str | Path, column: str | None = None, allow_missing: bool = False
 ) -> list[tuple[str, str]]:
-    """[(path, label as text, 3.0 as 3)] of a list file; or with the cells of a column.
+    """[(path, label as text, in one spelling)] of a list file; or with the cells of a column.
 
     Errors: those of read_list, but for the values of labels.
     """
     lines, rows = [], []
     for line, image, text in parse_rows(path, column, root):
-        number = None if column else parse_integer(text)
         lines.append(line)
-        rows.append((image, text if number is None else str(number)))
+        rows.append((image, text if column else label_text(text)))
     rows = [*resolve_paths(root, rows, path, allow_missing)]
     check_labels([rows], lambda _, i: f"{path}:{lines[i]}")
     return rows
@@ -204,20 +204,20 @@ def _columns(
 ) -> tuple[str | None, int, int, int]:
     """(delimiter, path column, label column, number of header lines), from a list's first line."""
     label_columns = (column.strip().lower(),) if column else LABEL_COLUMNS
-    known = {".csv": ",", ".tsv": "\t"}.get(Path(path).suffix.lower())
-    if not (known or column) and root and _starts_with_image(first_line, root):
+    known = DELIMITERS.get(Path(path).suffix.lower())
+    if not (known or column) and root and _starts_with_image(first_line, root, None):
         return None, 0, 1, 0
     for delimiter in [known] if known else ["\t", ",", " "]:
         names = [cell.lower() for cell in _cells(first_line, delimiter)]
         image = next((names.index(name) for name in PATH_COLUMNS if name in names), None)
         labels = [name for name in names if name in label_columns]
-        label = "label" if labels.count("label") == 1 else labels[0] if labels else None
         if image is not None and labels:
-            if len(labels) > 1 and label != "label":
+            if len(labels) > 1 and labels.count("label") != 1:
                 raise ValueError(
                     f"{path}:1: each of the columns {', '.join(labels)} may be the label; name one "
                     "of them `label`"
                 )
+            label = "label" if "label" in labels else labels[0]
             return delimiter, image, names.index(label), 1
     if column:
         raise ValueError(
@@ -239,9 +239,10 @@ def _columns(
     return known, 0, 1, int(is_header)
 
 
-def _starts_with_image(line: str, root: str | Path) -> bool:
-    """Whether a line `path label` is of an image, although its words are names of columns."""
-    return any(os.path.isfile(os.path.join(root, cell)) for cell in _cells(line, None)[:1])
+def _starts_with_image(line: str, root: str | Path, *delimiters: str | None) -> bool:
+    """Whether a line is of an image, although it may also be a header or a comment."""
+    names = [cell for delimiter in delimiters for cell in _cells(line, delimiter)[:1]]
+    return any(os.path.isfile(os.path.join(root, name)) for name in names)
 
 
 def _uncommented(path: str | Path, root: str | Path | None) -> Iterator[tuple[int, str]]:
@@ -249,11 +250,7 @@ def _uncommented(path: str | Path, root: str | Path | None) -> Iterator[tuple[in
     for number, line in read_lines(path, comment=None):
         if line[0] != "#":
             yield number, line
-        elif root and any(
-            os.path.isfile(os.path.join(root, cell))
-            for delimiter in (None, "\t", ",")
-            for cell in _cells(line, delimiter)[:1]
-        ):
+        elif root and _starts_with_image(line, root, None, "\t", ","):
             raise ValueError(
                 f"{path}:{number}: {line[:200]!r} is a comment, but there is such an image; write "
                 "./ before it, or remove the line"
@@ -263,7 +260,7 @@ def _uncommented(path: str | Path, root: str | Path | None) -> Iterator[tuple[in
 def read_header(path: str | Path, root: str | Path) -> list[str]:
     """The columns of a list, in lower case; [] where none is of paths."""
     first_line = next((line for _, line in read_lines(path)), "")
-    if _starts_with_image(first_line, root):
+    if _starts_with_image(first_line, root, None):
         return []
     rows = ([cell.lower() for cell in _cells(first_line, delimiter)] for delimiter in "\t, ")
     return next((names for names in rows if {*names} & {*PATH_COLUMNS}), [])
@@ -340,8 +337,18 @@ def resolve_paths(
         )
 
 
+def label_text(text: str) -> str:
+    """A label in one spelling: 3 of 3.0 and 03."""
+    number = parse_integer(text)
+    return nfc(text) if number is None else str(number)
+
+
+def nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)  # accents as one character: macOS parts them
+
+
 def _loosely(name: str) -> str:
-    stem, extension = os.path.splitext(unicodedata.normalize("NFC", name))
+    stem, extension = os.path.splitext(nfc(name))
     return stem + extension.lower()
 
 
@@ -408,7 +415,7 @@ def read_paths(path: str | Path, allow_missing: bool = False) -> list[str]:
 
     Errors: ValueError for a line without a path and for another separator; as of read_list.
     """
-    delimiter = {".csv": ",", ".tsv": "\t"}.get(Path(path).suffix.lower())
+    delimiter = DELIMITERS.get(Path(path).suffix.lower())
     root, column, images = Path(path).parent, None, []
     for number, line in _uncommented(path, root):
         is_image = Path(line).suffix.lower() in IMAGE_TYPES or os.path.isfile(root / line)
