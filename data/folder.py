@@ -30,7 +30,16 @@ from .labels import (
     rank_key,
     rank_values,
 )
-from .lists import LABEL_COLUMNS, Sample, check_labels, label_text, nfc, read_header, read_texts
+from .lists import (
+    LABEL_COLUMNS,
+    Sample,
+    check_labels,
+    label_text,
+    nfc,
+    parse_rows,
+    read_header,
+    read_texts,
+)
 from .task import PARTS, REAL_LABELS, Options, Task, hold_out, make_task
 
 LEAVE_ONE_OUT = "leave-one-group-out"
@@ -124,8 +133,10 @@ def _read_rank_lists(
     parts, groups, real_labels = options.read_lists(root, order and len(order)), {}, {}
     samples, first = [part for part in parts if part], next(path for path in lists if path)
     for part, path in enumerate(lists):
-        if path:
-            groups |= _read_columns(path, root, options, part)[0]
+        if path and options.group:
+            groups |= {row.path: row.group for row in _read_table(path, root, root, options, part)}
+        elif path:
+            _find_split(path, root, part)
     num_ranks = len(order) if order else 1 + max(max(part.labels) for part in samples)
     _check_num_ranks(folder, num_ranks, len(order or ()) or sum(map(len, samples)))
     if (path := first.parent / REAL_LABELS).is_file():  # beside the lists of a run
@@ -156,7 +167,7 @@ def _read_rows(
         ranks |= names | {row.label for row in new_rows}
         left_out += notes
     if sum(map(bool, sources)) > 1:
-        check_labels([rows], lambda _, i: str(sources[rows[i].part]))
+        check_labels([[row[:2] for row in rows]], lambda _, i: str(sources[rows[i].part]))
     if options.bins or options.ranks not in (None, PRESENT):
         names, rank_of, real_labels, outside = number_ranks(
             rows, options.ranks, options.bins, strict=bool(options.lists)
@@ -245,38 +256,35 @@ def _read_table(
     table: Path, folder: Path, root: Path, options: Options, part: int | None
 ) -> list[Row]:
     """The images of a list or table, whose paths are relative to `folder`."""
-    groups, split = _read_columns(table, folder, options, part)
-    part = part or 0
-    rows = [
-        Row(path, label, groups.get(path), split.get(path, part))
-        for path, label in read_texts(table, folder, None, options.allow_missing)
-    ]
-    if folder != root:
-        rows = [row._replace(path=os.path.relpath(folder / row.path, root)) for row in rows]
+    split_column, part_of = _find_split(table, folder, part)
+    columns = [column for column in (options.group, split_column) if column]
+    rows = []
+    for path, label, *cells in read_texts(table, folder, columns, options.allow_missing):
+        path = path if folder == root else os.path.relpath(folder / path, root)
+        group = cells[0] if options.group else None
+        rows.append(Row(path, label, group, part_of[cells[-1]] if split_column else part or 0))
     return rows
 
 
-def _read_columns(
-    table: Path, folder: Path, options: Options, expected: int | None
-) -> tuple[dict[str, str], dict[str, int]]:
-    """({path: group}, {path: part}), each {} where the table has no such column."""
-    groups = {}
-    if options.group:
-        groups = dict(read_texts(table, folder, options.group, options.allow_missing))
+def _find_split(
+    table: Path, folder: Path, expected: int | None
+) -> tuple[str | None, dict[str, int]]:
+    """(column, {cell: part}) of the first column of names of parts; (None, {}) without one."""
     for column in filter(SPLIT_COLUMNS.__contains__, read_header(table, folder)):
-        cells = read_texts(table, folder, column, options.allow_missing)
-        parts = _find_parts({Path(cell): cell for _, cell in cells})
+        cells = dict.fromkeys(cell for *_, cell in parse_rows(table, folder, [column]))
+        parts = _find_parts({Path(cell): cell for cell in cells})
         index = {path.name: part for part, path in enumerate(parts) if path}
-        if other := [cell for _, cell in cells if index and cell not in index]:
+        if not index:
+            continue  # of folds, say
+        if other := [cell for cell in cells if cell not in index]:
             raise ValueError(f"{table}: column {column} has {other[0]!r}, no name of a part")
-        if index and expected is not None and {*index.values()} != {expected}:
+        if expected is not None and {*index.values()} != {expected}:
             raise ValueError(
                 f"{table}: column {column} names other parts than this list; make train.csv, "
                 "val.csv, test.csv"
             )
-        if index:
-            return groups, {path: index[cell] for path, cell in cells}
-    return groups, {}
+        return column, index
+    return None, {}
 
 
 def _check_agreement(part_dir: Path, table: Path) -> None:

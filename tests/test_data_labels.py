@@ -388,7 +388,7 @@ BAD = [  # (folder, options, message)
     ("train", {}, "{root}/train.csv:2: label '0.25' is no whole number; labels are ranks, counted "
      "from 0 (own images: see --ranks, --bins)"),
     ("who", dict(group="who", bins="2"),
-     "{root}/train.csv:3: expected an image path and a who, got 'a.jpg,2,'"),
+     "{root}/train.csv:3: expected an image path and a label and a who, got 'a.jpg,2,'"),
     ("twice", dict(group="who"), "{root}: group 'anna' is in both train and test; move its images "
      "into one part"),
     ("twice", dict(group="who", split="leave-one-group-out"),
