@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from .files import count_types, find_images, is_hidden, is_image, read_lines
 from .labels import (
@@ -54,8 +55,16 @@ LIST_WORD = "train|val|test|dev|label|meta|annotation|split|fold"  # in names of
 
 Sources = Sequence[Path | None]  # lists or folders of train, val, test
 Parts = list[Sequence[Sample] | None]  # None where there is none
-# (names of ranks, parts, {path: group}, {path: real label}, what is left out)
-Images = tuple[list[str], Parts, dict[str, str], dict[str, float], list[str]]
+
+
+class Images(NamedTuple):
+    """What lists or folders hold."""
+
+    rank_names: list[str]
+    parts: Parts
+    groups: dict[str, str]  # {path: group}
+    real_labels: dict[str, float]  # {path: label} of bins
+    left_out: list[str]
 
 
 def load(folder: Path, root: Path, options: Options) -> Task:
@@ -109,7 +118,7 @@ def load(folder: Path, root: Path, options: Options) -> Task:
 
 
 def _left_out(what: str, paths: list[Path]) -> list[str]:
-    return [f"{what} left out: {', '.join(path.name for path in paths)}"] * bool(paths)
+    return [f"{what} left out: {', '.join(path.name for path in paths)}"] if paths else []
 
 
 def _check_label_options(
@@ -147,7 +156,7 @@ def _read_rank_lists(
     used = {sample.path.split(os.sep)[0] for part in samples for sample in part}
     unused = [p for p in _list_folder(folder)[0] if p.name not in used and folder == root]
     names = order or [str(rank) for rank in range(num_ranks)]
-    return names, parts, groups, real_labels, _left_out("folders", unused)
+    return Images(names, parts, groups, real_labels, _left_out("folders", unused))
 
 
 def _read_rows(
@@ -186,7 +195,7 @@ def _read_rows(
     is_list = [source not in (None, folder) for source in sources]
     parts = [part if is_list[i] or i in with_rows else None for i, part in enumerate(parts)]
     groups = {path: group for path, _, group, _ in rows if group}
-    return names, parts, groups, real_labels, left_out
+    return Images(names, parts, groups, real_labels, left_out)
 
 
 def _check_num_ranks(folder: Path, num_ranks: int, num_images: int) -> None:
@@ -213,8 +222,10 @@ def _read_part(
             got = f"of {len(unmatched):,} images, such as {some}" if unmatched else "(no images)"
             raise ValueError(f"{part_dir}: the label pattern matches no name {got}")
         rows = [Row(os.path.relpath(image, root), *labels[image], part or 0) for image in labels]
-        what = f"{len(unmatched):,} images that the pattern does not match left out, such as {some}"
-        left_out = [what] * bool(unmatched)
+        left_out = []
+        if unmatched:
+            count = f"{len(unmatched):,} images that the pattern does not match"
+            left_out.append(f"{count} left out, such as {some}")
     elif len(tables) == 1 and len(folders) < 2:
         rows, others = _read_table(tables[0], part_dir, root, options, part), Counter()
         left_out = [f"labels of {os.path.relpath(tables[0], root)}"]
@@ -246,10 +257,12 @@ def _read_part(
             others += others_of_rank
             label = nfc(rank_dir.name)
             rows += [Row(os.path.relpath(path, root), label, None, part or 0) for path in images]
-        beside = sum(map(is_image, files))
-        what = f"{beside:,} images beside the folders of {part_dir.name} left out"
-        left_out = [what] * bool(beside)
-    return rows, names, left_out + [count_types(others)] * bool(others)
+        left_out = []
+        if beside := sum(map(is_image, files)):
+            left_out.append(f"{beside:,} images beside the folders of {part_dir.name} left out")
+    if others:
+        left_out.append(count_types(others))
+    return rows, names, left_out
 
 
 def _read_table(
@@ -266,19 +279,17 @@ def _read_table(
     return rows
 
 
-def _find_split(
-    table: Path, folder: Path, expected: int | None
-) -> tuple[str | None, dict[str, int]]:
+def _find_split(table: Path, folder: Path, part: int | None) -> tuple[str | None, dict[str, int]]:
     """(column, {cell: part}) of the first column of names of parts; (None, {}) without one."""
     for column in filter(SPLIT_COLUMNS.__contains__, read_header(table, folder)):
         cells = dict.fromkeys(cell for *_, cell in parse_rows(table, folder, [column]))
         parts = _find_parts({Path(cell): cell for cell in cells})
-        index = {path.name: part for part, path in enumerate(parts) if path}
+        index = {path.name: i for i, path in enumerate(parts) if path}
         if not index:
             continue  # of folds, say
         if other := [cell for cell in cells if cell not in index]:
             raise ValueError(f"{table}: column {column} has {other[0]!r}, no name of a part")
-        if expected is not None and {*index.values()} != {expected}:
+        if part is not None and {*index.values()} != {part}:
             raise ValueError(
                 f"{table}: column {column} names other parts than this list; make train.csv, "
                 "val.csv, test.csv"
@@ -306,7 +317,7 @@ def _join_spellings(groups: dict[str, str]) -> tuple[dict[str, str], list[str]]:
         spellings.setdefault(label_text(name).casefold(), set()).add(name)
     joined = [sorted(names) for names in spellings.values() if len(names) > 1]
     some = " and ".join(map(repr, min(joined, default=())))
-    notes = [f"{len(joined):,} groups have several spellings, such as {some}"] * bool(joined)
+    notes = [f"{len(joined):,} groups have several spellings, such as {some}"] if joined else []
     first = {name: min(names) for names in spellings.values() for name in names}
     return {path: first[name] for path, name in groups.items()}, notes
 

@@ -114,8 +114,8 @@ def number_ranks(
     some = ", ".join(f"{_text(numbers[path])} of {path}" for path in outside[:3])
     if outside and (strict or not rank_of):
         raise ValueError(f"{len(outside):,} labels are not within {limits}, such as {some}")
-    notes = [f"{len(outside):,} images with labels outside {limits} left out ({some})"]
-    return names, rank_of, numbers if bins else {}, notes * bool(outside)
+    note = f"{len(outside):,} images with labels outside {limits} left out ({some})"
+    return names, rank_of, numbers if bins else {}, [note] if outside else []
 
 
 def parse_ranks(text: str, are_limits: bool = False) -> tuple[float, float]:

@@ -127,10 +127,7 @@ def read_list(
 def check_labels(
     parts: Sequence[Sequence[tuple[Any, ...]] | None], where: Callable[[int, int], str]
 ) -> None:
-    """ValueError if an image has two labels, or other cells after them.
-
-    where(part, i): where sample i of a part is listed.
-    """
+    """ValueError if an image has two labels, or cells; where(part, i): where it is listed."""
     parts, first = [part or () for part in parts], {}
     starts = np.cumsum([0, *map(len, parts)])
     paths = (sample[0] for part in parts for sample in part)
