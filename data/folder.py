@@ -153,7 +153,7 @@ def _read_rank_lists(
         images = (image for part in samples for image, _ in part)
         if lacking := next((image for image in images if image not in real_labels), None):
             raise ValueError(f"{path} lacks {lacking}; restore it, or remove it")
-    used = {sample.path.split(os.sep)[0] for part in samples for sample in part}
+    used = {path.split(os.sep)[0] for part in samples for path in part.iterate_paths()}
     unused = [p for p in _list_folder(folder)[0] if p.name not in used and folder == root]
     names = order or [str(rank) for rank in range(num_ranks)]
     return Images(names, parts, groups, real_labels, _left_out("folders", unused))

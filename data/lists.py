@@ -17,6 +17,7 @@ import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,14 +198,16 @@ def parse_rows(
                 f"{first_line[:200]!r}"
             )
         indices.append(header.index(column.strip().lower()))
+    select, width, last = itemgetter(*indices), len(header), max(indices)
     for number, line in chain(first[is_header:], lines):
         cells = _cells(line, delimiter)
-        name, *values = [cells[i] if i < len(cells) else "" for i in indices]
+        values = select(cells) if last < len(cells) else ("",)
         # more cells than in the first line: an unquoted path or number with a comma
-        if not name or "" in values or any(cells[len(header) :]):
+        if "" in values or any(cells[width:]):
             expected = " and a ".join(["an image path", "label", *columns])
             raise ValueError(f"{path}:{number}: expected {expected}, got {line[:200]!r}")
-        yield number, str(Path(name)) if name[-1] == "/" else name, *values
+        name = values[0]
+        yield number, str(Path(name)) if name[-1] == "/" else name, *values[1:]
     if number is None:
         raise ValueError(f"{path} lists no image; expected lines `path label`")
 
