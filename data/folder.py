@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from .files import count_types, find_images, is_hidden, is_image, read_lines
 from .labels import (
@@ -25,13 +26,21 @@ from .labels import (
     PRESENT,
     Row,
     match_names,
-    nfc,
     number_ranks,
     order_ranks,
     rank_key,
     rank_values,
 )
-from .lists import LABEL_COLUMNS, Sample, check_labels, parse_integer, read_header, read_texts
+from .lists import (
+    LABEL_COLUMNS,
+    Sample,
+    check_labels,
+    label_text,
+    nfc,
+    parse_rows,
+    read_header,
+    read_texts,
+)
 from .task import PARTS, REAL_LABELS, Options, Task, hold_out, make_task
 
 LEAVE_ONE_OUT = "leave-one-group-out"
@@ -46,8 +55,16 @@ LIST_WORD = "train|val|test|dev|label|meta|annotation|split|fold"  # in names of
 
 Sources = Sequence[Path | None]  # lists or folders of train, val, test
 Parts = list[Sequence[Sample] | None]  # None where there is none
-# (names of ranks, parts, {path: group}, {path: real label}, what is left out)
-Images = tuple[list[str], Parts, dict[str, str], dict[str, float], list[str]]
+
+
+class Images(NamedTuple):
+    """What lists or folders hold."""
+
+    rank_names: list[str]
+    parts: Parts
+    groups: dict[str, str]  # {path: group}
+    real_labels: dict[str, float]  # {path: label} of bins
+    left_out: list[str]
 
 
 def load(folder: Path, root: Path, options: Options) -> Task:
@@ -101,7 +118,7 @@ def load(folder: Path, root: Path, options: Options) -> Task:
 
 
 def _left_out(what: str, paths: list[Path]) -> list[str]:
-    return [f"{what} left out: {', '.join(path.name for path in paths)}"] * bool(paths)
+    return [f"{what} left out: {', '.join(path.name for path in paths)}"] if paths else []
 
 
 def _check_label_options(
@@ -125,8 +142,10 @@ def _read_rank_lists(
     parts, groups, real_labels = options.read_lists(root, order and len(order)), {}, {}
     samples, first = [part for part in parts if part], next(path for path in lists if path)
     for part, path in enumerate(lists):
-        if path:
-            groups |= _read_columns(path, root, options, part)[0]
+        if path and options.group:
+            groups |= {row.path: row.group for row in _read_table(path, root, root, options, part)}
+        elif path:
+            _find_split(path, root, part)
     num_ranks = len(order) if order else 1 + max(max(part.labels) for part in samples)
     _check_num_ranks(folder, num_ranks, len(order or ()) or sum(map(len, samples)))
     if (path := first.parent / REAL_LABELS).is_file():  # beside the lists of a run
@@ -134,10 +153,10 @@ def _read_rank_lists(
         images = (image for part in samples for image, _ in part)
         if lacking := next((image for image in images if image not in real_labels), None):
             raise ValueError(f"{path} lacks {lacking}; restore it, or remove it")
-    used = {sample.path.split(os.sep)[0] for part in samples for sample in part}
+    used = {path.split(os.sep)[0] for part in samples for path in part.iterate_paths()}
     unused = [p for p in _list_folder(folder)[0] if p.name not in used and folder == root]
     names = order or [str(rank) for rank in range(num_ranks)]
-    return names, parts, groups, real_labels, _left_out("folders", unused)
+    return Images(names, parts, groups, real_labels, _left_out("folders", unused))
 
 
 def _read_rows(
@@ -157,7 +176,7 @@ def _read_rows(
         ranks |= names | {row.label for row in new_rows}
         left_out += notes
     if sum(map(bool, sources)) > 1:
-        check_labels([rows], lambda _, i: str(sources[rows[i].part]))
+        check_labels([[row[:2] for row in rows]], lambda _, i: str(sources[rows[i].part]))
     if options.bins or options.ranks not in (None, PRESENT):
         names, rank_of, real_labels, outside = number_ranks(
             rows, options.ranks, options.bins, strict=bool(options.lists)
@@ -176,7 +195,7 @@ def _read_rows(
     is_list = [source not in (None, folder) for source in sources]
     parts = [part if is_list[i] or i in with_rows else None for i, part in enumerate(parts)]
     groups = {path: group for path, _, group, _ in rows if group}
-    return names, parts, groups, real_labels, left_out
+    return Images(names, parts, groups, real_labels, left_out)
 
 
 def _check_num_ranks(folder: Path, num_ranks: int, num_images: int) -> None:
@@ -203,8 +222,10 @@ def _read_part(
             got = f"of {len(unmatched):,} images, such as {some}" if unmatched else "(no images)"
             raise ValueError(f"{part_dir}: the label pattern matches no name {got}")
         rows = [Row(os.path.relpath(image, root), *labels[image], part or 0) for image in labels]
-        what = f"{len(unmatched):,} images that the pattern does not match left out, such as {some}"
-        left_out = [what] * bool(unmatched)
+        left_out = []
+        if unmatched:
+            count = f"{len(unmatched):,} images that the pattern does not match"
+            left_out.append(f"{count} left out, such as {some}")
     elif len(tables) == 1 and len(folders) < 2:
         rows, others = _read_table(tables[0], part_dir, root, options, part), Counter()
         left_out = [f"labels of {os.path.relpath(tables[0], root)}"]
@@ -236,48 +257,45 @@ def _read_part(
             others += others_of_rank
             label = nfc(rank_dir.name)
             rows += [Row(os.path.relpath(path, root), label, None, part or 0) for path in images]
-        beside = sum(map(is_image, files))
-        what = f"{beside:,} images beside the folders of {part_dir.name} left out"
-        left_out = [what] * bool(beside)
-    return rows, names, left_out + [count_types(others)] * bool(others)
+        left_out = []
+        if beside := sum(map(is_image, files)):
+            left_out.append(f"{beside:,} images beside the folders of {part_dir.name} left out")
+    if others:
+        left_out.append(count_types(others))
+    return rows, names, left_out
 
 
 def _read_table(
     table: Path, folder: Path, root: Path, options: Options, part: int | None
 ) -> list[Row]:
     """The images of a list or table, whose paths are relative to `folder`."""
-    groups, split = _read_columns(table, folder, options, part)
-    part = part or 0
-    rows = [
-        Row(path, nfc(label), groups.get(path), split.get(path, part))
-        for path, label in read_texts(table, folder, None, options.allow_missing)
-    ]
-    if folder != root:
-        rows = [row._replace(path=os.path.relpath(folder / row.path, root)) for row in rows]
+    split_column, part_of = _find_split(table, folder, part)
+    columns = [column for column in (options.group, split_column) if column]
+    rows = []
+    for path, label, *cells in read_texts(table, folder, columns, options.allow_missing):
+        path = path if folder == root else os.path.relpath(folder / path, root)
+        group = cells[0] if options.group else None
+        rows.append(Row(path, label, group, part_of[cells[-1]] if split_column else part or 0))
     return rows
 
 
-def _read_columns(
-    table: Path, folder: Path, options: Options, expected: int | None
-) -> tuple[dict[str, str], dict[str, int]]:
-    """({path: group}, {path: part}), each {} where the table has no such column."""
-    groups = {}
-    if options.group:
-        groups = dict(read_texts(table, folder, options.group, options.allow_missing))
+def _find_split(table: Path, folder: Path, part: int | None) -> tuple[str | None, dict[str, int]]:
+    """(column, {cell: part}) of the first column of names of parts; (None, {}) without one."""
     for column in filter(SPLIT_COLUMNS.__contains__, read_header(table, folder)):
-        cells = read_texts(table, folder, column, options.allow_missing)
-        parts = _find_parts({Path(cell): cell for _, cell in cells})
-        index = {path.name: part for part, path in enumerate(parts) if path}
-        if other := [cell for _, cell in cells if index and cell not in index]:
+        cells = dict.fromkeys(cell for *_, cell in parse_rows(table, folder, [column]))
+        parts = _find_parts({Path(cell): cell for cell in cells})
+        index = {path.name: i for i, path in enumerate(parts) if path}
+        if not index:
+            continue  # of folds, say
+        if other := [cell for cell in cells if cell not in index]:
             raise ValueError(f"{table}: column {column} has {other[0]!r}, no name of a part")
-        if index and expected is not None and {*index.values()} != {expected}:
+        if part is not None and {*index.values()} != {part}:
             raise ValueError(
                 f"{table}: column {column} names other parts than this list; make train.csv, "
                 "val.csv, test.csv"
             )
-        if index:
-            return groups, {path: index[cell] for path, cell in cells}
-    return groups, {}
+        return column, index
+    return None, {}
 
 
 def _check_agreement(part_dir: Path, table: Path) -> None:
@@ -285,8 +303,7 @@ def _check_agreement(part_dir: Path, table: Path) -> None:
     if not {*LABEL_COLUMNS} & {*read_header(table, part_dir)}:
         return
     for path, label in read_texts(table, part_dir, allow_missing=True):
-        name = Path(path).parts[0]
-        if label not in (name, str(parse_integer(name))):
+        if label != label_text(Path(path).parts[0]):
             raise ValueError(
                 f"{table} says {label!r} of {path}, but folders lie beside it: for the labels of "
                 f"the table give --train-list {table} --ranks present, else move it away"
@@ -295,14 +312,12 @@ def _check_agreement(part_dir: Path, table: Path) -> None:
 
 def _join_spellings(groups: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     """({path: group}, note), in one spelling: 1, 01 and 1.0 are the same group; Anna, anna, too."""
-    spellings: dict[str | int, set[str]] = {}
+    spellings: dict[str, set[str]] = {}
     for name in set(groups.values()):
-        number = parse_integer(name)
-        key = nfc(name).casefold() if number is None else number
-        spellings.setdefault(key, set()).add(name)
+        spellings.setdefault(label_text(name).casefold(), set()).add(name)
     joined = [sorted(names) for names in spellings.values() if len(names) > 1]
     some = " and ".join(map(repr, min(joined, default=())))
-    notes = [f"{len(joined):,} groups have several spellings, such as {some}"] * bool(joined)
+    notes = [f"{len(joined):,} groups have several spellings, such as {some}"] if joined else []
     first = {name: min(names) for names in spellings.values() for name in names}
     return {path: first[name] for path, name in groups.items()}, notes
 

@@ -8,13 +8,12 @@ Read after lists.py. Copy together with: lists.py, files.py.
 
 import math
 import re
-import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from .lists import parse_integer, parse_number
+from .lists import label_text, parse_number
 
 MAX_RANKS = 10_000
 PRESENT = "present"  # ranks: the labels that occur, in order
@@ -72,8 +71,7 @@ def match_names(
         label = match and match[label_group]
         group = match and match["group"] if "group" in names else None
         if label and (group or "group" not in names):
-            number = parse_integer(label)
-            labels[image] = (label if number is None else str(number), group)
+            labels[image] = (label_text(label), group)
         else:
             unmatched.append(name)
     return labels, unmatched
@@ -116,8 +114,8 @@ def number_ranks(
     some = ", ".join(f"{_text(numbers[path])} of {path}" for path in outside[:3])
     if outside and (strict or not rank_of):
         raise ValueError(f"{len(outside):,} labels are not within {limits}, such as {some}")
-    notes = [f"{len(outside):,} images with labels outside {limits} left out ({some})"]
-    return names, rank_of, numbers if bins else {}, notes * bool(outside)
+    note = f"{len(outside):,} images with labels outside {limits} left out ({some})"
+    return names, rank_of, numbers if bins else {}, [note] if outside else []
 
 
 def parse_ranks(text: str, are_limits: bool = False) -> tuple[float, float]:
@@ -155,10 +153,6 @@ def parse_bins(text: str, ranks: str | None, numbers: Iterable[float]) -> list[f
 
 def _text(number: float) -> str:
     return str(int(number)) if number == int(number) else repr(number)
-
-
-def nfc(name: str) -> str:
-    return unicodedata.normalize("NFC", name)  # accents as one character: macOS parts them
 
 
 def order_ranks(folder: Path, names: Iterable[str], order: list[str] | None) -> list[str]:

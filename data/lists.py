@@ -17,6 +17,7 @@ import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from .files import IMAGE_TYPES, read_lines, write_lines
 
 PATH_COLUMNS = ("path", "image", "filename", "file", "file_name", "image_path", "photo")
 LABEL_COLUMNS = ("label", "rank", "age", "class", "target", "value", "score")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 class Sample(NamedTuple):
@@ -124,9 +126,9 @@ def read_list(
 
 
 def check_labels(
-    parts: Sequence[Sequence[tuple[str, Any]] | None], where: Callable[[int, int], str]
+    parts: Sequence[Sequence[tuple[Any, ...]] | None], where: Callable[[int, int], str]
 ) -> None:
-    """ValueError if an image has two labels; where(part, i): where sample i of it is listed."""
+    """ValueError if an image has two labels, or cells; where(part, i): where it is listed."""
     parts, first = [part or () for part in parts], {}
     starts = np.cumsum([0, *map(len, parts)])
     paths = (sample[0] for part in parts for sample in part)
@@ -135,18 +137,19 @@ def check_labels(
     for row in np.flatnonzero(counts[inverse] > 1):  # few, so that this takes little memory
         part = int(np.searchsorted(starts, row, "right")) - 1
         i = int(row - starts[part])
-        image, label = parts[part][i][:2]
-        other_label, *other = first.setdefault(image, (label, part, i))
-        if label != other_label:
-            raise ValueError(
-                f"{where(part, i)}: {image} has label {label}, but {where(*other)} says "
-                f"{other_label}"
-            )
+        image, *cells = parts[part][i]
+        other_cells, *other = first.setdefault(image, (cells, part, i))
+        for cell, other_cell in zip(cells, other_cells):
+            if cell != other_cell:
+                raise ValueError(
+                    f"{where(part, i)}: {image} has label {cell}, but {where(*other)} says "
+                    f"{other_cell}"
+                )
 
 
 def parse_list(path: str | Path, root: str | Path | None = None) -> Iterator[tuple[int, str, int]]:
     """(line number, image path, label) of a list file, with any whole number as label."""
-    for number, image, text in parse_rows(path, root=root):
+    for number, image, text in parse_rows(path, root):
         if (label := parse_integer(text)) is None:
             raise ValueError(
                 f"{path}:{number}: label {text[:99]!r} is no whole number; labels are ranks, "
@@ -156,26 +159,28 @@ def parse_list(path: str | Path, root: str | Path | None = None) -> Iterator[tup
 
 
 def read_texts(
-    path: str | Path, root: str | Path, column: str | None = None, allow_missing: bool = False
-) -> list[tuple[str, str]]:
-    """[(path, label as text, 3.0 as 3)] of a list file; or with the cells of a column.
+    path: str | Path, root: str | Path, columns: Sequence[str] = (), allow_missing: bool = False
+) -> list[tuple[str, ...]]:
+    """[(path, label as text, in one spelling, *cells of columns)] of a list file.
 
     Errors: those of read_list, but for the values of labels.
     """
-    lines, rows = [], []
-    for line, image, text in parse_rows(path, column, root):
-        number = None if column else parse_integer(text)
-        lines.append(line)
-        rows.append((image, text if number is None else str(number)))
-    rows = [*resolve_paths(root, rows, path, allow_missing)]
+    lines = array("q")
+
+    def rows():
+        for line, image, label, *cells in parse_rows(path, root, columns):
+            lines.append(line)
+            yield image, (label_text(label), *cells)
+
+    rows = [(image, *cells) for image, cells in resolve_paths(root, rows(), path, allow_missing)]
     check_labels([rows], lambda _, i: f"{path}:{lines[i]}")
     return rows
 
 
 def parse_rows(
-    path: str | Path, column: str | None = None, root: str | Path | None = None
-) -> Iterator[tuple[int, str, str]]:
-    """(line number, image path, label as written) of a list file; or a column for the label.
+    path: str | Path, root: str | Path | None = None, columns: Sequence[str] = ()
+) -> Iterator[tuple[Any, ...]]:
+    """(line number, image path, label as written, *cells of columns) of a list file.
 
     A first line that starts with a file under `root` is an image, not a header; a # line that does
     is an error.
@@ -183,47 +188,49 @@ def parse_rows(
     lines, number = _uncommented(path, root), None
     first = [*islice(lines, 1)]
     first_line = first[0][1] if first else ""
-    delimiter, image, label, header = _columns(path, first_line, column, root)
-    width, last = len(_cells(first_line, delimiter)), max(image, label)
-    for number, line in chain(first[header:], lines):
-        cells = _cells(line, delimiter)
-        is_short = last >= len(cells) or not cells[image] or not cells[label]
-        if is_short or any(cells[width:]):  # an unquoted path or number with a comma
-            got = repr(line[:200])
+    delimiter, image, label, is_header = _columns(path, first_line, root)
+    header = [cell.lower() for cell in _cells(first_line, delimiter)]
+    indices = [image, label]
+    for column in columns:
+        if not is_header or column.strip().lower() not in header:
             raise ValueError(
-                f"{path}:{number}: expected an image path and a {column or 'label'}, got {got}"
+                f"{path}:1: expected a header with the columns path and {column}; got "
+                f"{first_line[:200]!r}"
             )
-        name = cells[image]
-        yield number, str(Path(name)) if name[-1] == "/" else name, cells[label]
+        indices.append(header.index(column.strip().lower()))
+    select, width, last = itemgetter(*indices), len(header), max(indices)
+    for number, line in chain(first[is_header:], lines):
+        cells = _cells(line, delimiter)
+        values = select(cells) if last < len(cells) else ("",)
+        # more cells than in the first line: an unquoted path or number with a comma
+        if "" in values or any(cells[width:]):
+            expected = " and a ".join(["an image path", "label", *columns])
+            raise ValueError(f"{path}:{number}: expected {expected}, got {line[:200]!r}")
+        name = values[0]
+        yield number, str(Path(name)) if name[-1] == "/" else name, *values[1:]
     if number is None:
         raise ValueError(f"{path} lists no image; expected lines `path label`")
 
 
 def _columns(
-    path: str | Path, first_line: str, column: str | None = None, root: str | Path | None = None
+    path: str | Path, first_line: str, root: str | Path | None = None
 ) -> tuple[str | None, int, int, int]:
     """(delimiter, path column, label column, number of header lines), from a list's first line."""
-    label_columns = (column.strip().lower(),) if column else LABEL_COLUMNS
-    known = {".csv": ",", ".tsv": "\t"}.get(Path(path).suffix.lower())
-    if not (known or column) and root and _starts_with_image(first_line, root):
+    known = DELIMITERS.get(Path(path).suffix.lower())
+    if not known and root and _starts_with_image(first_line, root, None):
         return None, 0, 1, 0
     for delimiter in [known] if known else ["\t", ",", " "]:
         names = [cell.lower() for cell in _cells(first_line, delimiter)]
         image = next((names.index(name) for name in PATH_COLUMNS if name in names), None)
-        labels = [name for name in names if name in label_columns]
-        label = "label" if labels.count("label") == 1 else labels[0] if labels else None
+        labels = [name for name in names if name in LABEL_COLUMNS]
         if image is not None and labels:
-            if len(labels) > 1 and label != "label":
+            if len(labels) > 1 and labels.count("label") != 1:
                 raise ValueError(
                     f"{path}:1: each of the columns {', '.join(labels)} may be the label; name one "
                     "of them `label`"
                 )
+            label = "label" if "label" in labels else labels[0]
             return delimiter, image, names.index(label), 1
-    if column:
-        raise ValueError(
-            f"{path}:1: expected a header with the columns path and {column}; got "
-            f"{first_line[:200]!r}"
-        )
     if known is None or not first_line:
         return None, 0, 1, 0  # path label
     if len(names) != 2:
@@ -239,9 +246,10 @@ def _columns(
     return known, 0, 1, int(is_header)
 
 
-def _starts_with_image(line: str, root: str | Path) -> bool:
-    """Whether a line `path label` is of an image, although its words are names of columns."""
-    return any(os.path.isfile(os.path.join(root, cell)) for cell in _cells(line, None)[:1])
+def _starts_with_image(line: str, root: str | Path, *delimiters: str | None) -> bool:
+    """Whether a line is of an image, although it may also be a header or a comment."""
+    names = [cell for delimiter in delimiters for cell in _cells(line, delimiter)[:1]]
+    return any(os.path.isfile(os.path.join(root, name)) for name in names)
 
 
 def _uncommented(path: str | Path, root: str | Path | None) -> Iterator[tuple[int, str]]:
@@ -249,11 +257,7 @@ def _uncommented(path: str | Path, root: str | Path | None) -> Iterator[tuple[in
     for number, line in read_lines(path, comment=None):
         if line[0] != "#":
             yield number, line
-        elif root and any(
-            os.path.isfile(os.path.join(root, cell))
-            for delimiter in (None, "\t", ",")
-            for cell in _cells(line, delimiter)[:1]
-        ):
+        elif root and _starts_with_image(line, root, None, "\t", ","):
             raise ValueError(
                 f"{path}:{number}: {line[:200]!r} is a comment, but there is such an image; write "
                 "./ before it, or remove the line"
@@ -263,7 +267,7 @@ def _uncommented(path: str | Path, root: str | Path | None) -> Iterator[tuple[in
 def read_header(path: str | Path, root: str | Path) -> list[str]:
     """The columns of a list, in lower case; [] where none is of paths."""
     first_line = next((line for _, line in read_lines(path)), "")
-    if _starts_with_image(first_line, root):
+    if _starts_with_image(first_line, root, None):
         return []
     rows = ([cell.lower() for cell in _cells(first_line, delimiter)] for delimiter in "\t, ")
     return next((names for names in rows if {*names} & {*PATH_COLUMNS}), [])
@@ -340,8 +344,18 @@ def resolve_paths(
         )
 
 
+def label_text(text: str) -> str:
+    """A label in one spelling: 3 of 3.0 and 03."""
+    number = parse_integer(text)
+    return nfc(text) if number is None else str(number)
+
+
+def nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)  # accents as one character: macOS parts them
+
+
 def _loosely(name: str) -> str:
-    stem, extension = os.path.splitext(unicodedata.normalize("NFC", name))
+    stem, extension = os.path.splitext(nfc(name))
     return stem + extension.lower()
 
 
@@ -408,7 +422,7 @@ def read_paths(path: str | Path, allow_missing: bool = False) -> list[str]:
 
     Errors: ValueError for a line without a path and for another separator; as of read_list.
     """
-    delimiter = {".csv": ",", ".tsv": "\t"}.get(Path(path).suffix.lower())
+    delimiter = DELIMITERS.get(Path(path).suffix.lower())
     root, column, images = Path(path).parent, None, []
     for number, line in _uncommented(path, root):
         is_image = Path(line).suffix.lower() in IMAGE_TYPES or os.path.isfile(root / line)
