@@ -102,6 +102,8 @@ def read_lines(path: str | Path, comment: str | None = "#") -> Iterator[tuple[in
         raise ValueError(f"{path}:{line}: this is not UTF-8 text; save the file as UTF-8")
     for number, line in enumerate(io.TextIOWrapper(io.BytesIO(content), "utf-8-sig"), 1):  # no BOM
         line = line.strip()
+        if number == 1 and line[:4] == "sep=" and len(line) == 5:  # of Excel
+            continue
         if line and not (comment and line.startswith(comment)):
             yield number, line
 

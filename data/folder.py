@@ -25,6 +25,7 @@ from .labels import (
     MAX_RANKS,
     PRESENT,
     Row,
+    check_agreement,
     match_names,
     number_ranks,
     order_ranks,
@@ -50,7 +51,9 @@ PART_NAMES = {  # in upper or lower case; eval is whichever of val and test is m
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
-SPLIT_COLUMNS = {"split", "part", "set", "subset", "fold", "partition"}  # of names of parts
+SPLIT_COLUMNS = {"split", "part", "set", "subset", "partition"}  # of names of parts
+# of these, or of something else:
+PERHAPS_SPLIT_COLUMNS = {"fold", "usage", "phase", "dataset", "mode", "is_train", "is_test"}
 LIST_WORD = "train|val|test|dev|label|meta|annotation|split|fold"  # in names of lists
 
 Sources = Sequence[Path | None]  # lists or folders of train, val, test
@@ -90,7 +93,9 @@ def load(folder: Path, root: Path, options: Options) -> Task:
     if lists:
         description = "own lists " + " ".join(path.name for path in lists)
         options = replace(options, lists=tuple(sources))
-    elif any(sources := _find_parts({path: path.name for path in folders})):
+    elif any(sources := _find_parts({path: path.name for path in folders})) and not (
+        _find_table(folder, files) and not any(map(_has_labels, filter(None, sources)))
+    ):
         description = "own folders"
         notes += _left_out("folders", [path for path in folders if path not in sources])
     else:
@@ -105,6 +110,11 @@ def load(folder: Path, root: Path, options: Options) -> Task:
         raise ValueError(f"{folder}: {len(names)} rank, but ordinal regression needs 2 or more")
     unread = [path for path in unread if f"labels of {path.name}" not in left_out]
     notes += left_out + _left_out("lists", unread)
+    tables = [*lists, *(_find_table(folder, files) if sources[0] == folder else ())]
+    for table in tables:
+        columns = SPLIT_COLUMNS.union(PERHAPS_SPLIT_COLUMNS) & {*read_header(table, folder)}
+        if columns and description != "own table, split by its column":
+            notes.append(f"column {', '.join(sorted(columns))} of {table.name} not used")
     if groups or options.split == LEAVE_ONE_OUT:
         groups = {path: groups[path] for part in parts for path, _ in part or () if groups}
         groups, spellings = _join_spellings(groups)
@@ -172,6 +182,9 @@ def _read_rows(
         else:
             expected = None if source == folder else part
             new_rows, names, notes = _read_part(source, root, options, expected, ranks)
+        if order:  # a label 1.0, read as 1, is the rank 1.0
+            ranks_by_label = {label_text(name): name for name in order} | dict(zip(order, order))
+            new_rows = [r._replace(label=ranks_by_label.get(r.label, r.label)) for r in new_rows]
         rows += new_rows
         ranks |= names | {row.label for row in new_rows}
         left_out += notes
@@ -213,7 +226,8 @@ def _read_part(
     """(images, names of rank folders, what is left out). part None: a column may tell the parts."""
     folders, files = _list_folder(part_dir)
     tables = [file for file in files if file.suffix.lower() in (".csv", ".tsv")]
-    names: set[str] = set()
+    names, folder_names = set(), {nfc(path.name) for path in folders}
+    are_ranks = all(map(rank_key, folder_names - ranks))
     if options.label_pattern:
         images, others = find_images(part_dir)
         labels, unmatched = match_names(images, part_dir, options.label_pattern)
@@ -226,7 +240,7 @@ def _read_part(
         if unmatched:
             count = f"{len(unmatched):,} images that the pattern does not match"
             left_out.append(f"{count} left out, such as {some}")
-    elif len(tables) == 1 and len(folders) < 2:
+    elif len(folders) < 2 and len(tables) == 1 or not are_ranks and _find_table(part_dir, files):
         rows, others = _read_table(tables[0], part_dir, root, options, part), Counter()
         left_out = [f"labels of {os.path.relpath(tables[0], root)}"]
         images = {os.path.relpath(image, root) for image in find_images(part_dir)[0]}
@@ -244,11 +258,12 @@ def _read_part(
     elif options.group:
         raise ValueError(f"{part_dir} has no table with the group column {options.group!r}")
     else:
-        rows, others = [], Counter(table.suffix for table in tables)
-        names = {nfc(rank_dir.name) for rank_dir in folders}
-        if (unknown := names - ranks) and all(map(rank_key, unknown)):
-            for table in tables:
-                _check_agreement(part_dir, table)
+        beside = [path for path in files if not is_image(path) and path.name.lower() != "ranks.txt"]
+        rows, others = [], Counter(path.suffix.lower() or "no suffix" for path in beside)
+        names = folder_names
+        if are_ranks and names - ranks:
+            for path in beside:
+                check_agreement(part_dir, path)
         for rank_dir in folders:
             if train := _find_parts({path: path.name for path in rank_dir.iterdir()})[0]:
                 wanted = part_dir / train.name / rank_dir.name
@@ -258,8 +273,8 @@ def _read_part(
             label = nfc(rank_dir.name)
             rows += [Row(os.path.relpath(path, root), label, None, part or 0) for path in images]
         left_out = []
-        if beside := sum(map(is_image, files)):
-            left_out.append(f"{beside:,} images beside the folders of {part_dir.name} left out")
+        if num_images := sum(map(is_image, files)):
+            left_out.append(f"{num_images:,} images beside the folders of {part_dir.name} left out")
     if others:
         left_out.append(count_types(others))
     return rows, names, left_out
@@ -275,20 +290,25 @@ def _read_table(
     for path, label, *cells in read_texts(table, folder, columns, options.allow_missing):
         path = path if folder == root else os.path.relpath(folder / path, root)
         group = cells[0] if options.group else None
-        rows.append(Row(path, label, group, part_of[cells[-1]] if split_column else part or 0))
+        part_of_row = part_of[cells[-1].lower()] if split_column else part or 0
+        rows.append(Row(path, label, group, part_of_row))
     return rows
 
 
 def _find_split(table: Path, folder: Path, part: int | None) -> tuple[str | None, dict[str, int]]:
     """(column, {cell: part}) of the first column of names of parts; (None, {}) without one."""
-    for column in filter(SPLIT_COLUMNS.__contains__, read_header(table, folder)):
-        cells = dict.fromkeys(cell for *_, cell in parse_rows(table, folder, [column]))
+    columns = SPLIT_COLUMNS | PERHAPS_SPLIT_COLUMNS
+    for column in filter(columns.__contains__, read_header(table, folder)):
+        cells = dict.fromkeys(cell.lower() for *_, cell in parse_rows(table, folder, [column]))
         parts = _find_parts({Path(cell): cell for cell in cells})
         index = {path.name: i for i, path in enumerate(parts) if path}
-        if not index:
+        if not index and (column in PERHAPS_SPLIT_COLUMNS or len(cells) not in (2, 3)):
             continue  # of folds, say
         if other := [cell for cell in cells if cell not in index]:
-            raise ValueError(f"{table}: column {column} has {other[0]!r}, no name of a part")
+            raise ValueError(
+                f"{table}: column {column} has {other[0]!r}, no name of a part; write train, val "
+                "and test, or give the column another name"
+            )
         if part is not None and {*index.values()} != {part}:
             raise ValueError(
                 f"{table}: column {column} names other parts than this list; make train.csv, "
@@ -298,16 +318,17 @@ def _find_split(table: Path, folder: Path, part: int | None) -> tuple[str | None
     return None, {}
 
 
-def _check_agreement(part_dir: Path, table: Path) -> None:
-    """ValueError if a table has other labels than the folders of ranks that it lies beside."""
-    if not {*LABEL_COLUMNS} & {*read_header(table, part_dir)}:
-        return
-    for path, label in read_texts(table, part_dir, allow_missing=True):
-        if label != label_text(Path(path).parts[0]):
-            raise ValueError(
-                f"{table} says {label!r} of {path}, but folders lie beside it: for the labels of "
-                f"the table give --train-list {table} --ranks present, else move it away"
-            )
+def _find_table(folder: Path, files: list[Path]) -> list[Path]:
+    """The one table among files, if its header names paths and labels; else []."""
+    tables = [file for file in files if file.suffix.lower() in (".csv", ".tsv")]
+    has_labels = len(tables) == 1 and {*LABEL_COLUMNS} & {*read_header(tables[0], folder)}
+    return tables if has_labels else []
+
+
+def _has_labels(part_dir: Path) -> bool:
+    """Whether a folder of a part has folders of ranks, or a table."""
+    folders, files = _list_folder(part_dir)
+    return bool(folders) or any(file.suffix.lower() in (".csv", ".tsv") for file in files)
 
 
 def _join_spellings(groups: dict[str, str]) -> tuple[dict[str, str], list[str]]:

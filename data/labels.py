@@ -13,13 +13,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from .lists import label_text, parse_number
+from .lists import LABEL_COLUMNS, label_text, parse_number, read_header, read_texts
 
 MAX_RANKS = 10_000
 PRESENT = "present"  # ranks: the labels that occur, in order
 REAL = r"(-?\d+(?:\.\d+)?)"
 
-PART_WORD = r".*(?<![a-z])(train|test|valid|fold|split)"  # fold_1 and fold_2 are no ranks
+# fold_1 and fold_2 are no ranks, and neither are part1 and part2; 3 parts may be one
+PART_WORD = r"part|subset|batch|session|.*(?<![a-z])(train|test|valid|fold|split)"
 # Ranks such as `1 bad`, `2 good` are ordered although their words differ, if no word is one of
 # these units and no number is left out.
 UNITS = (
@@ -153,6 +154,24 @@ def parse_bins(text: str, ranks: str | None, numbers: Iterable[float]) -> list[f
 
 def _text(number: float) -> str:
     return str(int(number)) if number == int(number) else repr(number)
+
+
+def check_agreement(folder: Path, file: Path) -> None:
+    """ValueError if a list has other labels than the folders of ranks that it lies beside."""
+    if file.suffix.lower() not in (".csv", ".tsv", ".txt"):
+        return
+    try:
+        rows = read_texts(file, folder, allow_missing=True)
+    except ValueError:  # no list of images, or one without labels
+        return
+    has_labels = {*LABEL_COLUMNS} & {*read_header(file, folder)}
+    for path, label in rows:
+        is_listed = has_labels or (folder / path).is_file()
+        if is_listed and label != label_text(Path(path).parts[0]):
+            raise ValueError(
+                f"{file} says {label!r} of {path}, but folders lie beside it: for the labels of "
+                f"the table give --train-list {file} --ranks present, else move it away"
+            )
 
 
 def order_ranks(folder: Path, names: Iterable[str], order: list[str] | None) -> list[str]:

@@ -22,6 +22,7 @@ TEXTS = dict(  # what several messages have in common
     missing="images are not under {root}, the first:",
     either="each of the columns score, age may be the label; name one of them `label`",
     comment=", but there is such an image; write ./ before it, or remove the line",
+    parts="; write train, val and test, or give the column another name",
     columns="expected two columns, or a header that names one `path` and one `label`, separated by",
 )
 
@@ -216,8 +217,14 @@ OWN = [  # (images, {file: content}, message)
     (["train/0.jpg", "train/1.jpg"], {"train/metadata.csv": "file_name,label\n0.jpg,1\n2.jpg,2\n"},
      "{root}/train/metadata.csv: 1 of 2 images are not under {root}/train, the first: '2.jpg' "
      "('{root}/train' holds no '2.jpg')"),
-    (folders("a", "b"), {"labels.csv": "path,label\na/0.jpg,1\n"},
+    (folders("a", "b"), {"labels.csv": "path,size\na/0.jpg,1\n"},
      "{root}: the order of rank 'a' is not known{how}"),
+    (folders("a", "b"), {"labels.csv": "path,label\na/0.jpg,1\n"},
+     "{root}: 1 rank, but ordinal regression needs 2 or more"),
+    (folders("001", "2"), {"x.csv": "2/0.jpg,2\n001/0.jpg,25\n"},
+     "{root}/x.csv says '25' of 001/0.jpg{beside}"),
+    (folders("001", "2"), {"x.txt": "001/0.jpg 25\n"}, "{root}/x.txt says '25' of 001/0.jpg{beside}"),
+    (folders("part1", "part2"), {}, "{root}: 'part1' may be a part or a rank{how}"),
     (["a/0.jpg", "a/1.jpg"], {"train_list.txt": "a/0.jpg 0\n", "test_list.txt": "a/1.jpg 1\n"},
      "{root} holds 1 folders and 0 tables;{wanted}; if a holds the ranks, give {root}/a; not "
      "read: test_list.txt, train_list.txt"),
@@ -245,7 +252,9 @@ OWN = [  # (images, {file: content}, message)
      "{root}/train/a.csv: column split names other parts than this list; make train.csv, val.csv, "
      "test.csv"),
     (["0.jpg", "1.jpg"], {"a.csv": "path,label,fold\n0.jpg,0,train\n1.jpg,1,extra\n"},
-     "{root}/a.csv: column fold has 'extra', no name of a part"),
+     "{root}/a.csv: column fold has 'extra', no name of a part{parts}"),
+    (["0.jpg", "1.jpg"], {"a.csv": "path,label,split\n0.jpg,0,train set\n1.jpg,1,test set\n"},
+     "{root}/a.csv: column split has 'train set', no name of a part{parts}"),
 ]  # fmt: skip
 
 

@@ -269,6 +269,59 @@ def test_a_column_is_the_split(tmp_path, column):
     assert "split by seed 1" in load(tmp_path / "own").protocol
 
 
+@pytest.mark.parametrize("column", ["fold", "split", "Usage"])
+def test_a_column_that_may_be_a_split_is_named_if_it_is_not_used(tmp_path, column):
+    make_folders(tmp_path / "own", ["photos"], 12)
+    images = sorted((tmp_path / "own" / "photos").iterdir())
+    rows = [f"photos/{path.name},{i % 2},{i % 5}" for i, path in enumerate(images)]
+    table = tmp_path / "own" / "labels.csv"
+    table.write_text("\n".join(["sep=,", f"path,label,{column}", *rows]))  # as Excel writes it
+    protocol = load(tmp_path / "own").protocol
+    assert protocol.endswith(f"; column {column.lower()} of labels.csv not used")
+    rows = [f"{row[:-1]}{['Train', 'train', 'val', 'TEST'][i % 4]}" for i, row in enumerate(rows)]
+    table.write_text("\n".join([f"path,label,{column}", *rows]))
+    task = load(tmp_path / "own")
+    assert "own table, split by its column" in task.protocol and "not used" not in task.protocol
+    assert [len(part) for part in parts_of(task)] == [6, 3, 3]
+
+
+@pytest.mark.parametrize("names", [("siteA", "siteB"), ("train", "test"), ("images", "masks")])
+def test_a_table_beside_folders_that_are_no_ranks_is_read(tmp_path, names):
+    make_folders(tmp_path / "own", names, 10)
+    images = [path for name in names for path in sorted((tmp_path / "own" / name).iterdir())]
+    rows = [f"{path.parent.name}/{path.name},{i % 3}" for i, path in enumerate(images)]
+    header, split = "path,label", ""
+    if names[0] == "train":
+        rows = [f"{row},{row.split('/')[0]}" for row in rows]
+        header, split = "path,label,split", "own table, split by its column"
+    (tmp_path / "own" / "labels.csv").write_text("\n".join([header, *rows]))
+    task = load(tmp_path / "own")
+    assert task.rank_names == ("0", "1", "2") and split in task.protocol
+    expected = {row.split(",")[0]: int(row.split(",")[1]) for row in rows}
+    assert {path: label for part in parts_of(task) for path, label in part} == expected
+    assert "labels of labels.csv" in task.protocol
+
+
+def test_ranks_are_named_as_the_table_spells_them(tmp_path):
+    make_folders(tmp_path / "own", ["photos"], 12)
+    images = sorted((tmp_path / "own" / "photos").iterdir())
+    rows = [f"photos/{path.name},{('1.0', '1.5', '2.0')[i % 3]}" for i, path in enumerate(images)]
+    (tmp_path / "own" / "labels.csv").write_text("\n".join(["path,label", *rows]))
+    (tmp_path / "own" / "ranks.txt").write_text("1.0\n1.5\n2.0\n")
+    task = load(tmp_path / "own")
+    assert task.rank_names == ("1.0", "1.5", "2.0") and task.rank_values == (1, 1.5, 2)
+    assert {label for path, label in task.train if path == f"photos/{images[1].name}"} <= {1}
+
+
+def test_what_lies_beside_folders_of_ranks_is_counted(tmp_path):
+    root = make_folders(tmp_path / "own", ["1", "2"], 10)
+    for name in ("README.md", "paper.pdf", "notes"):
+        (root / name).write_text("1/0.jpg is a picture")
+    (root / "sizes.csv").write_text("path,width,height\n1/a 0.PNG,8,8\n")
+    counted = "4 files of other types left out (.csv 1, .md 1, .pdf 1, no suffix 1)"
+    assert load(root).protocol.endswith(f"; {counted}")
+
+
 @pytest.mark.parametrize(
     "val, test, counts", [(9, 9, "24 train / 0 val / 0 test"), (9, 1, "24 train / 0 val / 8 test"),
                           (1, 9, "24 train / 8 val / 0 test")])  # fmt: skip
