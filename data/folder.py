@@ -93,9 +93,7 @@ def load(folder: Path, root: Path, options: Options) -> Task:
     if lists:
         description = "own lists " + " ".join(path.name for path in lists)
         options = replace(options, lists=tuple(sources))
-    elif any(sources := _find_parts({path: path.name for path in folders})) and not (
-        _find_table(folder, files) and not any(map(_has_labels, filter(None, sources)))
-    ):
+    elif sources := _find_part_dirs(folder, folders, files):
         description = "own folders"
         notes += _left_out("folders", [path for path in folders if path not in sources])
     else:
@@ -110,10 +108,8 @@ def load(folder: Path, root: Path, options: Options) -> Task:
         raise ValueError(f"{folder}: {len(names)} rank, but ordinal regression needs 2 or more")
     unread = [path for path in unread if f"labels of {path.name}" not in left_out]
     notes += left_out + _left_out("lists", unread)
-    tables = [*lists, *(_find_table(folder, files) if sources[0] == folder else ())]
-    for table in tables:
-        columns = SPLIT_COLUMNS.union(PERHAPS_SPLIT_COLUMNS) & {*read_header(table, folder)}
-        if columns and description != "own table, split by its column":
+    for table in _find_table(folder, files) if " split by seed" in description else ():
+        if columns := (SPLIT_COLUMNS | PERHAPS_SPLIT_COLUMNS) & {*read_header(table, folder)}:
             notes.append(f"column {', '.join(sorted(columns))} of {table.name} not used")
     if groups or options.split == LEAVE_ONE_OUT:
         groups = {path: groups[path] for part in parts for path, _ in part or () if groups}
@@ -325,10 +321,17 @@ def _find_table(folder: Path, files: list[Path]) -> list[Path]:
     return tables if has_labels else []
 
 
-def _has_labels(part_dir: Path) -> bool:
-    """Whether a folder of a part has folders of ranks, or a table."""
-    folders, files = _list_folder(part_dir)
-    return bool(folders) or any(file.suffix.lower() in (".csv", ".tsv") for file in files)
+def _find_part_dirs(folder: Path, folders: list[Path], files: list[Path]) -> Sources:
+    """The folders of train, val and test; [] if there are none, or labels only in a table above."""
+
+    def has_labels(part_dir: Path) -> bool:
+        ranks, files = _list_folder(part_dir)
+        return bool(ranks) or any(file.suffix.lower() in (".csv", ".tsv") for file in files)
+
+    part_dirs = _find_parts({path: path.name for path in folders})
+    if _find_table(folder, files) and not any(map(has_labels, filter(None, part_dirs))):
+        return []
+    return part_dirs if any(part_dirs) else []
 
 
 def _join_spellings(groups: dict[str, str]) -> tuple[dict[str, str], list[str]]:
