@@ -90,7 +90,11 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch, device):
         monkeypatch.setenv(name, value)
     args = Namespace(device=device)
     init_distributed(args)
-    assert args.device == "cuda:3" and calls == ["cuda:3", "nccl"]
+    assert args.device == "cuda:3" and calls == [3, "nccl"]
+    monkeypatch.delenv("WORLD_SIZE")
+    args = Namespace(device="cuda:1")
+    init_distributed(args)
+    assert args.device == "cuda:1" and calls[2:] == [1]
 
 
 def test_torchrun_trains_and_writes_once(gray, tmp_path):

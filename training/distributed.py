@@ -17,18 +17,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def init_distributed(args: Namespace) -> None:
-    """Join the process group that torchrun set up: one process per GPU, or CPU processes."""
+    """Join the process group that torchrun set up: one process per GPU, or CPU processes.
+
+    Without torchrun: make the GPU of --device cuda:1 the current one, whose memory is measured.
+    """
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ]
     if missing and os.environ.get("WORLD_SIZE", "1") != "1":
         raise SystemExit(
             f"WORLD_SIZE is set without {missing[0]}; start train.py with torchrun, or unset it"
         )
-    if missing or "WORLD_SIZE" not in os.environ:
-        return
-    if args.device.startswith("cuda"):  # of a run that is resumed, with a number
+    is_cuda = args.device.startswith("cuda")
+    is_torchrun = "WORLD_SIZE" in os.environ and not missing
+    if is_cuda and is_torchrun:  # also where a resumed run has the number of its first process
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
-    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    if is_cuda:
+        torch.cuda.set_device(torch.device(args.device).index or 0)
+    if is_torchrun:
+        dist.init_process_group("nccl" if is_cuda else "gloo")
 
 
 def is_main() -> bool:
