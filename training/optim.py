@@ -63,13 +63,17 @@ def build_average(args: Namespace, model: nn.Module) -> AveragedModel | None:
         return None
 
     def average(means: list[Tensor], values: list[Tensor], count: Tensor) -> None:
-        decay = min(args.ema, (1 + int(count)) / (10 + int(count)))
+        steps = int(
+            averaged.n_averaged
+        )  # `count` is the same on the GPU, which would be waited for
+        decay = min(args.ema, (1 + steps) / (10 + steps))
         if means[0].is_floating_point():
             return get_ema_multi_avg_fn(decay)(means, values, count)
         for mean, value in zip(means, values):  # indices: 0.9 * 5 + 0.1 * 5 would become 4
             mean.copy_(value)
 
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    return averaged
 
 
 def epochs_without_progress(log: list[dict[str, float]]) -> int:
