@@ -28,7 +28,7 @@ from . import folder
 from .check import check_images
 from .demo import make_demo
 from .files import IMAGE_TYPES, atomic_write, cache_dir, count_types, find_images
-from .folder import LEAVE_ONE_OUT
+from .groups import LEAVE_ONE_OUT
 from .images import (
     CLIP_MEAN,
     CLIP_STD,

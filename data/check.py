@@ -74,9 +74,11 @@ def check_images(
     peaks = [peak for _, _, peak in good.values() if peak is not None]
     digests = {path: digest for path, (_, digest, _) in good.items()}
     notes = _copies(task, digests)
-    if peaks and (bits := sorted(peaks)[len(peaks) // 2].bit_length()) <= 14:
+    dark = [peak for peak in peaks if peak.bit_length() <= 14]
+    if dark and len(dark) >= 0.9 * len(peaks):  # the others: a logo, say
+        bits = max(dark).bit_length()
         notes.append(
-            f"{len(peaks):,} images of 16 bits a pixel are near black, as they use only {bits} "
+            f"{len(dark):,} images of 16 bits a pixel are near black, as they use only {bits} "
             f"bits: multiply their pixels by {2 ** (16 - bits)}"
         )
     parts = {}

@@ -9,7 +9,7 @@
 PATH/ranks.txt (or beside a list) names the ranks, one a line, lowest first; names with numbers need
 none. Without a test part the val part is the test part too; without a val part 10 % of train are
 held out for it. With groups (persons) no group is in two parts, and 10 % of them are held out.
-Read after lists.py, labels.py and task.py. Copy together with: those three, files.py.
+Read after lists.py, labels.py, task.py and groups.py. Copy together with: those four, files.py.
 """
 
 import os
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .files import count_types, find_images, is_hidden, is_image, read_lines
+from .groups import LEAVE_ONE_OUT, Parts, join_spellings, split_by_group
 from .labels import (
     MAX_RANKS,
     PRESENT,
@@ -42,9 +43,8 @@ from .lists import (
     read_header,
     read_texts,
 )
-from .task import PARTS, REAL_LABELS, Options, Task, hold_out, make_task
+from .task import PARTS, REAL_LABELS, Options, Task, make_task
 
-LEAVE_ONE_OUT = "leave-one-group-out"
 SPLITS = ("random", LEAVE_ONE_OUT)
 PART_NAMES = {  # in upper or lower case; eval is whichever of val and test is missing
     "train": ("train", "training"),
@@ -57,7 +57,6 @@ PERHAPS_SPLIT_COLUMNS = {"fold", "usage", "phase", "dataset", "mode", "is_train"
 LIST_WORD = "train|val|test|dev|label|meta|annotation|split|fold"  # in names of lists
 
 Sources = Sequence[Path | None]  # lists or folders of train, val, test
-Parts = list[Sequence[Sample] | None]  # None where there is none
 
 
 class Images(NamedTuple):
@@ -93,7 +92,7 @@ def load(folder: Path, root: Path, options: Options) -> Task:
     if lists:
         description = "own lists " + " ".join(path.name for path in lists)
         options = replace(options, lists=tuple(sources))
-    elif sources := _find_part_dirs(folder, folders, files):
+    elif sources := _find_part_dirs(folder, folders, files, options):
         description = "own folders"
         notes += _left_out("folders", [path for path in folders if path not in sources])
     else:
@@ -113,8 +112,8 @@ def load(folder: Path, root: Path, options: Options) -> Task:
             notes.append(f"column {', '.join(sorted(columns))} of {table.name} not used")
     if groups or options.split == LEAVE_ONE_OUT:
         groups = {path: groups[path] for part in parts for path, _ in part or () if groups}
-        groups, spellings = _join_spellings(groups)
-        parts, split = _split_by_group(folder, parts, groups, options)
+        groups, spellings = join_spellings(groups)
+        parts, split = split_by_group(folder, parts, groups, options)
         notes += spellings + split
     preset = dict(context="the rank of the image is", rank_names=names)
     preset["rank_values"] = rank_values(names)
@@ -223,7 +222,8 @@ def _read_part(
     folders, files = _list_folder(part_dir)
     tables = [file for file in files if file.suffix.lower() in (".csv", ".tsv")]
     names, folder_names = set(), {nfc(path.name) for path in folders}
-    are_ranks = all(map(rank_key, folder_names - ranks))
+    unknown = folder_names - ranks
+    no_ranks = unknown and not any(map(rank_key, unknown))
     if options.label_pattern:
         images, others = find_images(part_dir)
         labels, unmatched = match_names(images, part_dir, options.label_pattern)
@@ -236,7 +236,7 @@ def _read_part(
         if unmatched:
             count = f"{len(unmatched):,} images that the pattern does not match"
             left_out.append(f"{count} left out, such as {some}")
-    elif len(folders) < 2 and len(tables) == 1 or not are_ranks and _find_table(part_dir, files):
+    elif len(folders) < 2 and len(tables) == 1 or no_ranks and _find_table(part_dir, files):
         rows, others = _read_table(tables[0], part_dir, root, options, part), Counter()
         left_out = [f"labels of {os.path.relpath(tables[0], root)}"]
         images = {os.path.relpath(image, root) for image in find_images(part_dir)[0]}
@@ -256,10 +256,10 @@ def _read_part(
     else:
         beside = [path for path in files if not is_image(path) and path.name.lower() != "ranks.txt"]
         rows, others = [], Counter(path.suffix.lower() or "no suffix" for path in beside)
-        names = folder_names
-        if are_ranks and names - ranks:
+        names, left_out = folder_names, []
+        if unknown and all(map(rank_key, unknown)):
             for path in beside:
-                check_agreement(part_dir, path)
+                left_out += check_agreement(part_dir, path)
         for rank_dir in folders:
             if train := _find_parts({path: path.name for path in rank_dir.iterdir()})[0]:
                 wanted = part_dir / train.name / rank_dir.name
@@ -268,7 +268,6 @@ def _read_part(
             others += others_of_rank
             label = nfc(rank_dir.name)
             rows += [Row(os.path.relpath(path, root), label, None, part or 0) for path in images]
-        left_out = []
         if num_images := sum(map(is_image, files)):
             left_out.append(f"{num_images:,} images beside the folders of {part_dir.name} left out")
     if others:
@@ -295,10 +294,22 @@ def _find_split(table: Path, folder: Path, part: int | None) -> tuple[str | None
     """(column, {cell: part}) of the first column of names of parts; (None, {}) without one."""
     columns = SPLIT_COLUMNS | PERHAPS_SPLIT_COLUMNS
     for column in filter(columns.__contains__, read_header(table, folder)):
-        cells = dict.fromkeys(cell.lower() for *_, cell in parse_rows(table, folder, [column]))
+        try:
+            rows = parse_rows(table, folder, [column])
+            cells = dict.fromkeys(cell.lower() for *_, cell in rows)
+        except ValueError:  # an empty cell, say
+            if column in PERHAPS_SPLIT_COLUMNS:
+                continue
+            raise
         parts = _find_parts({Path(cell): cell for cell in cells})
         index = {path.name: i for i, path in enumerate(parts) if path}
-        if not index and (column in PERHAPS_SPLIT_COLUMNS or len(cells) not in (2, 3)):
+        is_perhaps = column in PERHAPS_SPLIT_COLUMNS
+        if (
+            is_perhaps
+            and part is not None
+            or not index
+            and (is_perhaps or len(cells) not in (2, 3))
+        ):
             continue  # of folds, say
         if other := [cell for cell in cells if cell not in index]:
             raise ValueError(
@@ -317,78 +328,35 @@ def _find_split(table: Path, folder: Path, part: int | None) -> tuple[str | None
 def _find_table(folder: Path, files: list[Path]) -> list[Path]:
     """The one table among files, if its header names paths and labels; else []."""
     tables = [file for file in files if file.suffix.lower() in (".csv", ".tsv")]
-    has_labels = len(tables) == 1 and {*LABEL_COLUMNS} & {*read_header(tables[0], folder)}
+    try:
+        has_labels = len(tables) == 1 and {*LABEL_COLUMNS} & {*read_header(tables[0], folder)}
+    except ValueError:  # not in UTF-8; it is read again where it is needed
+        return []
     return tables if has_labels else []
 
 
-def _find_part_dirs(folder: Path, folders: list[Path], files: list[Path]) -> Sources:
-    """The folders of train, val and test; [] if there are none, or labels only in a table above."""
+def _find_part_dirs(
+    folder: Path, folders: list[Path], files: list[Path], options: Options
+) -> Sources:
+    """The folders of train, val and test; [] if there are none, or a table above has all of it."""
 
     def has_labels(part_dir: Path) -> bool:
         ranks, files = _list_folder(part_dir)
         return bool(ranks) or any(file.suffix.lower() in (".csv", ".tsv") for file in files)
 
     part_dirs = _find_parts({path: path.name for path in folders})
-    if _find_table(folder, files) and not any(map(has_labels, filter(None, part_dirs))):
-        return []
-    return part_dirs if any(part_dirs) else []
-
-
-def _join_spellings(groups: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """({path: group}, note), in one spelling: 1, 01 and 1.0 are the same group; Anna, anna, too."""
-    spellings: dict[str, set[str]] = {}
-    for name in set(groups.values()):
-        spellings.setdefault(label_text(name).casefold(), set()).add(name)
-    joined = [sorted(names) for names in spellings.values() if len(names) > 1]
-    some = " and ".join(map(repr, min(joined, default=())))
-    notes = [f"{len(joined):,} groups have several spellings, such as {some}"] if joined else []
-    first = {name: min(names) for names in spellings.values() for name in names}
-    return {path: first[name] for path, name in groups.items()}, notes
-
-
-def _split_by_group(
-    folder: Path, parts: Parts, groups: dict[str, str], options: Options
-) -> tuple[Parts, list[str]]:
-    """(parts, notes), val and test held out where they are missing; no group is in two of them."""
-
-    def held_out(samples: Sequence[Sample], part: str) -> tuple[Sequence[Sample], Sequence[Sample]]:
-        share = max(0.1, 1 / len({groups[path] for path, _ in samples}))
-        return hold_out(samples, share, f"{part}/{options.salt}", groups.__getitem__)
-
-    train, val, test = parts
-    names = sorted(set(groups.values()))
-    notes = [f"{len(names):,} groups, none in two parts"]
-    if options.split == LEAVE_ONE_OUT:
-        if not names:
-            needed = "a group column, or (?P<group>...) in the label pattern"
-            raise ValueError(f"{folder}: split {LEAVE_ONE_OUT} needs {needed}")
-        if val or test:
-            raise ValueError(f"{folder} has parts of its own, so split {LEAVE_ONE_OUT} is not made")
-        if not 0 <= options.fold < len(names):
-            raise ValueError(f"{folder} has no fold {options.fold}; give 0 .. {len(names) - 1}")
-        name = names[options.fold]
-        notes.append(f"test group {name!r}")
-        test = [sample for sample in train if groups[sample.path] == name]
-        train = [sample for sample in train if groups[sample.path] != name]
-    elif train and val is None and test is None:
-        train, test = held_out(train, "test")
-    if train and val is None:
-        train, val = held_out(train, "val")
-    parts = [train, val, test]
-    part_groups = [{groups[path] for path, _ in part or ()} for part in parts]
-    for i, j in ((0, 1), (0, 2), (1, 2)):
-        if shared := part_groups[i] & part_groups[j]:
+    if not any(part_dirs) or options.label_pattern:
+        return part_dirs if any(part_dirs) else []
+    for table in (
+        () if any(map(has_labels, filter(None, part_dirs))) else _find_table(folder, files)
+    ):
+        if _find_split(table, folder, None)[0] is None:
             raise ValueError(
-                f"{folder}: group {min(shared)!r} is in both {PARTS[i]} and {PARTS[j]}; move its "
-                "images into one part"
+                f"{table} has the labels, but not the parts, which are folders; add a column split "
+                "of train, val and test, or make train.csv, val.csv and test.csv"
             )
-    if not (train and val and (test or test is None)):
-        counts = [f"{len(part or ()):,} {name}" for name, part in zip(PARTS, parts)]
-        raise ValueError(
-            f"{folder.name}: {' / '.join(counts)} images, and none may be empty: "
-            f"{len(names)} groups are too few, train, val and test need one each"
-        )
-    return parts, notes
+        return []
+    return part_dirs
 
 
 def _find_parts(names: dict[Path, str]) -> list[Path | None]:

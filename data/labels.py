@@ -7,13 +7,15 @@ Read after lists.py. Copy together with: lists.py, files.py.
 """
 
 import math
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from .lists import LABEL_COLUMNS, label_text, parse_number, read_header, read_texts
+from .lists import LABEL_COLUMNS, label_text, parse_number, parse_rows, read_header, read_texts
 
 MAX_RANKS = 10_000
 PRESENT = "present"  # ranks: the labels that occur, in order
@@ -156,22 +158,33 @@ def _text(number: float) -> str:
     return str(int(number)) if number == int(number) else repr(number)
 
 
-def check_agreement(folder: Path, file: Path) -> None:
-    """ValueError if a list has other labels than the folders of ranks that it lies beside."""
+def check_agreement(folder: Path, file: Path) -> list[str]:
+    """ValueError if a table has other labels than the folders of ranks that it lies beside.
+
+    Of a list that does not say what its second column is, a note.
+    """
     if file.suffix.lower() not in (".csv", ".tsv", ".txt"):
-        return
+        return []
+    has_labels = False
     try:
-        rows = read_texts(file, folder, allow_missing=True)
-    except ValueError:  # no list of images, or one without labels
-        return
-    has_labels = {*LABEL_COLUMNS} & {*read_header(file, folder)}
-    for path, label in rows:
-        is_listed = has_labels or (folder / path).is_file()
-        if is_listed and label != label_text(Path(path).parts[0]):
-            raise ValueError(
-                f"{file} says {label!r} of {path}, but folders lie beside it: for the labels of "
-                f"the table give --train-list {file} --ranks present, else move it away"
-            )
+        has_labels = bool({*LABEL_COLUMNS} & {*read_header(file, folder)})
+        first = islice(parse_rows(file, folder), 100)  # a log of a million lines is no list
+        if not has_labels and not any(os.path.isfile(folder / path) for _, path, _ in first):
+            return []
+        for path, label in read_texts(file, folder, allow_missing=True):
+            if label == label_text(Path(path).parts[0]):
+                continue
+            if has_labels:
+                raise ValueError(
+                    f"{file} says {label!r} of {path}, but folders lie beside it: for the labels "
+                    f"of the table give --train-list {file} --ranks present, else move it away"
+                )
+            if os.path.isfile(folder / path):
+                return [f"{file.name}, which says {label!r} of {path}, is not read"]
+    except (ValueError, OSError):
+        if has_labels:
+            raise
+    return []
 
 
 def order_ranks(folder: Path, names: Iterable[str], order: list[str] | None) -> list[str]:

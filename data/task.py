@@ -86,7 +86,7 @@ class Options:
     category: str | None = None
     label_rule: str | None = None
     allow_missing: bool = False  # keep images in the lists that are not on disk
-    # Of own images (folder.py, labels.py):
+    # Of own images (folder.py, groups.py, labels.py):
     label_pattern: str | None = None
     ranks: str | None = None
     bins: str | None = None

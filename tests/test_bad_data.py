@@ -221,9 +221,13 @@ OWN = [  # (images, {file: content}, message)
      "{root}: the order of rank 'a' is not known{how}"),
     (folders("a", "b"), {"labels.csv": "path,label\na/0.jpg,1\n"},
      "{root}: 1 rank, but ordinal regression needs 2 or more"),
-    (folders("001", "2"), {"x.csv": "2/0.jpg,2\n001/0.jpg,25\n"},
-     "{root}/x.csv says '25' of 001/0.jpg{beside}"),
-    (folders("001", "2"), {"x.txt": "001/0.jpg 25\n"}, "{root}/x.txt says '25' of 001/0.jpg{beside}"),
+    (folders("001", "2"), {"x.csv": "path,label\n001/0.jpg,25\n2/0.jpg,\n"},
+     "{root}/x.csv:3: expected an image path and a label, got '2/0.jpg,'"),
+    (folders("1", "2", "unsorted"), {"x.csv": "file,width,score\n1/0.jpg,8,5\n2/0.jpg,8,7\n"},
+     "{root}: the order of rank 'unsorted' is not known{how}"),
+    (["train/0.jpg", "test/1.jpg"], {"x.csv": "path,label\ntrain/0.jpg,1\ntest/1.jpg,2\n"},
+     "{root}/x.csv has the labels, but not the parts, which are folders; add a column split of "
+     "train, val and test, or make train.csv, val.csv and test.csv"),
     (folders("part1", "part2"), {}, "{root}: 'part1' may be a part or a rank{how}"),
     (["a/0.jpg", "a/1.jpg"], {"train_list.txt": "a/0.jpg 0\n", "test_list.txt": "a/1.jpg 1\n"},
      "{root} holds 1 folders and 0 tables;{wanted}; if a holds the ranks, give {root}/a; not "

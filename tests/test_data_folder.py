@@ -313,6 +313,41 @@ def test_ranks_are_named_as_the_table_spells_them(tmp_path):
     assert {label for path, label in task.train if path == f"photos/{images[1].name}"} <= {1}
 
 
+def test_lists_that_may_not_be_of_labels_are_named(tmp_path):
+    root = make_folders(tmp_path / "own", ["1", "2"], 10)
+    (root / "sizes.csv").write_text("file,size\n1/a 0.PNG,1\n1/a 1.jpg,1024\n")
+    (root / "bad.txt").write_text("1/a 1.jpg blurry\n")
+    (root / "log.txt").write_text("1/a 1.jpg 1\n" + "\xe9" * 300 + " 2\n", "utf-8")
+    (root / "persons.csv").write_bytes(b"file,label\n\xe9.jpg,2\n")
+    os.symlink("nowhere", root / "labels.txt")
+    protocol = load(root).protocol
+    for name, label in (("sizes.csv", "'1024'"), ("bad.txt", "'blurry'")):
+        assert f"; {name}, which says {label} of 1/a" in protocol
+    assert "log.txt" not in protocol and "persons.csv" not in protocol
+
+
+def test_a_table_beside_parts_that_a_pattern_labels_is_not_read(tmp_path):
+    for part in ("train", "val", "test"):
+        for i in range(6):
+            tiny(tmp_path / part / f"{i % 3}_{i}.png")
+    (tmp_path / "meta.csv").write_text("file,age\ntrain/0_0.png,9\n")
+    task = load(tmp_path, label_pattern=r"^(\d)_")
+    assert "own folders: 6 train / 6 val / 6 test images" in task.protocol
+
+
+def test_empty_cells_of_a_column_that_is_no_split(tmp_path):
+    make_folders(tmp_path, ["photos"], 12)
+    rows = [f"photos/{path.name},{i % 2},{'' if i else 'FFHQ'}"
+            for i, path in enumerate(sorted((tmp_path / "photos").iterdir()))]  # fmt: skip
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label,dataset", *rows]))
+    assert load(tmp_path).protocol.endswith("; column dataset of labels.csv not used")
+    lists = {part: rows[i::3] for i, part in enumerate(("train", "val", "test"))}
+    for part, lines in lists.items():
+        lines = [f"{line.rsplit(',', 1)[0]},Training" for line in lines]
+        (tmp_path / f"{part}.csv").write_text("\n".join(["path,label,usage", *lines]))
+    assert "own lists train.csv val.csv test.csv: 4 train" in load(tmp_path).protocol
+
+
 def test_what_lies_beside_folders_of_ranks_is_counted(tmp_path):
     root = make_folders(tmp_path / "own", ["1", "2"], 10)
     for name in ("README.md", "paper.pdf", "notes"):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import train
 from clip_model import tiny_clip
 from evaluation.report import write_report
 from training.methods import LossModule
+from training.options import check_out
 from training.run_folder import differing_settings, lock_run_dir, provenance, run_name
 
 
@@ -105,6 +107,21 @@ def test_a_folder_is_the_same_with_a_slash_behind_it(gray, tmp_path, monkeypatch
     assert run_name(train.parse_args(["--data", ".", *TINY, "--out", str(tmp_path)]))[:5] == "gray-"
 
 
+def test_a_run_of_an_earlier_version_has_the_slash_in_its_files(gray, tmp_path):
+    run_dir = tmp_path / "run"
+    results = train.main(["--data", str(gray), *TINY, "--out", str(run_dir)])
+    for name in ("best.pt", "last.pt"):
+        saved = torch.load(run_dir / name, weights_only=True)
+        saved["settings"]["data"] += "/"
+        torch.save(saved, run_dir / name)
+    config = json.loads((run_dir / "config.json").read_text())
+    config["settings"]["data"] += "/"
+    (run_dir / "config.json").write_text(json.dumps(config))
+    assert train.main(["--eval", str(run_dir)])["test"] == results["test"]
+    (run_dir / "results.json").unlink()
+    assert train.main(["--resume", str(run_dir)])["test"] == results["test"]
+
+
 @pytest.mark.parametrize("seeds", [[], ["--seeds", "1", "2"]])
 def test_a_run_among_the_images_is_refused(gray, tmp_path, monkeypatch, seeds):
     """Its folder would be a rank, its pictures images, for the next run."""
@@ -120,6 +137,10 @@ def test_a_run_among_the_images_is_refused(gray, tmp_path, monkeypatch, seeds):
         lines = (f"{path} {str(path)[0]}\n" for path in images)
         (folder / name).write_text("".join(lines))
     train.main(["--data", ".", *TINY, *seeds])  # whose lists say what is data
+    (folder / "train").mkdir()
+    for name in lists.values():
+        (folder / name).unlink()
+    check_out(Namespace(data=".", out=None, train_list=None))  # in {train,val,test}/ either
 
 
 def test_a_checkpoint_of_another_epoch_than_the_best_is_refused(gray, tmp_path):

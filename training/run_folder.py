@@ -164,8 +164,10 @@ def check_same_settings(args: Namespace, saved: dict, state: str) -> None:
 def differing_settings(requested: dict, saved: dict) -> str:
     """`--lr 0.1, not 0.2; ...`: each requested setting that differs from the saved one."""
     saved = dict(no_draft=True) | saved  # as runs were before there was the flag
-    saved |= dict(data=data_name(str(saved.get("data"))))
-    requested, saved = (json.loads(json.dumps(d)) for d in (requested, saved))  # tuples as lists
+    requested, saved = (
+        json.loads(json.dumps(d | dict(data=data_name(str(d.get("data"))))))  # tuples as lists
+        for d in (requested, saved)
+    )
     return "; ".join(
         f"{flag_of(key)} {saved.get(key)!r}, not {value!r}"
         for key, value in comparable_settings(requested).items()
