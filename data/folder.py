@@ -108,6 +108,8 @@ def load(folder: Path, root: Path, options: Options) -> Task:
     unread = [path for path in unread if f"labels of {path.name}" not in left_out]
     notes += left_out + _left_out("lists", unread)
     for table in _find_table(folder, files) if " split by seed" in description else ():
+        if f"labels of {table.name}" not in left_out:
+            continue
         if columns := (SPLIT_COLUMNS | PERHAPS_SPLIT_COLUMNS) & {*read_header(table, folder)}:
             notes.append(f"column {', '.join(sorted(columns))} of {table.name} not used")
     if groups or options.split == LEAVE_ONE_OUT:

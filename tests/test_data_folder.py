@@ -330,9 +330,12 @@ def test_a_table_beside_parts_that_a_pattern_labels_is_not_read(tmp_path):
     for part in ("train", "val", "test"):
         for i in range(6):
             tiny(tmp_path / part / f"{i % 3}_{i}.png")
-    (tmp_path / "meta.csv").write_text("file,age\ntrain/0_0.png,9\n")
+    (tmp_path / "meta.csv").write_text("file,age,fold\ntrain/0_0.png,9,1\n")
     task = load(tmp_path, label_pattern=r"^(\d)_")
     assert "own folders: 6 train / 6 val / 6 test images" in task.protocol
+    shutil.copytree(tmp_path / "train", tmp_path / "own")
+    shutil.copy(tmp_path / "meta.csv", tmp_path / "own")
+    assert "not used" not in load(tmp_path / "own", label_pattern=r"^(\d)_").protocol
 
 
 def test_empty_cells_of_a_column_that_is_no_split(tmp_path):
