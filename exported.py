@@ -52,13 +52,14 @@ def save_model(
         quick_gelu=any(type(module).__name__ == "QuickGELU" for module in modules),
         state_dict=exported.state_dict(),
         rank_names=list(rank_names),
-        rank_values=list(rank_values),
+        rank_values=[float(value) for value in rank_values],
         preprocess=dict(preprocess),
         results=results,
     )
     _check_content(content, EXPORTED, str(path), "give it")
-    if isinstance(exported, OrdinalCLIP):
-        _check_sizes(exported.prototypes(), rank_names, rank_values, "")
+    is_regression = isinstance(exported, Regression)
+    per_rank = torch.empty(exported.num_ranks, 0) if is_regression else exported.prototypes()
+    _check_sizes(per_rank, rank_names, rank_values, "")
     data.atomic_write(Path(path), partial(torch.save, content))
 
 

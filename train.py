@@ -37,7 +37,13 @@ from torch.utils.data import DataLoader
 from evaluation.evaluate import evaluate_test_set, part_metrics, predict_loader, similarity_matrix
 from evaluation.report import write_report
 from exported import save_model
-from training.checkpoints import TrainingState, load_checkpoint_weights, load_last, save_checkpoint
+from training.checkpoints import (
+    TrainingState,
+    check_best,
+    load_checkpoint_weights,
+    load_last,
+    save_checkpoint,
+)
 from training.distributed import barrier, data_parallel, init_distributed, is_main, world_size
 from training.loaders import autocast, load_task, make_loaders, prepare_batch
 from training.methods import build_loss, build_model, needs_clip, warm_start
@@ -126,6 +132,8 @@ def train(args: Namespace) -> dict[str, Any]:
                 state.load(saved)
                 print_resumed(run, saved)
             fit(run, state, train_loader, val_loader)
+            if saved and is_main():  # an epoch that was repeated may have come out otherwise
+                check_best(run.dir / "best.pt", state.log)
         # 5. The test images are looked at once, with the best epoch
         barrier()  # the main process writes best.pt
         load_checkpoint_weights(run.model, run.dir / "best.pt")
@@ -242,7 +250,7 @@ def train_sweep(args: Namespace) -> list[dict[str, Any]]:
     if is_main():
         paths = {}  # also of seeds that another command ran
         for run in runs:
-            pattern = f"{glob.escape(table_name(run))}-seed*"
+            pattern = f"{glob.escape(table_name(run))}-seed*[0-9]"
             paths |= dict.fromkeys([Path(run.out), *sorted(Path(run.out).parent.glob(pattern))])
         write_report([*paths], f"report-{table_name(args)}.md")
     return results

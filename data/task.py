@@ -43,6 +43,7 @@ class Task:
     real_labels: dict[str, float] = field(default_factory=dict, hash=False)  # {path: label} of bins
     num_groups: int = 0  # persons, say, of whom none is in two parts
     file_digests: dict[str, str] = field(default_factory=dict, hash=False)  # of check_images
+    images_digest: str = ""  # of all paths and labels, before some were left out of train
 
     def __post_init__(self) -> None:
         for part in PARTS:

@@ -80,11 +80,13 @@ def draw_error_by_rank(rows: Sequence[dict[str, Any]]) -> Image.Image:
 
 
 def draw_curves(log: Sequence[dict[str, float]]) -> Image.Image:
-    """Both losses, and the validation MAE of the expected and the most probable rank, by epoch.
+    """The losses, and the validation MAE of the expected and the most probable rank, by epoch.
 
     log: one dict per epoch, at least one, of epoch, i2t, t2i, val_mae_expected, val_mae_argmax.
     """
     losses = ("i2t", "image to text"), ("t2i", "text to image")
+    if not any(row["t2i"] for row in log):  # of regression
+        losses = (("i2t", "mean"),)
     errors = ("val_mae_expected", "expected rank"), ("val_mae_argmax", "most probable")
     picture, draw = _canvas(1000, 420)
     first, last = log[0]["epoch"], log[-1]["epoch"]

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import statistics
-import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -144,7 +143,7 @@ def write_report(paths: list[str | Path], name: str = "report.md") -> str:
         if path.is_file() and path.name.startswith("report") and path.suffix in (".md", ".csv"):
             continue  # of runs/*, written by an earlier report
         results = path / "results.json"
-        files_of_path = [results] if results.exists() else [*path.glob("*/results.json")]
+        files_of_path = [results] if os.path.exists(results) else [*path.glob("*/results.json")]
         files |= {file.resolve() for file in files_of_path}
         if not files_of_path:
             left_out.append(f"- left out {path}: {why_empty(path)}")
@@ -152,7 +151,7 @@ def write_report(paths: list[str | Path], name: str = "report.md") -> str:
     for file in sorted(files):
         try:
             run = read_run(file)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             left_out.append(f"- left out {file}: damaged ({type(error).__name__}: {error})")
             continue
         # Figures that agree in all digits are copied, or repeated, which is no second seed.
@@ -172,7 +171,6 @@ def write_report(paths: list[str | Path], name: str = "report.md") -> str:
         tables.setdefault(run.table, []).append(run)
     text = "\n".join(format_tables(group, out_dir) for group in tables.values())
     text += "\n".join(left_out)
-    print(text)
     rows = []
     for run in runs.values():
         row = dict(run=os.path.relpath(run.path, out_dir), table=run.table)
@@ -182,29 +180,30 @@ def write_report(paths: list[str | Path], name: str = "report.md") -> str:
     try:
         data.atomic_write(path, lambda tmp_path: tmp_path.write_text(text, encoding="utf-8"))
         save_csv(path.with_suffix(".csv"), rows)
-        print(f"\nwritten to {path} and {path.with_suffix('.csv').name}")
     except OSError as error:  # others' runs, runs in two trees
-        print(f"\nnot written: {error}", file=sys.stderr)
+        print(text)
+        raise SystemExit(f"the report is not written: {error}") from error
+    print(text + f"\nwritten to {path} and {path.with_suffix('.csv').name}")
     return text
 
 
 def find_runs(path: str | Path) -> list[Path]:
     """The folder of a run, or, of a folder of runs, those in it and folders of several."""
 
-    def is_run(folder: Path) -> bool:
-        return any((folder / name).exists() for name in ("config.json", "results.json"))
+    def is_run(folder: Path) -> bool:  # os.path: of others' folders, too
+        return any(map(os.path.exists, (folder / "config.json", folder / "results.json")))
 
     path = Path(path)
     if is_run(path):
         return [path]
-    folders = [f for f in path.glob("*") if is_run(f) or any(f.glob("*/results.json"))]
-    return sorted(folders) or [path]
+    folders = sorted(f for f in path.glob("*") if is_run(f) or any(f.glob("*/results.json")))
+    return [*itertools.chain.from_iterable(map(find_runs, folders))] or [path]
 
 
 def why_empty(path: Path) -> str:
     if path.is_file():
         return f"a file; give its folder, {path.parent}"
-    is_run = (path / "config.json").exists()
+    is_run = os.path.exists(path / "config.json")
     return "not finished" if is_run else "no finished run" if path.exists() else "no such folder"
 
 
@@ -265,6 +264,7 @@ def name_rows(runs: Iterable[FinishedRun]) -> None:
                 fold = None if kind == "images" else run.settings["fold"]  # the same in all
                 inputs.setdefault((run.row, fold, kind), set()).add(digest)
         kinds = {kind for (_, _, kind), digests in inputs.items() if len(digests) > 1}
+        kinds = kinds & {"images"} or kinds  # which folds share
         for run in cell:
             if digests := "".join(d for kind, d in input_digests(run).items() if kind in kinds):
                 run.row += f" inputs={hashlib.sha256(digests.encode()).hexdigest()[:8]}"
@@ -285,9 +285,7 @@ def input_digests(run: FinishedRun) -> dict[str, str]:
     saved, settings = saved_digests(run.results), run.settings
     parts = data.PARTS[bool(settings.get("shots") or settings.get("shift")) :]
     digests = {kind: "".join(saved.get(p + kind, "") for p in parts) for kind in ("", " files")}
-    digests |= {flag: saved.get(flag, "") for flag in WEIGHTS}
-    if parts == data.PARTS:
-        digests["images"] = saved.get("images", "")
+    digests |= {key: saved.get(key, "") for key in ("images", *WEIGHTS)}
     return {kind: digest for kind, digest in digests.items() if digest}
 
 

@@ -18,7 +18,7 @@ import train
 from backbones import build_image_encoder
 from clip_model import tiny_clip
 from exported import load_model, load_prototypes, save_model, save_prototypes
-from ordinalclip import FixedPrototypes, LinearPrototypes, OrdinalCLIP
+from ordinalclip import FixedPrototypes, LinearPrototypes, OrdinalCLIP, Regression
 
 NAN = float("nan")
 
@@ -194,8 +194,10 @@ BAD_MODELS = [  # argument of save_model, its value, the message
     ("image_encoder", None, "{path}: image_encoder is the NoneType None; expected a text: give it"),
     ("rank_names", ["a", "b"], "got prototypes (3, 8), 2 rank_names, 3 rank_values; "
      "expected (R, D), R and R"),
-    ("rank_values", [0, NAN, 2], "{path}: rank_values is the list [0, nan, 2]; expected a list of "
+    ("rank_values", [0, NAN, 2], "{path}: rank_values is the list [0.0, nan, 2.0]; expected a list of "
      "finite numbers: give it"),
+    ("rank_names", ["a", "b", "c", "d"], "got prototypes (3, 8), 4 rank_names, 3 rank_values; "
+     "expected (R, D), R and R"),
     ("preprocess", dict(image_size=64, mean=[0.5] * 3), "{path}: preprocess lacks std: give it"),
 ]  # fmt: skip
 
@@ -204,13 +206,18 @@ BAD_MODELS = [  # argument of save_model, its value, the message
 def test_a_model_is_saved_with_all_that_loading_needs(tmp_path, name, value, message):
     clip, path = tiny_clip(embed_dim=8), tmp_path / "mine.pt"
     model = OrdinalCLIP(clip.visual, LinearPrototypes(3, 8), clip.logit_scale).train()
-    arguments = dict(image_encoder="clip", rank_names=("a", "b", "c"), rank_values=(1, 2, 4.5))
+    arguments = dict(
+        image_encoder="clip", rank_names=("a", "b", "c"), rank_values=np.array([1, 2, 4.5])
+    )
     arguments["preprocess"] = dict(image_size=64, mean=(0.5,) * 3, std=torch.ones(3))
     with pytest.raises(ValueError) as caught:
         save_model(path, model, **arguments | {name: value})
     assert str(caught.value) == message.format(path=path) and not path.exists()
     save_model(path, model, **arguments)
     assert model.training and torch.is_tensor(arguments["preprocess"]["std"])
+    regression = Regression(clip.visual, 8, 5, "l1")
+    with pytest.raises(ValueError, match=r"got prototypes \(5, 0\), 3 rank_names, 3 rank_values"):
+        save_model(tmp_path / "r.pt", regression, **arguments)
     loaded, names, values, preprocess = load_model(path)
     assert (names, values, preprocess["std"]) == (["a", "b", "c"], [1, 2, 4.5], [1, 1, 1])
     images = torch.randn(2, 3, 64, 64)

@@ -86,25 +86,69 @@ def test_folds_of_other_images_are_not_averaged(tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | dict(digests=digests)))
     text = write_report([tmp_path])
     assert "2.500 ± 0.707 (n=2)" in text and "4.000 (n=1)" in text
+    for fold in range(2):  # of the newer images, too: two rows, not one for each fold
+        write_run(tmp_path / f"new {fold}", 5.0 + fold, fold=fold)
+        path = tmp_path / f"new {fold}" / "results.json"
+        digests = dict(images="b", train=f"newer, of fold {fold}")
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(digests=digests)))
+    text = write_report([tmp_path])
+    assert "2.500 ± 0.707 (n=2)" in text and "5.000 ± 1.000 (n=3)" in text
 
 
 def test_a_folder_of_runs_is_as_its_runs(tmp_path, capsys):
     write_run(tmp_path / "runs" / "a", 2.0)
     write_run(tmp_path / "runs" / "several" / "b", 3.0, seed=2)
-    (tmp_path / "runs" / "unfinished").mkdir()
-    (tmp_path / "runs" / "unfinished" / "config.json").write_text("{}")
+    for folder in ("unfinished", "several/unfinished"):
+        (tmp_path / "runs" / folder).mkdir()
+        (tmp_path / "runs" / folder / "config.json").write_text("{}")
     (tmp_path / "runs" / "notes").mkdir()
     text = write_report([tmp_path / "runs"])
     assert "2.500 ± 0.707 (n=2)" in text and "notes" not in text
-    assert f"- left out {tmp_path / 'runs' / 'unfinished'}: not finished" in text.splitlines()
+    for folder in ("unfinished", "several/unfinished"):
+        assert f"- left out {tmp_path / 'runs' / folder}: not finished" in text.splitlines()
 
 
 def test_a_report_that_cannot_be_written_is_printed(tmp_path, capsys, monkeypatch):
     write_run(tmp_path / "a", 2.0)
-    monkeypatch.setattr(report.os.path, "commonpath", lambda paths: "/proc")  # as of two trees
-    text = write_report([tmp_path / "a"])
-    out, err = capsys.readouterr()
-    assert text in out and "written to" not in out and "not written: " in err
+
+    def refuse(path, save):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(report.data, "atomic_write", refuse)
+    with pytest.raises(SystemExit, match="the report is not written: .*Permission denied: '.*/re"):
+        write_report([tmp_path / "a"])
+    out = capsys.readouterr().out
+    assert "2.000 (n=1)" in out and "written to" not in out
+
+
+def test_few_shot_runs_of_folds_of_other_images_are_not_averaged(gray, tmp_path):
+    folder = shutil.copytree(gray, tmp_path / "gray")
+    argv = ["--data", str(folder), *TINY, "--shots", "2", "--out"]
+    for fold in ("0", "1"):
+        train.main([*argv, str(tmp_path / "runs" / fold), "--fold", fold])
+    (tmp_path / "runs" / "1" / "results.json").unlink()
+    train.main(["--resume", str(tmp_path / "runs" / "1")])  # reads only the drawn images
+    assert "(n=2)" in write_report([tmp_path / "runs"])
+    for path in sorted((folder / "1 gray").iterdir())[:3]:
+        path.unlink()
+    train.main([*argv, str(tmp_path / "runs" / "2"), "--fold", "2"])
+    text = write_report([tmp_path / "runs"])
+    assert "(n=2)" in text and "(n=1)" in text and "(n=3)" not in text
+
+
+def test_a_run_that_may_not_be_read_is_left_out(tmp_path, monkeypatch):
+    write_run(tmp_path / "a", 2.0)
+    write_run(tmp_path / "b", 3.0, seed=2)
+    read_text = report.Path.read_text
+
+    def refuse(path, *args, **options):
+        if path.parent.name == "b" and path.name == "results.json":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_text(path, *args, **options)
+
+    monkeypatch.setattr(report.Path, "read_text", refuse)
+    text = write_report([tmp_path])
+    assert "2.000 (n=1)" in text and "b/results.json: damaged (PermissionError: " in text
 
 
 def test_runs_on_other_pixels_are_not_averaged(tmp_path):

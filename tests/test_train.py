@@ -206,6 +206,10 @@ def test_seeds_and_folds_are_one_command_and_finished_runs_are_read(
 def test_the_report_of_a_sweep_has_all_its_seeds(gray, tmp_path, capsys):
     argv = ["--data", str(gray), *TINY, "--out", str(tmp_path / "runs"), "--seeds"]
     train.main([*argv, "1", "2"])
+    shutil.copytree(
+        tmp_path / "runs" / "gray-ordinalclip-linear-K3-seed1",
+        tmp_path / "runs" / "gray-ordinalclip-linear-K3-seed1-before 2",
+    )
     train.main([*argv, "3"])
     assert "(n=3)" in next((tmp_path / "runs").glob("report-*.md")).read_text()
 

@@ -22,7 +22,7 @@ import data
 from clip_weights import load_file
 from training.distributed import main_process_first, world_size
 from training.progress import ProgressLine
-from training.run_folder import Run, load_json, split_digests
+from training.run_folder import Run, digest_images, load_json, saved_digests, split_digests
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -72,6 +72,7 @@ def load_task(args: Namespace) -> data.Task:
                 )
         if args.skip_bad:  # before shots are drawn
             task = exclude_unreadable(args, task)
+        task = replace(task, images_digest=digest_images(task))
         if args.shots is not None:
             task = data.few_shot(task, args.shots, args.seed)
         if args.shift:
@@ -90,7 +91,9 @@ def load_task(args: Namespace) -> data.Task:
             raise SystemExit(
                 f"{path} is missing; repeat the command of the run, which continues and writes it"
             )
-        task = replace(task, protocol=str(load_json(path).get("protocol")))
+        config = load_json(path)
+        images_digest = saved_digests(config).get("images", "")
+        task = replace(task, protocol=str(config.get("protocol")), images_digest=images_digest)
     return task
 
 

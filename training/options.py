@@ -220,9 +220,12 @@ def resolve_defaults(args: Namespace, explicit_flags: set[str]) -> Namespace:
 def check_out(args: Namespace) -> None:
     """SystemExit if the run would lie in the folder of own images, and be read as some of them."""
     out, folder = Path(args.out or "runs").resolve(), Path(args.data).resolve()
-    has_parts = any(p.stem.lower() in ("train", "training") for p in folder.glob("*"))
-    is_inside = has_own_images(args) and out.is_relative_to(folder)
-    if is_inside and not args.train_list and not has_parts:
+    is_inside = has_own_images(args) and out.is_relative_to(folder) and not args.train_list
+    # lists, parts or a table say what is data
+    if is_inside and not any(
+        path.stem.lower() in ("train", "training") or path.suffix.lower() in (".csv", ".tsv")
+        for path in folder.glob("*")
+    ):
         raise SystemExit(
             f"--out {args.out or 'runs'} lies in --data {args.data}, where folders are data; give "
             "another --out"

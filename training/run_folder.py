@@ -253,18 +253,28 @@ def lock_run_dir(args: Namespace) -> Iterator[None]:
 
 def split_digests(task: data.Task) -> dict[str, str]:
     """sha256 of the paths and labels of each part, of its images' bytes ("train files"), of all
-    parts together, which folds share ("images"), of the ranks, of labels in bins."""
+    images ("images", see digest_images), of the ranks, of labels in bins."""
     real, samples = task.real_labels, {part: getattr(task, part) for part in data.PARTS}
     lines = {part: (f"{path} {label}" for path, label in samples[part]) for part in data.PARTS}
-    lines["images"] = sorted({f"{path} {y}" for part in data.PARTS for path, y in samples[part]})
     lines["names"] = task.rank_names  # of which the values follow
     lines["labels"] = (repr(real[path]) for part in data.PARTS if real for path, _ in samples[part])
     digests = {name: hashlib.sha256() for name in lines}
     for name, digest in digests.items():
         for i, line in enumerate(lines[name]):
             digest.update((f"\n{line}" if i else line).encode())
-    file_digests = {f"{part} files": digest for part, digest in task.file_digests.items()}
-    return {name: digest.hexdigest() for name, digest in digests.items()} | file_digests
+    more = {f"{part} files": digest for part, digest in task.file_digests.items()}
+    more["images"] = task.images_digest
+    return {name: digest.hexdigest() for name, digest in digests.items()} | more
+
+
+def digest_images(task: data.Task) -> str:
+    """Of the paths and labels of all parts together, in any order: folds share it."""
+    total = 0
+    for part in data.PARTS:
+        for path, label in getattr(task, part):
+            line = f"{path} {label}".encode("utf-8", "surrogatepass")
+            total += int.from_bytes(hashlib.blake2b(line, digest_size=16).digest(), "big")
+    return f"{total % 2**128:032x}"
 
 
 def weights_digests(args: Namespace) -> dict[str, str]:
@@ -322,6 +332,7 @@ def check_same_images(args: Namespace, task: data.Task, saved: dict | None = Non
     changed = [name for name, digest in digests.items() if saved.get(name, digest) != digest]
     if changed:
         words = dict(names="the ranks, their names or order,", labels="the labels in the bins")
+        words["images"] = "the list of all images"
         parts = [part for part in changed if part in data.PARTS]
         files = f"pixels of {' and '.join(changed).replace(' files', '')} images"
         what = (
