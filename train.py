@@ -61,6 +61,7 @@ from training.progress import (
 from training.run_folder import (
     Run,
     check_same_images,
+    is_digits,
     load_finished_results,
     lock_run_dir,
     peak_memory,
@@ -248,11 +249,12 @@ def train_sweep(args: Namespace) -> list[dict[str, Any]]:
     check_runs(runs)
     results = [load_finished_results(run) or train(run) for run in runs]
     if is_main():
-        paths = {}  # also of seeds that another command ran
-        for run in runs:
-            pattern = f"{glob.escape(table_name(run))}-seed*[0-9]"
-            paths |= dict.fromkeys([Path(run.out), *sorted(Path(run.out).parent.glob(pattern))])
-        write_report([*paths], f"report-{table_name(args)}.md")
+        paths = {Path(run.out) for run in runs}
+        for run in runs:  # seeds that another command ran
+            pattern = glob.escape(table_name(run)) + "-seed*"
+            others = Path(run.out).parent.glob(pattern)
+            paths |= {path for path in others if is_digits(path.name.rpartition("-seed")[2])}
+        write_report(sorted(paths), f"report-{table_name(args)}.md")
     return results
 
 

@@ -208,7 +208,7 @@ def test_the_report_of_a_sweep_has_all_its_seeds(gray, tmp_path, capsys):
     train.main([*argv, "1", "2"])
     shutil.copytree(
         tmp_path / "runs" / "gray-ordinalclip-linear-K3-seed1",
-        tmp_path / "runs" / "gray-ordinalclip-linear-K3-seed1-before 2",
+        tmp_path / "runs" / "gray-ordinalclip-linear-K3-seed1-try2",
     )
     train.main([*argv, "3"])
     assert "(n=3)" in next((tmp_path / "runs").glob("report-*.md")).read_text()

@@ -63,9 +63,7 @@ def build_average(args: Namespace, model: nn.Module) -> AveragedModel | None:
         return None
 
     def average(means: list[Tensor], values: list[Tensor], count: Tensor) -> None:
-        steps = int(
-            averaged.n_averaged
-        )  # `count` is the same on the GPU, which would be waited for
+        steps = int(averaged.n_averaged)  # on the CPU: reading `count` would wait for the GPU
         decay = min(args.ema, (1 + steps) / (10 + steps))
         if means[0].is_floating_point():
             return get_ema_multi_avg_fn(decay)(means, values, count)
