@@ -107,11 +107,8 @@ def load(folder: Path, root: Path, options: Options) -> Task:
         raise ValueError(f"{folder}: {len(names)} rank, but ordinal regression needs 2 or more")
     unread = [path for path in unread if f"labels of {path.name}" not in left_out]
     notes += left_out + _left_out("lists", unread)
-    for table in _find_table(folder, files) if " split by seed" in description else ():
-        if f"labels of {table.name}" not in left_out:
-            continue
-        if columns := (SPLIT_COLUMNS | PERHAPS_SPLIT_COLUMNS) & {*read_header(table, folder)}:
-            notes.append(f"column {', '.join(sorted(columns))} of {table.name} not used")
+    if " split by seed" in description:
+        notes += _unused_columns(folder, files, left_out)
     if groups or options.split == LEAVE_ONE_OUT:
         groups = {path: groups[path] for part in parts for path, _ in part or () if groups}
         groups, spellings = join_spellings(groups)
@@ -296,22 +293,19 @@ def _find_split(table: Path, folder: Path, part: int | None) -> tuple[str | None
     """(column, {cell: part}) of the first column of names of parts; (None, {}) without one."""
     columns = SPLIT_COLUMNS | PERHAPS_SPLIT_COLUMNS
     for column in filter(columns.__contains__, read_header(table, folder)):
+        is_perhaps = column in PERHAPS_SPLIT_COLUMNS
+        if is_perhaps and part is not None:
+            continue  # of a list, which is one part
         try:
             rows = parse_rows(table, folder, [column])
             cells = dict.fromkeys(cell.lower() for *_, cell in rows)
         except ValueError:  # an empty cell, say
-            if column in PERHAPS_SPLIT_COLUMNS:
+            if is_perhaps:
                 continue
             raise
         parts = _find_parts({Path(cell): cell for cell in cells})
         index = {path.name: i for i, path in enumerate(parts) if path}
-        is_perhaps = column in PERHAPS_SPLIT_COLUMNS
-        if (
-            is_perhaps
-            and part is not None
-            or not index
-            and (is_perhaps or len(cells) not in (2, 3))
-        ):
+        if not index and (is_perhaps or len(cells) not in (2, 3)):
             continue  # of folds, say
         if other := [cell for cell in cells if cell not in index]:
             raise ValueError(
@@ -337,6 +331,15 @@ def _find_table(folder: Path, files: list[Path]) -> list[Path]:
     return tables if has_labels else []
 
 
+def _unused_columns(folder: Path, files: list[Path], left_out: list[str]) -> list[str]:
+    """A note on columns of the table in use that may be a split, but are not read as one."""
+    for table in _find_table(folder, files):
+        columns = (SPLIT_COLUMNS | PERHAPS_SPLIT_COLUMNS) & {*read_header(table, folder)}
+        if columns and f"labels of {table.name}" in left_out:
+            return [f"column {', '.join(sorted(columns))} of {table.name} not used"]
+    return []
+
+
 def _find_part_dirs(
     folder: Path, folders: list[Path], files: list[Path], options: Options
 ) -> Sources:
@@ -347,18 +350,17 @@ def _find_part_dirs(
         return bool(ranks) or any(file.suffix.lower() in (".csv", ".tsv") for file in files)
 
     part_dirs = _find_parts({path: path.name for path in folders})
-    if not any(part_dirs) or options.label_pattern:
-        return part_dirs if any(part_dirs) else []
-    for table in (
-        () if any(map(has_labels, filter(None, part_dirs))) else _find_table(folder, files)
-    ):
-        if _find_split(table, folder, None)[0] is None:
-            raise ValueError(
-                f"{table} has the labels, but not the parts, which are folders; add a column split "
-                "of train, val and test, or make train.csv, val.csv and test.csv"
-            )
+    if not any(part_dirs):
         return []
-    return part_dirs
+    tables = _find_table(folder, files)
+    if not tables or options.label_pattern or any(map(has_labels, filter(None, part_dirs))):
+        return part_dirs
+    if _find_split(tables[0], folder, None)[0] is None:
+        raise ValueError(
+            f"{tables[0]} has the labels, but not the parts, which are folders; add a column split "
+            "of train, val and test, or make train.csv, val.csv and test.csv"
+        )
+    return []
 
 
 def _find_parts(names: dict[Path, str]) -> list[Path | None]:
