@@ -107,8 +107,10 @@ def load(folder: Path, root: Path, options: Options) -> Task:
         raise ValueError(f"{folder}: {len(names)} rank, but ordinal regression needs 2 or more")
     unread = [path for path in unread if f"labels of {path.name}" not in left_out]
     notes += left_out + _left_out("lists", unread)
-    if " split by seed" in description:
-        notes += _unused_columns(folder, files, left_out)
+    if description != "own table, split by its column":
+        tables = [file for file in files if f"labels of {file.name}" in left_out]
+        notes += _unused_columns(folder, lists, PERHAPS_SPLIT_COLUMNS)
+        notes += _unused_columns(folder, tables, PERHAPS_SPLIT_COLUMNS | SPLIT_COLUMNS)
     if groups or options.split == LEAVE_ONE_OUT:
         groups = {path: groups[path] for part in parts for path, _ in part or () if groups}
         groups, spellings = join_spellings(groups)
@@ -294,8 +296,6 @@ def _find_split(table: Path, folder: Path, part: int | None) -> tuple[str | None
     columns = SPLIT_COLUMNS | PERHAPS_SPLIT_COLUMNS
     for column in filter(columns.__contains__, read_header(table, folder)):
         is_perhaps = column in PERHAPS_SPLIT_COLUMNS
-        if is_perhaps and part is not None:
-            continue  # of a list, which is one part
         try:
             rows = parse_rows(table, folder, [column])
             cells = dict.fromkeys(cell.lower() for *_, cell in rows)
@@ -307,6 +307,8 @@ def _find_split(table: Path, folder: Path, part: int | None) -> tuple[str | None
         index = {path.name: i for i, path in enumerate(parts) if path}
         if not index and (is_perhaps or len(cells) not in (2, 3)):
             continue  # of folds, say
+        if is_perhaps and part is not None and len(cells) == 1:
+            continue  # a list cut out of one part of another split
         if other := [cell for cell in cells if cell not in index]:
             raise ValueError(
                 f"{table}: column {column} has {other[0]!r}, no name of a part; write train, val "
@@ -324,20 +326,19 @@ def _find_split(table: Path, folder: Path, part: int | None) -> tuple[str | None
 def _find_table(folder: Path, files: list[Path]) -> list[Path]:
     """The one table among files, if its header names paths and labels; else []."""
     tables = [file for file in files if file.suffix.lower() in (".csv", ".tsv")]
-    try:
-        has_labels = len(tables) == 1 and {*LABEL_COLUMNS} & {*read_header(tables[0], folder)}
-    except ValueError:  # not in UTF-8; it is read again where it is needed
-        return []
+    has_labels = len(tables) == 1 and {*LABEL_COLUMNS} & {*read_header(tables[0], folder)}
     return tables if has_labels else []
 
 
-def _unused_columns(folder: Path, files: list[Path], left_out: list[str]) -> list[str]:
-    """A note on columns of the table in use that may be a split, but are not read as one."""
-    for table in _find_table(folder, files):
-        columns = (SPLIT_COLUMNS | PERHAPS_SPLIT_COLUMNS) & {*read_header(table, folder)}
-        if columns and f"labels of {table.name}" in left_out:
-            return [f"column {', '.join(sorted(columns))} of {table.name} not used"]
-    return []
+def _unused_columns(folder: Path, tables: list[Path], names: set[str]) -> list[str]:
+    """Notes on columns of tables in use that may be a split, but are not read as one."""
+    notes = []
+    for table in tables:
+        is_table = table.suffix.lower() in (".csv", ".tsv")
+        header = read_header(table, folder) if is_table else ()
+        if columns := names.intersection(header):
+            notes.append(f"column {', '.join(sorted(columns))} of {table.name} not used")
+    return notes
 
 
 def _find_part_dirs(
@@ -352,8 +353,9 @@ def _find_part_dirs(
     part_dirs = _find_parts({path: path.name for path in folders})
     if not any(part_dirs):
         return []
-    tables = _find_table(folder, files)
-    if not tables or options.label_pattern or any(map(has_labels, filter(None, part_dirs))):
+    if options.label_pattern or any(map(has_labels, filter(None, part_dirs))):
+        return part_dirs
+    if not (tables := _find_table(folder, files)):
         return part_dirs
     if _find_split(tables[0], folder, None)[0] is None:
         raise ValueError(

@@ -258,13 +258,18 @@ def name_rows(runs: Iterable[FinishedRun]) -> None:
             and any(s.get(key) != settings[0].get(key) for s in settings)
         ]
         inputs: dict[tuple, set[str]] = {}  # of a fold; seeds draw some of the training images
+        all_images = {input_digests(run).get("images", "") for run in cell}
         for run, values in zip(cell, settings):
             run.row += "".join(f" {key}={values.get(key)}" for key in differing)
-            for kind, digest in input_digests(run).items():
-                fold = None if kind == "images" else run.settings["fold"]  # the same in all
-                inputs.setdefault((run.row, fold, kind), set()).add(digest)
-        kinds = {kind for (_, _, kind), digests in inputs.items() if len(digests) > 1}
-        kinds = kinds & {"images"} or kinds  # which folds share
+            digests = input_digests(run)
+            inputs.setdefault((run.row, "images"), set()).add(digests.pop("images", ""))
+            # the rest among runs of the same images; those of earlier versions may be of any
+            of_images = input_digests(run).get("images")
+            for images in [of_images] if of_images else all_images:
+                for kind, digest in digests.items():
+                    key = run.row, images, run.settings["fold"], kind
+                    inputs.setdefault(key, set()).add(digest)
+        kinds = {key[-1] for key, digests in inputs.items() if len(digests - {""}) > 1}
         for run in cell:
             if digests := "".join(d for kind, d in input_digests(run).items() if kind in kinds):
                 run.row += f" inputs={hashlib.sha256(digests.encode()).hexdigest()[:8]}"

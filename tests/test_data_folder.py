@@ -318,12 +318,26 @@ def test_lists_that_may_not_be_of_labels_are_named(tmp_path):
     (root / "sizes.csv").write_text("file,size\n1/a 0.PNG,1\n1/a 1.jpg,1024\n")
     (root / "bad.txt").write_text("1/a 1.jpg blurry\n")
     (root / "log.txt").write_text("1/a 1.jpg 1\n" + "\xe9" * 300 + " 2\n", "utf-8")
-    (root / "persons.csv").write_bytes(b"file,label\n\xe9.jpg,2\n")
     os.symlink("nowhere", root / "labels.txt")
     protocol = load(root).protocol
     for name, label in (("sizes.csv", "'1024'"), ("bad.txt", "'blurry'")):
         assert f"; {name}, which says {label} of 1/a" in protocol
-    assert "log.txt" not in protocol and "persons.csv" not in protocol
+    assert "log.txt" not in protocol
+    (root / "persons.csv").write_bytes(b"file,label\n\xe9.jpg,2\n")  # may contradict the folders
+    with pytest.raises(ValueError, match="persons.csv:2: this is not UTF-8 text"):
+        load(root)
+
+
+def test_a_table_in_another_encoding_that_is_not_needed(tmp_path):
+    for name in ("named", "parts"):
+        parts = ("train/", "test/") if name == "parts" else ("",)
+        make_folders(tmp_path / name, [f"{part}{rank}" for part in parts for rank in ("a", "b")], 9)
+        (tmp_path / name / "ranks.txt").write_text("a\nb\n")
+        (tmp_path / name / "x.csv").write_bytes(b"file,label\n\xe9.jpg,2\n")
+        load(tmp_path / name)
+    (tmp_path / "named" / "ranks.txt").unlink()  # now it may have the labels
+    with pytest.raises(ValueError, match="x.csv:2: this is not UTF-8 text"):
+        load(tmp_path / "named")
 
 
 def test_a_table_beside_parts_that_a_pattern_labels_is_not_read(tmp_path):
@@ -348,7 +362,15 @@ def test_empty_cells_of_a_column_that_is_no_split(tmp_path):
     for part, lines in lists.items():
         lines = [f"{line.rsplit(',', 1)[0]},Training" for line in lines]
         (tmp_path / f"{part}.csv").write_text("\n".join(["path,label,usage", *lines]))
-    assert "own lists train.csv val.csv test.csv: 4 train" in load(tmp_path).protocol
+    protocol = load(tmp_path).protocol
+    assert "own lists train.csv val.csv test.csv: 4 train" in protocol
+    assert "; column usage of train.csv not used; column usage of val.csv not used" in protocol
+    for part in ("val", "test"):
+        (tmp_path / f"{part}.csv").unlink()
+    text = (tmp_path / "train.csv").read_text()
+    (tmp_path / "train.csv").write_text(text.replace("Training", "test", 1))
+    with pytest.raises(ValueError, match="train.csv: column usage names other parts than this"):
+        load(tmp_path)
 
 
 def test_what_lies_beside_folders_of_ranks_is_counted(tmp_path):

@@ -93,6 +93,11 @@ def test_folds_of_other_images_are_not_averaged(tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | dict(digests=digests)))
     text = write_report([tmp_path])
     assert "2.500 ± 0.707 (n=2)" in text and "5.000 ± 1.000 (n=3)" in text
+    write_run(tmp_path / "moved", 9.0, fold=0)  # the same images, in other parts
+    path = tmp_path / "moved" / "results.json"
+    digests = dict(images="a", train="others of fold 0")
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(digests=digests)))
+    assert "9.000 (n=1)" in write_report([tmp_path])
 
 
 def test_a_folder_of_runs_is_as_its_runs(tmp_path, capsys):

@@ -137,10 +137,20 @@ def test_a_run_among_the_images_is_refused(gray, tmp_path, monkeypatch, seeds):
         lines = (f"{path} {str(path)[0]}\n" for path in images)
         (folder / name).write_text("".join(lines))
     train.main(["--data", ".", *TINY, *seeds])  # whose lists say what is data
-    (folder / "train").mkdir()
     for name in lists.values():
         (folder / name).unlink()
-    check_out(Namespace(data=".", out=None, train_list=None))  # in {train,val,test}/ either
+    shutil.rmtree(folder / "runs")
+    args = Namespace(data=".", out=None, train_list=None)
+    (folder / "notes.csv").write_text("photo,camera\n")
+    with pytest.raises(SystemExit, match="where folders are data"):
+        check_out(args)
+    (folder / "train").mkdir()
+    check_out(args)  # {train,val,test}/ say it, too
+    for path in [*folder.iterdir()][1:]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / "runs").mkdir()
+    (folder / "labels.csv").write_text("path,label\n")
+    check_out(args)  # and so does a table of one folder of images
 
 
 def test_a_checkpoint_of_another_epoch_than_the_best_is_refused(gray, tmp_path):

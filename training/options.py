@@ -221,11 +221,12 @@ def check_out(args: Namespace) -> None:
     """SystemExit if the run would lie in the folder of own images, and be read as some of them."""
     out, folder = Path(args.out or "runs").resolve(), Path(args.data).resolve()
     is_inside = has_own_images(args) and out.is_relative_to(folder) and not args.train_list
-    # lists, parts or a table say what is data
-    if is_inside and not any(
-        path.stem.lower() in ("train", "training") or path.suffix.lower() in (".csv", ".tsv")
-        for path in folder.glob("*")
-    ):
+    inside = [path for path in folder.glob("*") if is_inside]
+    has_parts = any(path.stem.lower() in ("train", "training") for path in inside)
+    # one folder of images and a table of their labels
+    others = [path for path in inside if path.is_dir() and not out.is_relative_to(path)]
+    has_table = any(path.suffix.lower() in (".csv", ".tsv") for path in inside) and len(others) < 2
+    if is_inside and not has_parts and not has_table:
         raise SystemExit(
             f"--out {args.out or 'runs'} lies in --data {args.data}, where folders are data; give "
             "another --out"
