@@ -15,7 +15,6 @@ config.json, splits/*.txt, log.csv, last.pt, best.pt, exported.pt, results.json,
 predictions-best.csv, pictures/*.png. Needs: evaluation, training.
 """
 
-import glob
 import os
 import signal
 import sys
@@ -61,7 +60,6 @@ from training.progress import (
 from training.run_folder import (
     Run,
     check_same_images,
-    is_digits,
     load_finished_results,
     lock_run_dir,
     peak_memory,
@@ -69,7 +67,7 @@ from training.run_folder import (
     table_name,
     write_config,
 )
-from training.sweep import check_runs, expand_runs, is_sweep
+from training.sweep import check_runs, expand_runs, folders_of_all_seeds, is_sweep
 
 
 def main(argv: list[str] | None = None) -> dict | list[dict] | str:
@@ -249,12 +247,7 @@ def train_sweep(args: Namespace) -> list[dict[str, Any]]:
     check_runs(runs)
     results = [load_finished_results(run) or train(run) for run in runs]
     if is_main():
-        paths = {Path(run.out) for run in runs}
-        for run in runs:  # seeds that another command ran
-            pattern = glob.escape(table_name(run)) + "-seed*"
-            others = Path(run.out).parent.glob(pattern)
-            paths |= {path for path in others if is_digits(path.name.rpartition("-seed")[2])}
-        write_report(sorted(paths), f"report-{table_name(args)}.md")
+        write_report(folders_of_all_seeds(runs), f"report-{table_name(args)}.md")
     return results
 
 

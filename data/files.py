@@ -90,7 +90,7 @@ def count_types(other_types: Counter[str]) -> str:
 
 
 def read_lines(path: str | Path, comment: str | None = "#") -> Iterator[tuple[int, str]]:
-    """(line number, line) of a UTF-8 text file, without blank lines and comments."""
+    """(line number, line) of a UTF-8 text file, without blank lines, comments, Excel's `sep=,`."""
     content = Path(path).read_bytes()
     try:
         content.decode()
@@ -102,7 +102,7 @@ def read_lines(path: str | Path, comment: str | None = "#") -> Iterator[tuple[in
         raise ValueError(f"{path}:{line}: this is not UTF-8 text; save the file as UTF-8")
     for number, line in enumerate(io.TextIOWrapper(io.BytesIO(content), "utf-8-sig"), 1):  # no BOM
         line = line.strip()
-        if number == 1 and line[:4] == "sep=" and len(line) == 5:  # of Excel
+        if number == 1 and line[:4] == "sep=" and len(line) == 5:
             continue
         if line and not (comment and line.startswith(comment)):
             yield number, line

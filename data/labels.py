@@ -163,28 +163,33 @@ def check_agreement(folder: Path, file: Path) -> list[str]:
 
     Of a list that does not say what its second column is, a note.
     """
-    if file.suffix.lower() not in (".csv", ".tsv", ".txt"):
+    suffix = file.suffix.lower()
+    if suffix not in (".csv", ".tsv", ".txt"):
         return []
-    has_labels, is_table = False, file.suffix.lower() != ".txt"
     try:
         has_labels = bool({*LABEL_COLUMNS} & {*read_header(file, folder)})
-        is_table = False  # in UTF-8
-        first = islice(parse_rows(file, folder), 100)  # a log of a million lines is no list
-        if not has_labels and not any(os.path.isfile(folder / path) for _, path, _ in first):
-            return []
-        for path, label in read_texts(file, folder, allow_missing=True):
-            if label == label_text(Path(path).parts[0]):
-                continue
-            if has_labels:
-                raise ValueError(
-                    f"{file} says {label!r} of {path}, but folders lie beside it: for the labels "
-                    f"of the table give --train-list {file} --ranks present, else move it away"
-                )
-            if os.path.isfile(folder / path):
-                return [f"{file.name}, which says {label!r} of {path}, is not read"]
     except (ValueError, OSError):
-        if has_labels or is_table:
+        if suffix == ".txt":  # a README in another encoding
+            return []
+        raise
+    try:
+        first = islice(parse_rows(file, folder), 100)  # a log of a million lines is no list
+        is_list = has_labels or any(os.path.isfile(folder / path) for _, path, _ in first)
+        rows = read_texts(file, folder, allow_missing=True) if is_list else []
+    except (ValueError, OSError):
+        if has_labels:
             raise
+        return []
+    for path, label in rows:
+        if label == label_text(Path(path).parts[0]):
+            continue
+        if has_labels:
+            raise ValueError(
+                f"{file} says {label!r} of {path}, but folders lie beside it: for the labels of "
+                f"the table give --train-list {file} --ranks present, else move it away"
+            )
+        if os.path.isfile(folder / path):
+            return [f"{file.name}, which says {label!r} of {path}, is not read"]
     return []
 
 

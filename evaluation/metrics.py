@@ -138,10 +138,10 @@ def compute_metrics(probs: Tensor, labels: Tensor) -> dict[str, float | None]:
     None for a metric that these labels do not define. Raises ValueError for labels that are no rank
     indices (M,), and for probs that are no probabilities.
     """
-    is_whole = not labels.is_floating_point() and labels.shape == probs.shape[:1]
-    if not is_whole or not ((labels >= 0) & (labels < probs.shape[1])).all():
+    are_integers = not labels.is_floating_point() and labels.shape == probs.shape[:1]
+    if not are_integers or not ((labels >= 0) & (labels < probs.shape[1])).all():
         got = f"labels {labels.dtype} {tuple(labels.shape)} of {probs.shape[1]} ranks"
-        raise ValueError(f"got {got}; expected {len(probs)} integers, 0 .. R-1")
+        raise ValueError(f"got {got}; expected {len(probs)} integers, 0 .. R-1: rank indices")
     if not ((probs.sum(1) - 1).abs() <= 0.05).all():  # nan, too
         raise ValueError("probs do not sum to 1; expected probabilities: logits.softmax(1)")
     labels = labels.double()

@@ -257,22 +257,31 @@ def name_rows(runs: Iterable[FinishedRun]) -> None:
             if key not in ("seed", "fold")
             and any(s.get(key) != settings[0].get(key) for s in settings)
         ]
-        inputs: dict[tuple, set[str]] = {}  # of a fold; seeds draw some of the training images
-        all_images = {input_digests(run).get("images", "") for run in cell}
         for run, values in zip(cell, settings):
             run.row += "".join(f" {key}={values.get(key)}" for key in differing)
-            digests = input_digests(run)
-            inputs.setdefault((run.row, "images"), set()).add(digests.pop("images", ""))
-            # the rest among runs of the same images; those of earlier versions may be of any
-            of_images = input_digests(run).get("images")
-            for images in [of_images] if of_images else all_images:
-                for kind, digest in digests.items():
-                    key = run.row, images, run.settings["fold"], kind
-                    inputs.setdefault(key, set()).add(digest)
-        kinds = {key[-1] for key, digests in inputs.items() if len(digests - {""}) > 1}
+        kinds = differing_inputs(cell)
         for run in cell:
             if digests := "".join(d for kind, d in input_digests(run).items() if kind in kinds):
                 run.row += f" inputs={hashlib.sha256(digests.encode()).hexdigest()[:8]}"
+
+
+def differing_inputs(cell: list[FinishedRun]) -> set[str]:
+    """Names of input_digests in which runs of a row differ that should share them.
+
+    Runs of any fold share "images"; runs of one fold and of the same images share the others. Runs
+    of earlier versions, without "images", are compared with all.
+    """
+    all_images = {input_digests(run).get("images", "") for run in cell}
+    digests: dict[tuple, set[str]] = {}
+    for run in cell:
+        others = input_digests(run)
+        images = others.pop("images", "")
+        digests.setdefault((run.row, "images"), set()).add(images)
+        for same in [images] if images else all_images:
+            for name, digest in others.items():
+                key = run.row, same, run.settings["fold"], name
+                digests.setdefault(key, set()).add(digest)
+    return {key[-1] for key, values in digests.items() if len(values - {""}) > 1}
 
 
 def table_settings(run: FinishedRun) -> dict:

@@ -220,17 +220,18 @@ def resolve_defaults(args: Namespace, explicit_flags: set[str]) -> Namespace:
 def check_out(args: Namespace) -> None:
     """SystemExit if the run would lie in the folder of own images, and be read as some of them."""
     out, folder = Path(args.out or "runs").resolve(), Path(args.data).resolve()
-    is_inside = has_own_images(args) and out.is_relative_to(folder) and not args.train_list
-    inside = [path for path in folder.glob("*") if is_inside]
-    has_parts = any(path.stem.lower() in ("train", "training") for path in inside)
-    # one folder of images and a table of their labels
-    others = [path for path in inside if path.is_dir() and not out.is_relative_to(path)]
-    has_table = any(path.suffix.lower() in (".csv", ".tsv") for path in inside) and len(others) < 2
-    if is_inside and not has_parts and not has_table:
-        raise SystemExit(
-            f"--out {args.out or 'runs'} lies in --data {args.data}, where folders are data; give "
-            "another --out"
-        )
+    if not has_own_images(args) or args.train_list or not out.is_relative_to(folder):
+        return
+    entries = [*folder.glob("*")]
+    has_parts = any(path.stem.lower() in ("train", "training") for path in entries)
+    has_table = any(path.suffix.lower() in (".csv", ".tsv") for path in entries)
+    other_folders = [path for path in entries if path.is_dir() and not out.is_relative_to(path)]
+    if has_parts or has_table and len(other_folders) < 2:  # these say what is data
+        return
+    raise SystemExit(
+        f"--out {args.out or 'runs'} lies in --data {args.data}, where folders are data; give "
+        "another --out"
+    )
 
 
 def has_own_images(args: Namespace) -> bool:

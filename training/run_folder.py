@@ -268,7 +268,7 @@ def split_digests(task: data.Task) -> dict[str, str]:
 
 
 def digest_images(task: data.Task) -> str:
-    """Of the paths and labels of all parts together, in any order: folds share it."""
+    """128 bits, in hex, of the paths and labels of all parts together, which folds share."""
     total = 0
     for part in data.PARTS:
         for path, label in getattr(task, part):

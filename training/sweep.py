@@ -3,6 +3,7 @@
 Read expand_runs first. Needs: data, training.distributed, .loaders, .run_folder.
 """
 
+import glob
 import itertools
 from argparse import Namespace
 from pathlib import Path
@@ -15,8 +16,10 @@ from training.run_folder import (
     check_run_dir,
     check_same_images,
     check_same_weights,
+    is_digits,
     load_finished_results,
     run_name,
+    table_name,
 )
 
 OWN_DATA_FOLDS = 5  # of --fold all with a folder of own data
@@ -57,6 +60,15 @@ def expand_runs(args: Namespace) -> list[Namespace]:
         run.out = str(Path(args.out or "runs") / run_name(run))
         runs.append(run)
     return runs
+
+
+def folders_of_all_seeds(runs: list[Namespace]) -> list[Path]:
+    """The folders of the runs, and those beside them of other seeds, which another command ran."""
+    folders = {Path(run.out) for run in runs}
+    for run in runs:
+        others = Path(run.out).parent.glob(glob.escape(table_name(run)) + "-seed*")
+        folders |= {path for path in others if is_digits(path.name.rpartition("-seed")[2])}
+    return sorted(folders)
 
 
 def check_runs(runs: list[Namespace]) -> None:
