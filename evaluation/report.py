@@ -142,10 +142,9 @@ def write_report(paths: list[str | Path], name: str = "report.md") -> str:
     for path in itertools.chain.from_iterable(map(find_runs, paths)):
         if path.is_file() and path.name.startswith("report") and path.suffix in (".md", ".csv"):
             continue  # of runs/*, written by an earlier report
-        results = path / "results.json"
-        files_of_path = [results] if os.path.exists(results) else [*path.glob("*/results.json")]
-        files |= {file.resolve() for file in files_of_path}
-        if not files_of_path:
+        if os.path.exists(path / "results.json"):
+            files.add((path / "results.json").resolve())
+        else:
             left_out.append(f"- left out {path}: {why_empty(path)}")
     runs: dict[str, FinishedRun] = {}
     for file in sorted(files):
@@ -188,16 +187,13 @@ def write_report(paths: list[str | Path], name: str = "report.md") -> str:
 
 
 def find_runs(path: str | Path) -> list[Path]:
-    """The folder of a run, or, of a folder of runs, those in it and folders of several."""
+    """The folders of runs among this one, those in it and those in them; else the path itself."""
 
     def is_run(folder: Path) -> bool:  # os.path: of others' folders, too
         return any(map(os.path.exists, (folder / "config.json", folder / "results.json")))
 
     path = Path(path)
-    if is_run(path):
-        return [path]
-    folders = sorted(f for f in path.glob("*") if is_run(f) or any(f.glob("*/results.json")))
-    return [*itertools.chain.from_iterable(map(find_runs, folders))] or [path]
+    return sorted(filter(is_run, (path, *path.glob("*"), *path.glob("*/*")))) or [path]
 
 
 def why_empty(path: Path) -> str:
