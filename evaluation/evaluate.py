@@ -89,7 +89,7 @@ def evaluate_test_set(
     args, task = run.args, run.task
     probs, labels = predict_loader(run, test_loader)
     val = part_metrics(task, "val", *predict_loader(run, val_loader)) if task.val else None
-    train_counts = torch.tensor([s.label for s in task.train]).bincount(minlength=task.num_ranks)
+    train_counts = torch.tensor(task.train.labels).bincount(minlength=task.num_ranks)
     majority = majority_baseline(labels, train_counts)
     if targets := task.targets("test"):
         value = task.rank_values[majority["rank"]]

@@ -25,6 +25,7 @@ from training.run_folder import (
     WEIGHTS,
     comparable_settings,
     data_name,
+    dataset_defaults,
     method_name,
     save_csv,
     saved_digests,
@@ -377,16 +378,16 @@ def column_order(dataset: str, column: str) -> tuple:
 
 def is_paper_setup(run: FinishedRun) -> bool:
     """The paper's image encoder, CLIP, split and label rule, and at least as many test images."""
-    settings, preset = run.settings, data.DATASETS.get(run.settings["data"], {})
+    settings = run.settings
     encoder = "clip" if settings["method"] == "zeroshot" else PAPER["image_encoder"]
-    default_split = preset.get("splits", ("random",))[0]
+    default = dataset_defaults(settings["data"])
     return (
         settings.get("image_encoder") == encoder
         and settings.get("image_weights") != "none"
         and settings.get("clip") == PAPER["clip"]
         and not settings.get("train_list")
-        and settings["split"] == default_split
-        and settings.get("label_rule") == preset.get("label_rules", (None,))[0]
+        and settings["split"] == default["split"]
+        and settings.get("label_rule") == default["label_rule"]
         and run.figures["images_test"] >= PAPER_TEST_IMAGES.get(settings["data"], float("inf"))
     )
 
