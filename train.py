@@ -44,8 +44,8 @@ from training.checkpoints import (
     save_checkpoint,
 )
 from training.distributed import barrier, data_parallel, init_distributed, is_main, world_size
-from training.loaders import autocast, load_task, make_loaders, prepare_batch
-from training.methods import build_loss, build_model, needs_clip, warm_start
+from training.loaders import autocast, make_loaders, prepare_batch
+from training.methods import build_loss, build_run, needs_clip, warm_start
 from training.optim import check_losses, epochs_without_progress
 from training.options import parse_args
 from training.profile import profile_run
@@ -59,7 +59,6 @@ from training.progress import (
 )
 from training.run_folder import (
     Run,
-    check_same_images,
     load_finished_results,
     lock_run_dir,
     peak_memory,
@@ -143,14 +142,6 @@ def train(args: Namespace) -> dict[str, Any]:
             save_json(run.dir / "results.json", results)
             print(f"written to {run.dir}; next: python predict.py {run.dir}/exported.pt IMAGE ...")
         return results
-
-
-def build_run(args: Namespace) -> Run:
-    """Images, ranks and model, on its device and untrained. SystemExit for user errors."""
-    task = load_task(args)
-    check_same_images(args, task)
-    torch.manual_seed(args.seed)
-    return Run(args, task, *build_model(args, task))
 
 
 def fit(run: Run, state: TrainingState, train_loader: DataLoader, val_loader: DataLoader) -> None:

@@ -91,9 +91,10 @@ def finished_run(stripes, tmp_path_factory):
 
 def tiny_run(folder, *flags):
     """The Run of the tiny model on a folder of images, before training."""
-    import train
+    from training.methods import build_run
+    from training.options import parse_args
 
-    return train.build_run(train.parse_args(["--data", str(folder), *TINY, *flags]))
+    return build_run(parse_args(["--data", str(folder), *TINY, *flags]))
 
 
 @pytest.fixture

@@ -11,10 +11,9 @@ from conftest import TINY_MODEL
 
 import train
 from training import options
-from training.loaders import load_task, make_loaders, prepare_batch, without_image_encoder
-from training.methods import METHODS, build_model, warm_start
+from training.loaders import make_loaders, prepare_batch, without_image_encoder
+from training.methods import METHODS, build_run, warm_start
 from training.optim import build_optimizer, build_schedule
-from training.run_folder import Run
 
 VALUES = {  # flag: another value than the default
     "interp": "inverse",
@@ -53,12 +52,11 @@ HARMLESS = {("batch_size", "zeroshot")}
 def fingerprint(args):
     """Losses of two optimizer steps and the answers after them, on fixed settings `args`."""
     args.seed = args.seeds[0] if args.seeds else args.seed
-    task = load_task(args)
-    torch.manual_seed(args.seed)
-    model, preprocess = build_model(args, task)
+    run = build_run(args)
+    model, preprocess = run.model, run.preprocess
     if args.init:
         warm_start(args, model)
-    train_loader, _, test_loader = make_loaders(Run(args, task, model, preprocess))
+    train_loader, _, test_loader = make_loaders(run)
     numbers = []
     if args.epochs:
         optimizer = build_optimizer(args, model)

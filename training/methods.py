@@ -30,8 +30,8 @@ from ordinalclip import FixedPrototypes, LinearPrototypes, OrdinalCLIP, RankProm
 from tokenizer import Tokenizer
 from training.checkpoints import load_checkpoint
 from training.distributed import is_main, main_process_first
-from training.loaders import exit_on_user_error, without_image_encoder
-from training.run_folder import Run, is_digits
+from training.loaders import exit_on_user_error, load_task, without_image_encoder
+from training.run_folder import Run, check_same_images, is_digits
 
 CONTEXT_KEY = "prototypes.context_embeds"  # in state dicts
 LINEAR_DIM, LINEAR_SCALE = 1024, math.log(100)  # of the baselines where no CLIP is loaded
@@ -109,6 +109,14 @@ METHODS = {  # in the order of the paper's rows
 
 def needs_clip(args: Namespace) -> bool:
     return METHODS[args.method].needs_clip or args.image_encoder == "clip"
+
+
+def build_run(args: Namespace) -> Run:
+    """Images, ranks and model, on its device and untrained. SystemExit for user errors."""
+    task = load_task(args)
+    check_same_images(args, task)
+    torch.manual_seed(args.seed)
+    return Run(args, task, *build_model(args, task))
 
 
 @exit_on_user_error()

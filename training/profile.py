@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 
 from training.checkpoints import TrainingState
 from training.distributed import world_size
-from training.loaders import autocast, load_task, make_loaders, prepare_batch
-from training.methods import METHODS, build_loss, build_model, warm_start
+from training.loaders import autocast, make_loaders, prepare_batch
+from training.methods import METHODS, build_loss, build_run, warm_start
 from training.run_folder import Run, peak_memory, run_name
 
 WARM_UP, STEPS = 3, 20  # steps before and while measuring
@@ -42,9 +42,7 @@ def profile_run(args: Namespace) -> str:
         )
     if args.accumulate > 1:
         raise SystemExit("--profile times steps of one batch; leave --accumulate out")
-    task = load_task(args)
-    torch.manual_seed(args.seed)
-    run = Run(args, task, *build_model(args, task))
+    run = build_run(args)
     if args.init:
         warm_start(args, run.model)
     batches = endless(make_loaders(run)[0])
