@@ -300,7 +300,7 @@ def saved_digests(content: dict) -> dict[str, str]:
 def check_same_weights(args: Namespace) -> None:
     """SystemExit if weights files that a run of a sweep started from have changed since."""
     path = Path(args.out) / "config.json"
-    saved = saved_digests(load_json(path))
+    saved = saved_digests(load_json(path)) if path.exists() else {}
     for flag, digest in weights_digests(args).items():
         if saved.get(flag, digest) != digest:
             raise SystemExit(

@@ -78,14 +78,10 @@ def check_runs(runs: list[Namespace]) -> None:
             check_run_dir(run)
         elif is_main():
             print(f"{run.out}: already finished, reading results.json")
-    keys = [(run.base_ranks, run.shots, run.shift, run.fold, run.category) for run in runs]
     tasks: dict[tuple, data.Task] = {}
-    for run, key in zip(runs, keys):
-        is_started = (Path(run.out) / "config.json").exists()  # then its images are compared
-        if is_started and (run.shots or run.shift):
-            key += (run.seed,)
-        if is_started or len({*keys}) > 1:
-            tasks[key] = tasks.get(key) or load_task(run)
-            check_same_images(run, tasks[key])
-        if is_started:
-            check_same_weights(run)
+    for run in runs:
+        seed = run.seed if run.shots or run.shift else None  # which draw training images
+        key = (run.base_ranks, run.shots, run.shift, run.fold, run.category, seed)
+        tasks[key] = tasks.get(key) or load_task(run)
+        check_same_images(run, tasks[key])
+        check_same_weights(run)
