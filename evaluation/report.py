@@ -166,9 +166,7 @@ def write_report(paths: list[str | Path], name: str = "report.md") -> str:
         raise SystemExit(lines)
     name_rows(runs.values())
     out_dir = Path(os.path.commonpath([run.path.parent for run in runs.values()]))
-    tables: dict[str, list[FinishedRun]] = {}
-    for run in runs.values():
-        tables.setdefault(run.table, []).append(run)
+    tables = group_by(runs.values(), "table")
     text = "\n".join(format_tables(group, out_dir) for group in tables.values())
     text += "\n".join(left_out)
     rows = []
@@ -227,6 +225,14 @@ def read_run(file: Path) -> FinishedRun:
     return run
 
 
+def group_by(runs: Iterable[FinishedRun], *names: str) -> dict[tuple, list[FinishedRun]]:
+    """{values of these attributes: the runs that have them}, in the order of the runs."""
+    groups: dict[tuple, list[FinishedRun]] = {}
+    for run in runs:
+        groups.setdefault(tuple(getattr(run, name) for name in names), []).append(run)
+    return groups
+
+
 def column_name(settings: dict) -> str:
     category, shots = settings.get("category"), settings.get("shots")
     words = [] if category is None else ["all categories" if category == "all" else category]
@@ -243,10 +249,7 @@ def name_rows(runs: Iterable[FinishedRun]) -> None:
 
     Within a cell epochs and the like agree; from column to column they may change.
     """
-    cells: dict[tuple, list[FinishedRun]] = {}
-    for run in runs:
-        cells.setdefault((run.table, run.row, run.column), []).append(run)
-    for cell in cells.values():
+    for cell in group_by(runs, "table", "row", "column").values():
         settings = [*map(table_settings, cell)]
         differing = [
             key
@@ -305,9 +308,7 @@ def format_tables(runs: list[FinishedRun], out_dir: Path) -> str:
     dataset, method_order = runs[0].settings["data"], list(METHODS)
     shown = [*runs, *overall_runs(runs)]
     shown.sort(key=lambda run: method_order.index(run.settings["method"]))
-    cells: dict[tuple[str, str], list[FinishedRun]] = {}
-    for run in shown:
-        cells.setdefault((run.row, run.column), []).append(run)
+    cells = group_by(shown, "row", "column")
     rows = dict.fromkeys(run.row for run in shown)
     columns = sorted({run.column for run in shown}, key=lambda name: column_order(dataset, name))
     paper_rows = rows.keys() - {run.row for run in runs if not is_paper_setup(run)}
@@ -335,10 +336,7 @@ def format_tables(runs: list[FinishedRun], out_dir: Path) -> str:
 
 def remarks(runs: list[FinishedRun]) -> Iterator[str]:
     """What the means of a table hide: a seed twice, runs of different code."""
-    cells: dict[tuple[str, str], list[FinishedRun]] = {}
-    for run in runs:
-        cells.setdefault((run.row, run.column), []).append(run)
-    for cell, group in cells.items():
+    for cell, group in group_by(runs, "row", "column").items():
         counts = Counter((run.settings["seed"], run.settings["fold"]) for run in group)
         for (seed, fold), count in counts.items():
             if count > 1:
