@@ -186,13 +186,12 @@ def write_report(paths: list[str | Path], name: str = "report.md") -> str:
 
 
 def find_runs(path: str | Path) -> list[Path]:
-    """The folders of runs among this one, those in it and those in them; else the path itself."""
-
-    def is_run(folder: Path) -> bool:  # os.path: of others' folders, too
-        return any(map(os.path.exists, (folder / "config.json", folder / "results.json")))
-
-    path = Path(path)
-    return sorted(filter(is_run, (path, *path.glob("*"), *path.glob("*/*")))) or [path]
+    """Runs at path or up to two levels below, none within a finished run; else the path itself."""
+    path, files = Path(path), ("config.json", "results.json")
+    folders = (path, *path.glob("*"), *path.glob("*/*"))
+    # os.path, as Path.exists raises where a folder may not be read
+    runs = [f for f in folders if any(os.path.exists(f / name) for name in files)]
+    return sorted(f for f in runs if not os.path.exists(f.parent / "results.json")) or [path]
 
 
 def why_empty(path: Path) -> str:

@@ -83,8 +83,10 @@ def test_a_row_of_a_table_is_one_command(monkeypatch):
         "train",
         lambda args: calls.append((args.shots, args.shift, args.seed, Path(args.out).name)),
     )
-    reports = []
-    monkeypatch.setattr(sweep, "load_task", lambda run: SimpleNamespace(num_ranks=101))
+    reports, loaded = [], []
+    monkeypatch.setattr(
+        sweep, "load_task", lambda run: loaded.append(run.shots) or SimpleNamespace(num_ranks=101)
+    )
     monkeypatch.setattr(train, "write_report", lambda runs, name: reports.append(name))
     train.main(["--data", "morph2", "--base-ranks", "2", "9"])
     assert [run[3] for run in calls] == [f"morph2-ordinalclip-linear-K{k}-seed1" for k in (2, 9)]
@@ -92,6 +94,7 @@ def test_a_row_of_a_table_is_one_command(monkeypatch):
     calls.clear()
     train.main(["--data", "morph2", "--shots", "1", "4", "--seeds", "1", "27"])
     assert [run[:3] for run in calls] == [(1, None, 1), (1, None, 27), (4, None, 1), (4, None, 27)]
+    assert loaded[2:] == [1, 4]  # once for all seeds, of which none has started
     calls.clear()
     train.main(["--data", "morph2", "--method", "coop", "--shift", "10,0.2", "40,0.1"])
     assert calls == [

@@ -113,6 +113,15 @@ def test_a_folder_of_runs_is_as_its_runs(tmp_path, capsys):
         assert f"- left out {tmp_path / 'runs' / folder}: not finished" in text.splitlines()
 
 
+def test_a_run_within_a_finished_run_is_not_another_one(tmp_path):
+    """Such as a copy of an earlier state, kept in the folder of the run."""
+    write_run(tmp_path / "a", 2.0)
+    write_run(tmp_path / "a/before", 4.0)
+    for path in (tmp_path, tmp_path / "a"):
+        assert "| ordinalclip-linear-K3 | 2.000 (n=1) [2.32] |" in write_report([path])
+    assert "4.000 (n=1)" in write_report([tmp_path / "a/before"])
+
+
 def test_a_report_that_cannot_be_written_is_printed(tmp_path, capsys, monkeypatch):
     write_run(tmp_path / "a", 2.0)
 

@@ -80,7 +80,8 @@ def check_runs(runs: list[Namespace]) -> None:
             print(f"{run.out}: already finished, reading results.json")
     tasks: dict[tuple, data.Task] = {}
     for run in runs:
-        seed = run.seed if run.shots or run.shift else None  # which draw training images
+        is_started = (Path(run.out) / "config.json").exists()  # then its images are compared
+        seed = run.seed if is_started and (run.shots or run.shift) else None
         key = (run.base_ranks, run.shots, run.shift, run.fold, run.category, seed)
         tasks[key] = tasks.get(key) or load_task(run)
         check_same_images(run, tasks[key])
