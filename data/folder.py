@@ -258,7 +258,7 @@ def _read_part(
         beside = [path for path in files if not is_image(path) and path.name.lower() != "ranks.txt"]
         rows, others = [], Counter(path.suffix.lower() or "no suffix" for path in beside)
         names, left_out = folder_names, []
-        if unknown and all(map(rank_key, unknown)):
+        if all(map(rank_key, folder_names)):
             for path in beside:
                 left_out += check_agreement(part_dir, path)
         for rank_dir in folders:

@@ -269,7 +269,7 @@ def read_header(path: str | Path, root: str | Path) -> list[str]:
     first_line = next((line for _, line in read_lines(path)), "")
     if _starts_with_image(first_line, root, None):
         return []
-    rows = ([cell.lower() for cell in _cells(first_line, delimiter)] for delimiter in "\t, ")
+    rows = ([cell.lower() for cell in _cells(first_line, delimiter)] for delimiter in "\t,;| ")
     return next((names for names in rows if {*names} & {*PATH_COLUMNS}), [])
 
 

@@ -250,6 +250,32 @@ def test_a_table_beside_folders_that_says_the_same(tmp_path):
     assert load(root).rank_names == ("01", "2")
 
 
+@pytest.mark.parametrize("delimiter", [";", "|"])
+def test_a_table_beside_numbered_folders_with_another_delimiter_is_refused(tmp_path, delimiter):
+    root = make_folders(tmp_path / "own", ["1", "2"], 10)
+    rows = ("filename,score", "1/a 0.PNG,0", "2/a 0.PNG,3")
+    (root / "ratings.csv").write_text("\n".join(rows).replace(",", delimiter))
+    with pytest.raises(ValueError, match="ratings.csv:1: expected two columns, or a header"):
+        load(root)
+
+
+def test_ranks_txt_does_not_hide_that_a_table_says_otherwise(tmp_path):
+    root = make_folders(tmp_path / "own", ["1", "2"], 10)
+    (root / "ranks.txt").write_text("0\n1\n2\n3\n")
+    (root / "ratings.csv").write_text("filename,score\n1/a 0.PNG,0\n2/a 0.PNG,3\n")
+    with pytest.raises(ValueError, match="ratings.csv says '0' of 1/a 0.PNG, but folders lie"):
+        load(root)
+
+
+def test_a_table_beside_a_later_part_is_compared_too(tmp_path):
+    root = tmp_path / "own"
+    for part in ("train", "test"):
+        make_folders(root / part, ["1", "2"], 10)
+    (root / "test" / "ratings.csv").write_text("filename,score\n1/a 0.PNG,0\n2/a 0.PNG,3\n")
+    with pytest.raises(ValueError, match="ratings.csv says '0' of 1/a 0.PNG, but folders lie"):
+        load(root)
+
+
 @pytest.mark.parametrize("column", ["split", "Part", "set", "subset", "fold", "partition"])
 def test_a_column_is_the_split(tmp_path, column):
     make_folders(tmp_path / "own", ["photos"], 12)
